@@ -1,0 +1,69 @@
+"""Before the first stage: the run's input files, from the embedded world or from real data.
+
+Stages read these files and nothing else; this is the only place where the world's labels are
+written for training.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from mathv2_jax import records, storage
+from mathv2_jax.text import parse, prompts
+from mathv2_jax.text import tokenizer as tokenizer_lib
+from mathv2_jax.world import corpus
+
+WorldConfig = corpus.WorldConfig
+
+TRAINING = ("problems", "proofs", "analyses", "demonstrations")
+
+
+def write_world(
+    workdir: epath.Path, config: corpus.WorldConfig, seed: int, templates: str
+) -> dict[str, int]:
+    """Every file of the world's corpus; how many records each holds."""
+    made = corpus.make_corpus(config, seed, prompts.load(templates))
+    return write_files(workdir, {f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
+
+
+def write_files(workdir: epath.Path, files: Mapping[str, Sequence[Any]]) -> dict[str, int]:
+    """One JSON-lines file a kind under `records/input`; the counts."""
+    for name, items in sorted(files.items()):
+        path = workdir / "records" / "input" / f"{name}.jsonl"
+        storage.write_whole(path, records.to_lines(items))
+    return {name: len(items) for name, items in sorted(files.items())}
+
+
+def training_texts(workdir: epath.Path, limit: int) -> Iterable[str]:
+    """What a tokenizer may see: texts of the training files, the first `limit` records of each."""
+    for name in TRAINING:
+        path = workdir / "records" / "input" / f"{name}.jsonl"
+        for line in storage.read_bytes(path).decode().splitlines()[:limit]:
+            yield from _texts(name, line)
+
+
+def _texts(name: str, line: str) -> list[str]:
+    if name == "problems":
+        return [records.from_json(records.Problem, line).statement]
+    if name == "proofs":
+        proof = records.from_json(records.Proof, line)
+        return [proof.statement, proof.text]
+    if name == "analyses":
+        return [records.from_json(records.Analysis, line).text]
+    demonstration = records.from_json(records.Demonstration, line)
+    return [demonstration.user, demonstration.assistant]
+
+
+def make_tokenizer(
+    workdir: epath.Path, vocab_size: int, whole_phrases: Sequence[str], limit: int
+) -> tokenizer_lib.SentencePieceTokenizer:
+    """The run's tokenizer, trained once and kept in the workdir; read back afterwards."""
+    path = workdir / "records" / "input" / "tokenizer.model"
+    if not storage.exists(path):
+        phrases = (*parse.KEY_PHRASES, *whole_phrases)
+        texts = training_texts(workdir, limit)
+        model = tokenizer_lib.train(texts, vocab_size=vocab_size, whole_phrases=phrases)
+        storage.write_whole(path, model)
+    return tokenizer_lib.SentencePieceTokenizer.from_bytes(storage.read_bytes(path))

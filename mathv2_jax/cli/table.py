@@ -1,0 +1,45 @@
+"""The result table of a run, as text."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mathv2_jax import metrics
+
+_TITLES = {
+    "verifier_accuracy": "verifier: score equals the true one",
+    "verifier_mean_error": "verifier: mean |score - true|  (lower is better)",
+    "analysis_faithfulness": "analyses that name issues: faithful",
+    "meta_accuracy": "meta-verifier: rating equals the true one",
+    "generator_true_score": "generator: true score of its proofs",
+    "overclaim_rate": "generator: claims 1 wrongly  (lower is better)",
+    "verifier_minus_true": "verifier minus true, on those proofs  (near 0)",
+    "autolabel_precision": "auto-labels: correct",
+    "autolabel_coverage": "auto-labels: share decided",
+}
+
+
+def render(summary: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
+    """Metrics before and after with standard errors and n; then where the time went."""
+    lines: list[str] = []
+    if summary["metrics"] is None:
+        lines.append("no exact judge for this data: the stages' own figures are in summary.json")
+    else:
+        lines.append(f"{'by the exact judge, on held-out items':50} {'before':>15} {'after':>15}"
+                     f" {'change':>15} {'n':>6}")
+        for name, title in _TITLES.items():
+            row = summary["metrics"][name]
+            lines.append(
+                f"{title:50} {_cell(row['before'])} {_cell(row['after'])} "
+                f"{_cell(row['difference'])} {row['after']['n']:>6}"
+            )
+    total = sum(seconds.values())
+    shown = "  ".join(f"{name} {metrics.duration(value)}" for name, value in seconds.items())
+    lines += ["", f"time {metrics.duration(total)}:  {shown}"]
+    return "\n".join(lines)
+
+
+def _cell(figure: Mapping[str, Any]) -> str:
+    if figure["mean"] is None:
+        return f"{'-':>15}"
+    spread = "" if figure["se"] is None else f" ±{figure['se']:.3f}"
+    return f"{figure['mean']:>8.3f}{spread:>7}"

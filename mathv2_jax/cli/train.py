@@ -1,0 +1,190 @@
+"""mathv2-train: run the recipe's stages in a workdir, or go on where they stopped.
+
+mathv2-train --config=configs/quick.py --workdir=DIR [--config.field=value ...]
+
+Exit codes: 0 finished, 75 preempted after a save, 2 bad usage or input, 1 failure.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import config_flags
+
+from mathv2_jax import evaluation, metrics, roles, sharding, storage
+from mathv2_jax.cli import config as config_lib
+from mathv2_jax.cli import inputs, table
+from mathv2_jax.model import transformer
+from mathv2_jax.rl import learner
+from mathv2_jax.stages import iterate, steps
+from mathv2_jax.stages import run as run_lib
+from mathv2_jax.world import judge as world_judge
+
+FINISHED, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
+LEASE_SECONDS = 600.0
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config file.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; the same one continues it.")
+_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Folder of compiled programs, shared by runs. Default: compilation_cache beside the workdir.",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Usage and input errors are one line and exit code 2."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}: every setting is a --flag")
+    try:
+        return train(_CONFIG.value, epath.Path(_WORKDIR.value).expanduser(), _CACHE.value)
+    except run_lib.Preempted:
+        logging.warning("preempted; the same command goes on from here")
+        return PREEMPTED
+    except steps.NotFiniteError as error:
+        print(f"mathv2-train: {error}", file=sys.stderr)
+        return FAILED
+    except (ValueError, FileNotFoundError) as error:
+        print(f"mathv2-train: {error}", file=sys.stderr)
+        return BAD_INPUT
+
+
+def train(config_dict: Any, workdir: epath.Path, cache: str | None) -> int:
+    """One run from its config to its table."""
+    config = config_lib.build(config_dict)
+    cache_folder = cache or str(workdir.parent / "compilation_cache")
+    jax.config.update("jax_compilation_cache_dir", cache_folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    with storage.Lease(workdir / "lease.json", "mathv2-train", LEASE_SECONDS) as lease:
+        begin(workdir, config)
+        run = make_run(workdir, config, _stop_on_sigterm(lease))
+        if storage.exists(workdir / "summary.json"):
+            summary = json.loads(storage.read_bytes(workdir / "summary.json"))
+            if set(summary["stages"]) == {s.name for s in config.stages}:
+                print(f"this run is finished; nothing was changed. {workdir / 'summary.json'}:")
+                print(table.render(summary, run_seconds(workdir)))
+                return FINISHED
+        figures = iterate.run_all(run, config.stages)
+        summary = summarise(run, config, figures)
+        body = json.dumps(summary, indent=1, sort_keys=True) + "\n"
+        storage.write_whole(workdir / "summary.json", body.encode())
+        print(table.render(summary, run_seconds(workdir)))
+    return FINISHED
+
+
+def begin(workdir: epath.Path, config: config_lib.RunConfig) -> None:
+    """Write config and input files of a new run, or check that this one may go on."""
+    path = workdir / "config.json"
+    asked = config_lib.identity(config)
+    if storage.exists(path):
+        saved = json.loads(storage.read_bytes(path))
+        done = [
+            s.name
+            for s in config.stages
+            if storage.exists(workdir / "records" / s.name / "stage.json")
+        ]
+        config_lib.require_same(saved["identity"], asked, done)
+    else:
+        began = time.monotonic()
+        templates = config.roles.templates
+        if config.world is None:
+            counts = inputs.write_real(workdir, epath.Path(config.data), config.seed)
+        else:
+            counts = inputs.write_world(workdir, config.world, config.seed, templates)
+        shown = "  ".join(f"{name} {count}" for name, count in counts.items())
+        print(f"input: {shown}", flush=True)
+        metrics.write_timing(workdir, "input", {"seconds": time.monotonic() - began})
+    body = {
+        "schema": config_lib.SCHEMA,
+        "identity": asked,
+        "runtime": config_lib.runtime(config),
+    }
+    storage.write_whole(path, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+
+
+def make_run(
+    workdir: epath.Path, config: config_lib.RunConfig, should_stop: Callable[[], bool]
+) -> run_lib.Run:
+    """Tokenizer, roles, model and engines of a run."""
+    tokenizer = inputs.make_tokenizer(
+        workdir,
+        config.tokenizer.vocab_size,
+        config.tokenizer.whole_phrases,
+        config.tokenizer.max_texts,
+    )
+    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    run = run_lib.Run(
+        workdir=workdir,
+        seed=config.seed,
+        trunk=learner.Trunk(config=model, kernels=transformer.Kernels()),
+        tokenizer=tokenizer,
+        roles=roles.make_roles(config.roles),
+        mesh=sharding.make_mesh(config.runtime.mesh),
+        engine_config=config.engine,
+        runtime=config.runtime,
+        router_bias_rate=config.router_bias_rate,
+        should_stop=should_stop,
+    )
+    size = transformer.num_parameters(
+        transformer.boxed_abstract(run.trunk.config, run.trunk.kernels)
+    )
+    print(f"model: {size:,} parameters, vocabulary of {tokenizer.vocab_size}", flush=True)
+    return run
+
+
+def summarise(
+    run: run_lib.Run, config: config_lib.RunConfig, figures: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The final table as data, free of the clock. Only here does the judge meet the records."""
+    measured: dict[str, Any] | None = None
+    if config.world is not None:
+        judge = world_judge.ExactJudge()
+        sides = [evaluation.measure(run.samples(name), judge) for name in (config.before, config.after)]
+        measured = evaluation.compare(*sides)
+    return {
+        "schema": config_lib.SCHEMA,
+        "seed": config.seed,
+        "metrics": measured,
+        "stages": dict(figures),
+    }
+
+
+def run_seconds(workdir: epath.Path) -> Mapping[str, float]:
+    """Seconds by stage, from timing.json."""
+    sections = json.loads(storage.read_bytes(workdir / "timing.json"))["sections"]
+    return {
+        name.removeprefix("stage/"): values["seconds"]
+        for name, values in sections.items()
+        if name.startswith("stage/") or name == "input"
+    }
+
+
+def _stop_on_sigterm(lease: storage.Lease) -> Callable[[], bool]:
+    """Asked between steps: keeps the lease, and says whether SIGTERM has arrived."""
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+
+    def should_stop() -> bool:
+        lease.renew()
+        return bool(asked)
+
+    return should_stop
+
+
+def run() -> None:
+    """The console script."""
+    flags.mark_flags_as_required(["config", "workdir"])
+    logging.set_verbosity(logging.WARNING)
+    app.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,50 @@
+"""Record files to Grain: typed reading with errors that name file and line, and endless streams."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import grain
+from etils import epath
+
+from mathv2_jax import records, storage
+
+T = TypeVar("T")
+
+
+def read(path: epath.PathLike, kind: type[T]) -> list[T]:
+    """Every record of a JSON-lines file; ValueError names the file, the line and the fault."""
+    lines = storage.read_bytes(path).decode("utf-8").splitlines()
+    return parse_lines(lines, kind, str(path))
+
+
+def parse_lines(lines: Sequence[str], kind: type[T], where: str) -> list[T]:
+    """As `read`, of lines that came from `where`."""
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append(records.from_json(kind, line))
+        except ValueError as error:
+            raise ValueError(f"{where}, line {number}: {error}") from error
+    return found
+
+
+def stream(
+    sources: Mapping[str, Sequence[Any]], weights: Mapping[str, float], seed: int
+) -> grain.MapDataset:
+    """An endless, shuffled mixture with random access: element i is a function of (seed, i).
+
+    Each source is reshuffled every epoch. A stage's data position is one number, the index of
+    the next element, whatever the number of hosts or workers. ValueError names an empty source.
+    """
+    names = sorted(name for name in sources if weights.get(name, 0.0) > 0.0)
+    if not names:
+        raise ValueError(f"no source has a positive weight among {sorted(sources)}")
+    parts = []
+    for place, name in enumerate(names):
+        if not sources[name]:
+            raise ValueError(f"source {name!r} is empty: give it records or take its weight away")
+        part = grain.MapDataset.source(sources[name]).seed((seed + place) % 2**31)
+        parts.append(part.shuffle().repeat())
+    if len(parts) == 1:
+        return parts[0]
+    return grain.MapDataset.mix(parts, weights=[weights[name] for name in names])

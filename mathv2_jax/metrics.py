@@ -1,0 +1,219 @@
+"""What a stage measures, step by step: a progress line, TensorBoard, and JSON lines.
+
+The JSON lines are a function of the run alone. Whatever depends on the clock goes to
+`timing.json`, and to TensorBoard, only.
+"""
+
+import collections
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, SupportsFloat
+
+import tensorboardX
+from etils import epath
+
+from mathv2_jax import storage
+
+TIMING_SCHEMA = 1
+TIME_PREFIX = "time/"  # scalars of this prefix depend on the clock
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MetricsConfig:
+    """How a stage reports; every field is a runtime one."""
+
+    flush_every: int = 50  # steps; a checkpoint flushes too
+    shown: tuple[str, ...] = ("loss", "reward", "health")  # scalars on the progress line
+    tensorboard: bool = True
+
+    def __post_init__(self):
+        if self.flush_every < 1:
+            raise ValueError(f"flush_every={self.flush_every} steps: give a positive number")
+
+
+class MetricWriter:
+    """The scalars of one stage, written by one process into `workdir`.
+
+    `resume_from` is the step of the checkpoint that the stage goes on from: what lies beyond it
+    is dropped, so None drops all. Call `flush` before a checkpoint is saved, so that no step
+    before it is lost, and `finish` at the end of the stage.
+    """
+
+    def __init__(
+        self,
+        workdir: epath.PathLike,
+        stage: str,
+        *,
+        total_steps: int | None = None,
+        resume_from: int | None = None,
+        config: MetricsConfig | None = None,
+    ):
+        self._workdir = epath.Path(workdir)
+        self._stage = stage
+        self._total_steps = total_steps
+        self._config = config or MetricsConfig()
+        self._last = -1 if resume_from is None else resume_from
+        self._rows: list[dict[str, Any]] = []
+        self._parts = storage.Parts(self._workdir / "metrics" / stage)
+        self._go_back_to(self._last)
+        self._board = None
+        if self._config.tensorboard:
+            folder = self._workdir / "tensorboard" / stage
+            self._board = tensorboardX.SummaryWriter(str(folder), purge_step=self._last + 1)
+        self._before = _read_timing(self._workdir).get(stage, {})
+        self._spent: dict[str, float] = collections.defaultdict(float)
+        self._began = time.monotonic()
+        self._first: tuple[int, float] | None = None
+        self._previous = self._began
+
+    def write(self, step: int, scalars: Mapping[str, SupportsFloat]) -> None:
+        """Records a step and prints its line.
+
+        Steps only grow; ValueError otherwise. `time/...` scalars are taken for clock-dependent
+        ones. `tokens`, the number handled in the step, gives the line its tokens per second.
+        """
+        if step <= self._last:
+            raise ValueError(
+                f"step {step} of {self._stage} comes after step {self._last}; steps only grow, "
+                "and resume_from goes back"
+            )
+        values = {name: float(value) for name, value in scalars.items()}
+        taken = sorted({"stage", "step"} & set(values))
+        if taken:
+            raise ValueError(f"scalar name {taken[0]!r} is taken by the row itself; rename it")
+        self._last = step
+        lasting = {n: _plain(v) for n, v in values.items() if not n.startswith(TIME_PREFIX)}
+        self._rows.append({"stage": self._stage, "step": step, **lasting})
+        now = time.monotonic()
+        rate = values["tokens"] / max(now - self._previous, 1e-9) if "tokens" in values else None
+        self._spent["steps"] += 1
+        self._spent["tokens"] += values.get("tokens", 0.0)
+        for name, value in values.items():
+            if name.startswith(TIME_PREFIX):
+                self._spent[name] += value
+        self._show(step, values, rate, now)
+        self._previous = now
+        if len(self._rows) >= self._config.flush_every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Puts every step written so far on disk."""
+        if self._rows:
+            step = self._rows[-1]["step"]
+            self._parts.write_part(storage.part_name(step), _to_lines(self._rows))
+            self._parts.commit(step)
+            self._rows = []
+        if self._board is not None:
+            self._board.flush()
+        spent = {**self._spent, "seconds": time.monotonic() - self._began}
+        write_timing(
+            self._workdir,
+            self._stage,
+            {name: self._before.get(name, 0.0) + value for name, value in spent.items()},
+        )
+
+    def finish(self) -> None:
+        """Flushes, puts the stage's lines into `metrics.jsonl`, and closes.
+
+        Lines of the stage that are there already are replaced in their place.
+        """
+        self.flush()
+        self.close()
+        path = self._workdir / "metrics.jsonl"
+        lines = storage.read_bytes(path).decode().splitlines() if storage.exists(path) else []
+        mine = [json.loads(line)["stage"] == self._stage for line in lines]
+        at = mine.index(True) if True in mine else len(lines)
+        before = lines[:at]
+        after = [line for line, is_mine in zip(lines[at:], mine[at:], strict=True) if not is_mine]
+        merged = [*before, *self._parts.read(), *after]
+        storage.write_whole(path, "".join(line + "\n" for line in merged).encode())
+
+    def close(self) -> None:
+        """Ends TensorBoard's thread; what was not flushed is dropped."""
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+    def _go_back_to(self, step: int) -> None:
+        """Drops what lies beyond `step`, and cuts the part that spans it."""
+        names = self._parts.names()
+        end = max((s for s in map(storage.part_step, names) if s <= step), default=-1)
+        if end < step and any(storage.part_step(name) > step for name in names):
+            rows = [json.loads(line) for line in self._parts.read()]
+            kept = [row for row in rows if end < row["step"] <= step]
+            if kept:
+                self._parts.write_part(storage.part_name(step), _to_lines(kept))
+        self._parts.discard_after(step)
+
+    def _show(self, step: int, values: Mapping[str, float], rate: float | None, now: float) -> None:
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            if rate is not None:
+                self._board.add_scalar(TIME_PREFIX + "tokens_per_second", rate, step)
+        total = "" if self._total_steps is None else f"/{self._total_steps}"
+        words = [f"{self._stage} {step}{total}"]
+        words += [f"{name} {values[name]:.4g}" for name in self._config.shown if name in values]
+        if rate is not None:
+            words.append(f"{rate:,.0f} tokens/s")
+        if self._first is None:
+            self._first = step, now  # its own time is mostly compilation: not counted
+        elif self._total_steps is not None:
+            pace = (now - self._first[1]) / (step - self._first[0])
+            words.append(f"{duration(pace * max(self._total_steps - step, 0))} left")
+        print("  ".join(words), flush=True)
+
+
+def read(workdir: epath.PathLike, stage: str) -> Iterator[dict[str, Any]]:
+    """The rows of a stage, finished or not: `stage`, `step`, and its scalars as floats."""
+    for line in storage.Parts(epath.Path(workdir) / "metrics" / stage).read():
+        row = json.loads(line)
+        yield {n: v if n in ("stage", "step") else float(v) for n, v in row.items()}
+
+
+def write_timing(
+    workdir: epath.PathLike, section: str, values: Mapping[str, SupportsFloat]
+) -> None:
+    """Puts what the clock said about a stage, or another piece of work, into `timing.json`."""
+    sections = {**_read_timing(workdir), section: {n: float(v) for n, v in values.items()}}
+    body = {"schema": TIMING_SCHEMA, "sections": sections}
+    text = json.dumps(body, indent=1, sort_keys=True) + "\n"
+    storage.write_whole(epath.Path(workdir) / "timing.json", text.encode())
+
+
+def _read_timing(workdir: epath.PathLike) -> dict[str, dict[str, float]]:
+    path = epath.Path(workdir) / "timing.json"
+    if not storage.exists(path):
+        return {}
+    try:
+        body = json.loads(storage.read_bytes(path))
+        if body["schema"] != TIMING_SCHEMA:
+            raise ValueError(f"schema {body['schema']!r}, this program reads {TIMING_SCHEMA}")
+        return body["sections"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}); it holds times only: delete it to go on"
+        ) from error
+
+
+def duration(seconds: float) -> str:
+    """`seconds` to read: 42s, 3m07s, 2h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _plain(value: float) -> float | str:
+    """A float as JSON holds it: those that are not finite as text that float() reads."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _to_lines(rows: list[dict[str, Any]]) -> bytes:
+    lines = (json.dumps(row, sort_keys=True, allow_nan=False) + "\n" for row in rows)
+    return "".join(lines).encode()

@@ -1,0 +1,59 @@
+"""Which token sees which, and what a decoder keeps: the MLA latents of prompts and answers."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Layout(NamedTuple):
+    """Where the tokens of a row stand. Segment 0 is padding.
+
+    A token sees, at or before its own place in the row, the tokens of its own segment and of the
+    segment that it continues (`prefixes`; its own where it continues none). So several documents
+    share a row, and several answers share one copy of their prompt.
+    """
+
+    positions_BT: Int[Array, "B T"]
+    segments_BT: Int[Array, "B T"]
+    prefixes_BT: Int[Array, "B T"]
+
+
+class LatentPair(NamedTuple):
+    """Per token: the normed kv latent (width C) and the shared rotated rope key (width R)."""
+
+    latent: Float[Array, "... C"]
+    rope_key: Float[Array, "... R"]
+
+
+class LayerCache(NamedTuple):
+    """One layer's view while decoding B = P x G rows: P prompts of S slots, N own slots a row."""
+
+    prompt: LatentPair  # [P, S, C], [P, S, R]
+    own: LatentPair  # [B, N, C], [B, N, R]
+
+
+class DecodeView(NamedTuple):
+    """Which cached slots count for the token being decoded; the same for every layer."""
+
+    prompt_PS: Bool[Array, "P S"]
+    own_N: Bool[Array, "N"]
+
+
+def visible(layout: Layout) -> Bool[Array, "B T T"]:
+    """True at [b, t, s] where token t of row b attends to token s."""
+    segments_BT, prefixes_BT = layout.segments_BT, layout.prefixes_BT
+    own_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+    prefix_BTS = prefixes_BT[:, :, None] == segments_BT[:, None, :]
+    length = segments_BT.shape[1]
+    causal_TS = jnp.tril(jnp.ones((length, length), dtype=bool))
+    return (own_BTS | prefix_BTS) & causal_TS[None]
+
+
+def plain_layout(lengths_B: jax.Array, length: int) -> Layout:
+    """One right-padded sequence a row."""
+    steps_T = jnp.arange(length, dtype=jnp.int32)
+    segments_BT = (steps_T[None, :] < lengths_B[:, None]).astype(jnp.int32)
+    positions_BT = jnp.broadcast_to(steps_T[None, :], segments_BT.shape)
+    return Layout(positions_BT, segments_BT, segments_BT)

@@ -1,0 +1,287 @@
+"""What the recipe talks about, as frozen host-side records that turn into JSON and back.
+
+Symbols of the paper (arXiv 2511.22570): X is a `Problem`, Y a `Proof`, V an `Analysis`. Ids are
+content hashes, so the same text has the same id in every run; nothing here holds a clock.
+"""
+
+import dataclasses
+import enum
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+SCHEMA_VERSION = 1
+SCORES = (0.0, 0.5, 1.0)
+
+
+class Outcome(enum.StrEnum):
+    """How a sampled response ended, as far as its reader is concerned."""
+
+    PARSED = "parsed"
+    UNPARSEABLE = "unparseable"  # format indicator 0
+    LENGTH = "length"  # cut at its own token limit
+    LOST = "lost"  # cancelled or failed: never a verdict
+
+
+class Finish(enum.StrEnum):
+    """Why an engine stopped writing."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    LOST = "lost"
+
+
+def content_id(kind: str, *texts: str) -> str:
+    """16 hex digits that name a text (or several, in order) of a kind."""
+    digest = hashlib.sha256()
+    for part in (kind, *texts):
+        data = part.encode("utf-8", "surrogatepass")
+        digest.update(len(data).to_bytes(8, "big"))
+        digest.update(data)
+    return digest.hexdigest()[:16]
+
+
+def require_score(value: object, where: str) -> float:
+    """`value` as one of 0, 0.5, 1; ValueError names it and `where` it stood otherwise."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in SCORES:
+        raise ValueError(f"{where}: score {value!r} is not one of 0, 0.5, 1; map it first")
+    return float(value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Label:
+    """A trusted score: of a proof under I_v, or of an analysis under I_mv.
+
+    `scale` names how the score was made from the rater's own scale (say `full-marks`, or
+    `opc-5-of-7`); labels of different scales are never mixed without a stated map.
+    """
+
+    score: float
+    source: str  # human | auto | world
+    scale: str = "full-marks"
+    rater: str = ""
+    votes: tuple[float, ...] = ()
+    rubric: str = "I_v"
+
+    def __post_init__(self):
+        require_score(self.score, f"label by {self.source}")
+        if self.source not in ("human", "auto", "world"):
+            raise ValueError(f"label source {self.source!r} is not human, auto or world")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What made a record: enough to make it again. Checkpoints are named `stage@step`."""
+
+    stage: str
+    step: int
+    checkpoint: str
+    template: str
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """X. `cluster` is shared by problems that must not be split between training and test."""
+
+    id: str
+    statement: str
+    source: str
+    cluster: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Proof:
+    """Y with its problem's text beside it, and, when a generator wrote it, Z."""
+
+    id: str
+    problem_id: str
+    statement: str
+    text: str
+    source: str = ""
+    self_analysis: str = ""
+    self_score: float | None = None
+    label: Label | None = None
+    origin: Origin | None = None
+    parents: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """V: a verifier's analysis of one proof. `label` is ms, the analysis's own quality."""
+
+    id: str
+    problem_id: str
+    proof_id: str
+    statement: str
+    proof: str
+    text: str
+    score: float
+    source: str = ""
+    label: Label | None = None
+    origin: Origin | None = None
+    parents: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demonstration:
+    """One supervised conversation: the user's text and the assistant's, for `role`."""
+
+    id: str
+    role: str
+    problem_id: str
+    user: str
+    assistant: str
+    source: str = ""
+    parents: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One sampled response with everything a reader asks of it.
+
+    `role` is the role that wrote it; `text` its final response. `statement`, `proof` and
+    `analysis` are what its prompt was filled with, `target` the id of what it judged, `index` its
+    place inside the group. `rewards` holds every component apart (`format`, `score`, `meta`, ...)
+    and `total`; `votes` and `meta_votes` are the judge's. `score` is what the response says,
+    `label` what it was compared with.
+    """
+
+    id: str
+    role: str
+    stage: str
+    step: int
+    problem_id: str
+    target: str
+    index: int
+    statement: str
+    proof: str
+    analysis: str
+    text: str
+    outcome: Outcome
+    finish: Finish
+    num_tokens: int
+    checkpoint: str
+    score: float | None = None
+    label: float | None = None
+    advantage: float | None = None
+    rewards: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    votes: tuple[float, ...] = ()
+    meta_votes: tuple[float, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One prompt for an engine, to be answered `num_samples` times.
+
+    `seed` and the sample's index decide the noise, so an answer does not depend on its
+    neighbours. Limits count generated tokens. `stop_ids` end a response beside the tokenizer's
+    end token.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    num_samples: int
+    seed: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    parameters: str = "policy"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Response:
+    """One answer. `logprobs` are under the distribution that was sampled from, per token id.
+
+    `final_text` is None where the role thinks and never closed its thinking.
+    """
+
+    request_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    final_text: str | None
+    thinking_text: str
+    finish: Finish
+    parameter_version: str
+
+
+def to_json(record: Any) -> str:
+    """One line of JSON with sorted keys; the same record gives the same bytes."""
+    body = {"kind": type(record).__name__, "schema": SCHEMA_VERSION}
+    body.update(dataclasses.asdict(record))
+    return json.dumps(body, sort_keys=True, allow_nan=False)
+
+
+def from_json(kind: type[T], line: str) -> T:
+    """The record in `line`; ValueError says what is missing, unknown or of the wrong type."""
+    try:
+        body = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not a JSON object: {error}") from error
+    if not isinstance(body, dict):
+        raise ValueError(f"a {kind.__name__} is a JSON object, this is a {type(body).__name__}")
+    found = body.pop("kind", kind.__name__)
+    if found != kind.__name__:
+        raise ValueError(f"this is a {found}, expected a {kind.__name__}")
+    schema = body.pop("schema", SCHEMA_VERSION)
+    if schema != SCHEMA_VERSION:
+        raise ValueError(f"schema {schema} of {found}: this program reads {SCHEMA_VERSION}")
+    return _build(kind, body)
+
+
+def _build(kind: type[T], body: Mapping[str, Any]) -> T:
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType] - T is a record
+    unknown = sorted(set(body) - set(fields))
+    if unknown:
+        raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}")
+    required = {
+        n
+        for n, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    missing = sorted(required - set(body))
+    if missing:
+        raise ValueError(f"{kind.__name__} lacks {', '.join(missing)}")
+    values = {n: _convert(hints[n], v, f"{kind.__name__}.{n}") for n, v in body.items()}
+    return kind(**values)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return _convert(next(a for a in args if a is not types.NoneType), value, where)
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{where} must be a list, it is {value!r:.80}")
+        return tuple(_convert(args[0], item, where) for item in value)
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be an object, it is {value!r:.80}")
+        return {str(k): _convert(args[1], v, where) for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where} must be an object, it is {value!r:.80}")
+        return _build(hint, value)  # pyright: ignore[reportArgumentType] - hint is a class
+    if isinstance(hint, type) and issubclass(hint, enum.StrEnum):
+        return hint(value)
+    good = (int, float) if hint is float else hint
+    if not isinstance(value, good) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{where} must be {hint.__name__}, it is {value!r:.80}")
+    return hint(value)
+
+
+def to_lines(records: Sequence[Any]) -> bytes:
+    """JSON lines, one record a line, each ended by a newline."""
+    return "".join(to_json(r) + "\n" for r in records).encode("ascii")

@@ -1,0 +1,263 @@
+"""The three roles as values: prompt, parser and sampling; and how to ask them many times.
+
+Training stages, search and evaluation use the same roles, so what is trained is what is asked.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mathv2_jax import records, reward
+from mathv2_jax.rollout import engine as engine_lib
+from mathv2_jax.text import parse, prompts
+from mathv2_jax.text import tokenizer as tokenizer_lib
+
+Outcome = records.Outcome
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How a role is sampled. Limits count generated tokens."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+    def __post_init__(self):
+        if self.max_tokens < 1 or self.temperature < 0 or not 0.0 < self.top_p <= 1.0:
+            raise ValueError(
+                f"sampling: max_tokens = {self.max_tokens} must be positive, temperature = "
+                f"{self.temperature} not negative, top_p = {self.top_p} in (0, 1]"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A role's final response as data: `body` is the analysis, or the proof of a generator.
+
+    `self_analysis` is Z, a generator's only.
+    """
+
+    body: str
+    score: float
+    self_analysis: str = ""
+
+
+def _read_analysis(text: str) -> Written | None:
+    found = parse.parse_analysis(text)
+    return None if found is None else Written(found.body, found.score)
+
+
+def _read_meta(text: str) -> Written | None:
+    found = parse.parse_meta_analysis(text)
+    return None if found is None else Written(found.body, found.score)
+
+
+def _read_generation(text: str) -> Written | None:
+    found = parse.parse_generation(text)
+    if found is None:
+        return None
+    return Written(found.proof, found.self_score, found.self_analysis)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Role:
+    """One thing that a model is asked to do."""
+
+    name: str
+    template: prompts.Template
+    read: Callable[[str], Written | None]
+    sampling: Sampling
+    think: bool = False
+
+    def prompt(
+        self, tokenizer: tokenizer_lib.SentencePieceTokenizer, **fields: str
+    ) -> tuple[int, ...]:
+        """Token ids of the filled template, the assistant's turn opened."""
+        text = prompts.fill(self.template, **fields)
+        message = tokenizer_lib.Message("user", text)
+        return tuple(tokenizer.encode([message], think=self.think))
+
+
+GENERATOR, VERIFIER, META_VERIFIER = "generator", "verifier", "meta_verifier"
+NAMES = (GENERATOR, VERIFIER, META_VERIFIER)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Roles:
+    """The three roles of a run."""
+
+    generator: Role
+    verifier: Role
+    meta_verifier: Role
+
+    def named(self, name: str) -> Role:
+        """The role of that name."""
+        return getattr(self, name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RolesConfig:
+    """Which templates, whether models think first, and how each role is sampled."""
+
+    templates: str = "olympiad"
+    think: bool = False
+    generator: Sampling
+    verifier: Sampling
+    meta_verifier: Sampling
+
+
+def make_roles(config: RolesConfig) -> Roles:
+    """Roles from the template set that the config names."""
+    loaded = prompts.load(config.templates)
+    readers = {
+        GENERATOR: _read_generation,
+        VERIFIER: _read_analysis,
+        META_VERIFIER: _read_meta,
+    }
+    return Roles(
+        **{
+            name: Role(
+                name=name,
+                template=getattr(loaded, name),
+                read=read,
+                sampling=getattr(config, name),
+                think=config.think,
+            )
+            for name, read in readers.items()
+        }
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Opinion:
+    """One response of a role: what it says, or why it says nothing."""
+
+    outcome: records.Outcome
+    written: Written | None
+    response: records.Response
+
+    @property
+    def score(self) -> float | None:
+        """The parsed score, None where there is none."""
+        return None if self.written is None else self.written.score
+
+    @property
+    def text(self) -> str:
+        """The final response; what another role may see."""
+        return self.response.final_text or ""
+
+
+def understand(role: Role, response: records.Response) -> Opinion:
+    """The outcome of a response; malformed text is data, never an error."""
+    if response.finish in (records.Finish.LOST, records.Finish.CANCELLED):
+        return Opinion(Outcome.LOST, None, response)
+    if response.finish is records.Finish.LENGTH:
+        return Opinion(Outcome.LENGTH, None, response)
+    final = response.final_text
+    written = None if final is None else role.read(final)
+    return Opinion(Outcome.UNPARSEABLE if written is None else Outcome.PARSED, written, response)
+
+
+def seed_for(*parts: object) -> int:
+    """A 62-bit seed that is a function of its parts (run seed, stage, step, purpose, ...)."""
+    text = "\x1f".join(str(p) for p in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 2
+
+
+def ask(
+    engine: engine_lib.Engine,
+    role: Role,
+    fields: Sequence[Mapping[str, str]],
+    num_samples: int,
+    seed: Sequence[Any],
+) -> list[list[Opinion]]:
+    """`num_samples` opinions on each filled prompt; answer i of item j has its own seed."""
+    requests = [
+        records.Request(
+            id=f"{role.name}/{at}",
+            prompt=role.prompt(engine.tokenizer, **values),
+            num_samples=num_samples,
+            seed=seed_for(*seed, role.name, at),
+            max_tokens=role.sampling.max_tokens,
+            temperature=role.sampling.temperature,
+            top_p=role.sampling.top_p,
+        )
+        for at, values in enumerate(fields)
+    ]
+    answers = engine.generate(requests)
+    return [[understand(role, response) for response in responses] for responses in answers]
+
+
+def votes(opinions: Sequence[Opinion]) -> list[float]:
+    """The parsed scores; lost, cut and unparseable votes are left out, never counted as 0."""
+    return [o.score for o in opinions if o.score is not None]
+
+
+def make_sample(opinion: Opinion, **fields: Any) -> records.Sample:
+    """A sample's record from an opinion and what it was asked."""
+    return records.Sample(
+        text=opinion.text,
+        outcome=opinion.outcome,
+        finish=opinion.response.finish,
+        num_tokens=len(opinion.response.token_ids),
+        checkpoint=opinion.response.parameter_version,
+        score=opinion.score,
+        **fields,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoLabelled:
+    """What the procedure said about one proof."""
+
+    label: float | None
+    analyses: tuple[Opinion, ...]
+    metas: tuple[tuple[Opinion, ...], ...]  # per parsed issue-reporting analysis
+
+    @property
+    def votes(self) -> list[float]:
+        """The parsed scores."""
+        return votes(self.analyses)
+
+    @property
+    def disagreement(self) -> float:
+        """Variance of the parsed scores; 0 without any."""
+        return float(np.var(self.votes)) if self.votes else 0.0
+
+
+def auto_label(
+    judge: engine_lib.Engine,
+    roles: Roles,
+    proofs: Sequence[records.Proof],
+    rule: reward.AutoLabelRule,
+    seed: Sequence[Any],
+) -> list[AutoLabelled]:
+    """n analyses a proof, m meta-analyses for each that reports issues, and the rule's label."""
+    fields = [{"statement": p.statement, "proof": p.text} for p in proofs]
+    analyses = ask(judge, roles.verifier, fields, rule.num_analyses, (*seed, "analyses"))
+    reporting = [
+        (at, opinion)
+        for at, opinions in enumerate(analyses)
+        for opinion in opinions
+        if opinion.score is not None and opinion.score < 1.0
+    ]
+    meta_fields = [{**fields[at], "analysis": opinion.text} for at, opinion in reporting]
+    metas = ask(judge, roles.meta_verifier, meta_fields, rule.num_meta, (*seed, "meta"))
+    confirmed = {
+        id(opinion): reward.is_valid(votes(found), rule)
+        for (_, opinion), found in zip(reporting, metas, strict=True)
+    }
+    labelled = []
+    for at, opinions in enumerate(analyses):
+        parsed = [o for o in opinions if o.score is not None]
+        scores = [o.score for o in parsed if o.score is not None]
+        valid = [confirmed.get(id(o), False) for o in parsed]
+        own = tuple(
+            tuple(m) for (place, _), m in zip(reporting, metas, strict=True) if place == at
+        )
+        labelled.append(AutoLabelled(reward.auto_label(scores, valid, rule), tuple(opinions), own))
+    return labelled

@@ -1,0 +1,141 @@
+"""The mesh, the one table from logical to mesh axes, and shardings for a tree of parameters.
+
+Parameters name logical axes where they are declared; nothing else in the project names a mesh axis.
+Unlike Flax's own resolver this one raises on an unknown axis and on a mesh axis used twice.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+
+LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "time": (),
+    "layers": (),
+    "embed": ("fsdp",),
+    "vocab": ("tensor",),
+    "heads": ("tensor",),
+    "head_width": (),
+    "q_latent": (),
+    "kv_latent": (),
+    "mlp": ("tensor",),
+    "experts": ("expert",),
+    "router": (),
+    "norm": (),
+    "score": (),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each mesh axis; -1 (at one place) takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    expert: int = 1
+    tensor: int = 1
+    context: int = 1
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all `devices`; ValueError where the sizes do not multiply to their number."""
+    found = list(jax.devices() if devices is None else devices)
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    text = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
+        raise ValueError(f"mesh {text}: sizes are positive, with -1 at one axis at most")
+    known = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes and len(found) % known == 0:
+        sizes[sizes.index(-1)] = len(found) // known
+    if math.prod(sizes) != len(found):
+        raise ValueError(
+            f"mesh {text} does not fit {len(found)} devices: the product of the sizes must be "
+            "their number; set one axis to -1 to fill it"
+        )
+    return Mesh(
+        np.asarray(found).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes)
+    )
+
+
+def partition_spec(axes: Sequence[str | None], where: str) -> PartitionSpec:
+    """The mesh axes for logical `axes`; ValueError names `where` and the axis at fault."""
+    used: dict[str, str] = {}
+    entries: list[tuple[str, ...] | str | None] = []
+    for axis in axes:
+        if axis is None:
+            entries.append(None)
+            continue
+        if axis not in LOGICAL_TO_MESH:
+            raise ValueError(
+                f"{where}: unknown logical axis {axis!r}; the table has {sorted(LOGICAL_TO_MESH)}"
+            )
+        mesh_axes = LOGICAL_TO_MESH[axis]
+        for mesh_axis in mesh_axes:
+            if mesh_axis in used:
+                raise ValueError(
+                    f"{where}: axes {used[mesh_axis]!r} and {axis!r} both go to mesh axis "
+                    f"{mesh_axis!r}; an array may use it once"
+                )
+            used[mesh_axis] = axis
+        entries.append(mesh_axes[0] if len(mesh_axes) == 1 else (mesh_axes or None))
+    return PartitionSpec(*entries)
+
+
+def _names(leaf: Any, where: str) -> tuple[str | None, ...]:
+    if not isinstance(leaf, nn.Partitioned):
+        raise ValueError(f"{where} has no logical axes: declare it with them")
+    return tuple(leaf.names)  # pyright: ignore[reportReturnType] - flax types names as Any
+
+
+def shardings_for(abstract_tree: Any, mesh: Mesh) -> Any:
+    """NamedShardings for a tree of boxed (`nn.with_logical_partitioning`) abstract arrays.
+
+    Every leaf must carry logical axes, and each sharded dimension be divisible by its mesh axes;
+    the ValueError names the parameter.
+    """
+
+    def resolve(path: Any, leaf: Any) -> NamedSharding:
+        where = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = partition_spec(_names(leaf, where), where)
+        for size, entry in zip(leaf.value.shape, spec, strict=True):
+            over = (entry,) if isinstance(entry, str) else (entry or ())
+            ways = math.prod(mesh.shape[a] for a in over)
+            if size % ways:
+                raise ValueError(
+                    f"{where}: dimension {size} cannot be split {ways} ways over {over}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(
+        resolve, abstract_tree, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first dimension split over the batch's mesh axes."""
+    return NamedSharding(mesh, partition_spec(("batch",), "batch"))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """In how many parts a batch's rows are split."""
+    return math.prod(mesh.shape[a] for a in LOGICAL_TO_MESH["batch"])
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` laid out by logical axes under the mesh in force (`jax.set_mesh`); itself without one."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, "activation"))

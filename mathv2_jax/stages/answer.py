@@ -1,0 +1,50 @@
+"""The stage that answers the held-out test set; its records are what evaluation measures."""
+
+import dataclasses
+
+from mathv2_jax import evaluation, records, reward, storage
+from mathv2_jax.stages import run as run_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerStage:
+    """Answers with the variables that stages `verifier` and `generator` left.
+
+    The seed does not depend on the stage's name: two such stages draw the same noise for the
+    same items, so their difference is paired.
+    """
+
+    name: str
+    verifier: str
+    generator: str
+    num_autolabel: int = 300
+    rule: reward.AutoLabelRule = dataclasses.field(default_factory=reward.AutoLabelRule)
+
+
+def test_set(run: run_lib.Run, stage: AnswerStage) -> evaluation.TestSet:
+    """The held-out items of the run's input."""
+    return evaluation.TestSet(
+        problems=run.input("test_problems", records.Problem),
+        proofs=run.input("test_proofs", records.Proof),
+        analyses=run.input("test_analyses", records.Analysis),
+        num_autolabel=stage.num_autolabel,
+        rule=stage.rule,
+    )
+
+
+def run_stage(run: run_lib.Run, stage: AnswerStage) -> dict[str, float]:
+    """One part per chunk of items; parts that are there already are not asked again."""
+    run.judge.load(run.variables(stage.verifier), stage.verifier)
+    run.policy.load(run.variables(stage.generator), stage.generator)
+    players = evaluation.Players(roles=run.roles, verifier=run.judge, generator=run.policy)
+    parts = run.parts(stage.name)
+    written = {storage.part_step(name) for name in parts.names()}
+    seed = run.seed_for("test set")
+    for number, make in enumerate(
+        evaluation.answers(players, test_set(run, stage), stage.name, seed), start=1
+    ):
+        run.check_stop(lambda: None)
+        if number not in written:
+            parts.write_part(storage.part_name(number), records.to_lines(make()))
+            parts.commit(number)
+    return {"answers": float(len(run.samples(stage.name)))}

@@ -1,0 +1,94 @@
+"""The drift probe: no verifier becomes a reward before it has scored a fixed labelled set."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from mathv2_jax import records, reward, roles, storage
+from mathv2_jax.stages import run as run_lib
+
+
+class DriftError(ValueError):
+    """A verifier is worse than its predecessor beyond noise, and is refused as a reward."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProbeStage:
+    """Scores the input file `probe` with `verifier`; `predecessor` names the probe stage before.
+
+    Refused where the mean absolute error of its first opinion rises by more than
+    `tolerance_se` paired standard errors.
+    """
+
+    name: str
+    verifier: str
+    predecessor: str | None = None
+    tolerance_se: float = 3.0
+
+    def __post_init__(self):
+        if self.tolerance_se <= 0:
+            raise ValueError(f"stage {self.name}: tolerance_se = {self.tolerance_se}: must be > 0")
+
+
+def run_stage(run: run_lib.Run, stage: ProbeStage) -> dict[str, float]:
+    """The probe's figures; DriftError with both verifiers' figures where the new one is worse."""
+    proofs = run.input("probe", records.Proof)
+    run.judge.load(run.variables(stage.verifier), stage.verifier)
+    fields = [{"statement": p.statement, "proof": p.text} for p in proofs]
+    seed = (run.seed, "probe")
+    opinions = roles.ask(run.judge, run.roles.verifier, fields, 1, seed)
+    samples = [
+        roles.make_sample(
+            opinion,
+            id=f"{stage.name}/{proof.id}",
+            role=roles.VERIFIER,
+            stage=stage.name,
+            step=0,
+            problem_id=proof.problem_id,
+            target=proof.id,
+            index=0,
+            statement=proof.statement,
+            proof=proof.text,
+            analysis="",
+            label=None if proof.label is None else proof.label.score,
+        )
+        for proof, (opinion,) in zip(proofs, opinions, strict=True)
+    ]
+    parts = run.parts(stage.name)
+    parts.write_part(storage.part_name(1), records.to_lines(samples))
+    parts.commit(1)
+    errors = _errors(samples)
+    prompts = [run.roles.verifier.prompt(run.tokenizer, **f) for f in fields]
+    head = run.judge.first_opinions(prompts) @ np.asarray(records.SCORES, np.float32)
+    labels = np.asarray([s.label for s in samples], np.float64)
+    figures = {
+        "mean_error": float(np.mean(errors)),
+        "accuracy": float(np.mean(errors == 0.0)),
+        "head_mean_error": float(np.mean(np.abs(head - labels))),
+        "n": float(len(errors)),
+    }
+    if stage.predecessor is not None:
+        before = _errors(run.samples(stage.predecessor))
+        rise = errors - before
+        se = float(np.std(rise, ddof=1)) / math.sqrt(len(rise))
+        figures |= {"rise": float(np.mean(rise)), "rise_se": se}
+        if np.mean(rise) > stage.tolerance_se * se:
+            raise DriftError(
+                f"verifier {stage.verifier!r} is refused as a reward: on {len(errors)} labelled "
+                f"proofs its mean error is {np.mean(errors):.3f}, that of its predecessor "
+                f"{np.mean(before):.3f}; the rise of {np.mean(rise):.3f} is more than "
+                f"{stage.tolerance_se} standard errors of {se:.3f}. Train it on more labels, or "
+                f"go on from the predecessor"
+            )
+    return figures
+
+
+def _errors(samples: list[records.Sample]) -> np.ndarray:
+    """|s' - s| a proof in the order of their ids; 1 where the analysis did not parse."""
+    return np.asarray(
+        [
+            1.0 if s.score is None or s.label is None else 1.0 - reward.agreement(s.score, s.label)
+            for s in sorted(samples, key=lambda s: s.target)
+        ]
+    )

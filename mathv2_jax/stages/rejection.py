@@ -1,0 +1,78 @@
+"""Rejection fine-tuning: the previous iteration's own best responses in every role, imitated."""
+
+import dataclasses
+from typing import Any
+
+from mathv2_jax import records, roles, storage
+from mathv2_jax.stages import run as run_lib
+from mathv2_jax.stages import sft
+from mathv2_jax.text import prompts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RejectionStage:
+    """SFT from `init` on responses of `samples_from` whose reward is at least `min_reward`.
+
+    At most `per_group` responses of a group are taken, so that easy prompts do not dominate.
+    """
+
+    name: str
+    init: str
+    samples_from: tuple[str, ...]
+    min_reward: float = 1.0
+    per_group: int = 2
+    sft: sft.SftConfig
+
+    def __post_init__(self):
+        if not 0.0 < self.min_reward <= 1.0:
+            raise ValueError(f"stage {self.name}: min_reward = {self.min_reward} must lie in (0, 1]")
+        if self.per_group < 1:
+            raise ValueError(f"stage {self.name}: per_group = {self.per_group} must be positive")
+
+
+def best_responses(run: run_lib.Run, stage: RejectionStage) -> list[records.Demonstration]:
+    """The chosen responses as demonstrations, in the order in which they were sampled."""
+    chosen = []
+    for source in stage.samples_from:
+        taken: dict[tuple[int, str], int] = {}
+        for sample in run.samples(source):
+            total = sample.rewards.get("total")
+            group = (sample.step, sample.id.rsplit("/", 1)[0])
+            if total is None or total < stage.min_reward or taken.get(group, 0) >= stage.per_group:
+                continue
+            taken[group] = taken.get(group, 0) + 1
+            chosen.append(_demonstration(run.roles.named(sample.role), sample))
+    return chosen
+
+
+def _demonstration(role: roles.Role, sample: records.Sample) -> records.Demonstration:
+    user = prompts.fill(
+        role.template, statement=sample.statement, proof=sample.proof, analysis=sample.analysis
+    )
+    return records.Demonstration(
+        id=records.content_id("demonstration", user, sample.text),
+        role=sample.role,
+        problem_id=sample.problem_id,
+        user=user,
+        assistant=sample.text,
+        source=sample.stage,
+        parents=(sample.id,),
+    )
+
+
+def run_stage(run: run_lib.Run, stage: RejectionStage) -> dict[str, Any]:
+    """Choose, write the choice down, and train on it; leaves the stage's variables.
+
+    ValueError where no response reaches the bar.
+    """
+    chosen = best_responses(run, stage)
+    if not chosen:
+        raise ValueError(
+            f"stage {stage.name}: no response of {', '.join(stage.samples_from)} earned "
+            f"{stage.min_reward}: lower min_reward"
+        )
+    parts = run.parts(f"{stage.name}-chosen")
+    parts.write_part(storage.part_name(1), records.to_lines(chosen))
+    parts.commit(1)
+    counts = {f"chosen/{n}": float(sum(d.role == n for d in chosen)) for n in roles.NAMES}
+    return {**sft.train(run, stage.name, stage.init, stage.sft, chosen), **counts}

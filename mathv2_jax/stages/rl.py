@@ -1,0 +1,409 @@
+"""Reinforcement learning of any role: one loop, and the roles and rewards passed to it as values."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from absl import logging
+
+from mathv2_jax import records, roles
+from mathv2_jax import reward as reward_lib
+from mathv2_jax.data import packing, sources
+from mathv2_jax.rl import grpo as grpo_lib
+from mathv2_jax.rl import optimizer as optimizer_lib
+from mathv2_jax.rl import learner as learner_lib
+from mathv2_jax.stages import run as run_lib
+from mathv2_jax.stages import scoring, steps
+from mathv2_jax.stages import tasks as tasks_lib
+
+LENGTH_REWARDS = ("zero", "mask")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RlConfig:
+    """A step: `groups` prompts, `samples` responses each, one update on rows of `row_length`.
+
+    Groups without signal (all rewards equal) are counted and refilled in stream order in at most
+    `max_refills` rounds; then the step trains on what there is. `on_length`: a response cut at
+    its own limit earns 0 (`zero`) or leaves its group (`mask`). `head_weight` and
+    `head_auto_weight` weigh human and automatic labels in the verifier head's loss.
+    """
+
+    steps: int
+    groups: int = 16
+    samples: int = 8
+    rows: int = 16
+    row_length: int = 384
+    max_refills: int = 0
+    on_length: str = "zero"
+    optimizer: optimizer_lib.OptimizerConfig
+    grpo: grpo_lib.GrpoConfig = dataclasses.field(default_factory=grpo_lib.GrpoConfig)
+    judge: scoring.JudgeConfig = dataclasses.field(default_factory=scoring.JudgeConfig)
+    weights: reward_lib.GeneratorWeights = dataclasses.field(default_factory=reward_lib.GeneratorWeights)
+    head_weight: float = 1.0
+    head_auto_weight: float = 0.5
+
+    def __post_init__(self):
+        for name in ("steps", "groups", "rows", "row_length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rl.{name} = {getattr(self, name)}: must be at least 1")
+        if self.samples < 2:
+            raise ValueError(f"rl.samples = {self.samples}: a group needs at least 2")
+        if self.max_refills < 0:
+            raise ValueError(f"rl.max_refills = {self.max_refills}: must not be negative")
+        if self.on_length not in LENGTH_REWARDS:
+            raise ValueError(f"rl.on_length = {self.on_length!r}: must be one of {LENGTH_REWARDS}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RlStage:
+    """One RL stage. `mixture` weighs the roles that the policy trains in.
+
+    `judge` names the stage whose variables judge: with verifier tasks it turns R_meta on, with
+    generator tasks it is the frozen verifier. `proofs` names what D_v is made of: the input file
+    and any auto-labelling stages; `fresh_share` is the weight of the latter in it.
+    """
+
+    name: str
+    init: str
+    mixture: Mapping[str, float]
+    judge: str | None = None
+    proofs: tuple[str, ...] = ("proofs",)
+    fresh_share: float = 0.5
+    rl: RlConfig
+
+    def __post_init__(self):
+        unknown = sorted(set(self.mixture) - set(roles.NAMES))
+        if unknown or not self.mixture:
+            raise ValueError(
+                f"stage {self.name}: mixture {dict(self.mixture)} must weigh some of {roles.NAMES}"
+            )
+        if roles.GENERATOR in self.mixture and self.judge is None:
+            raise ValueError(f"stage {self.name}: a generator needs a judge, name its stage")
+        if roles.GENERATOR in self.mixture and len(self.mixture) > 1:
+            raise ValueError(f"stage {self.name}: a generator trains alone, against a frozen judge")
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The answers to one task, scored. `advantages` is aligned with `kept`, the answers' places."""
+
+    answered: tuple[scoring.Answered, ...]
+    scored: tuple[scoring.Scored, ...]
+    kept: tuple[int, ...]
+    advantages: np.ndarray
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether any answer was better than another."""
+        return bool(np.any(self.advantages != 0.0))
+
+
+def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
+    """Train a policy on a reward; leaves the stage's variables and every sample as records."""
+    config = stage.rl
+    temperature = require_trainable(run, stage)
+    stream = task_stream(run, stage)
+    score = make_score(run, stage)
+    learner = run.learner(
+        ("rl", config.grpo, config.optimizer, temperature),
+        functools.partial(_make_learner, run, config, temperature),
+    )
+    with steps.Loop(run, stage.name, config.steps, learner, stage.init) as loop:
+        position = loop.position.get("next", 0)
+        for step in loop.remaining():
+            run.policy.load(loop.state.variables, f"{stage.name}@{step}")
+            groups, position = collect(run, stage, stream, score, step, position)
+            batches = [learner.put(b) for b in pack(config, groups)]
+            references = [None] * len(batches)
+            if config.grpo.kl_coefficient:
+                references = [learner.logprobs(loop.initial, b) for b in batches]
+            rate = optimizer_lib.learning_rate(config.optimizer, step, config.steps)
+            fresh = learner.step(loop.state, batches, references, rate)
+            written = list(to_samples(run, stage.name, step, groups))
+            scalars = measure(groups, run.runtime.lost_alarm, stage.name)
+            loop.advance(*fresh, batches, {"next": position}, scalars, written)
+        return loop.finish()
+
+
+def require_trainable(run: run_lib.Run, stage: RlStage) -> float:
+    """The temperature that the policy is sampled and trained at.
+
+    ValueError where its roles differ in it, sample greedily, or truncate: the trainer's
+    log-probabilities would not be the sampler's.
+    """
+    settings = {name: run.roles.named(name).sampling for name in stage.mixture}
+    temperatures = sorted({s.temperature for s in settings.values()})
+    if len(temperatures) != 1 or temperatures[0] <= 0.0:
+        raise ValueError(
+            f"stage {stage.name}: roles {sorted(settings)} are sampled at temperatures "
+            f"{temperatures}; a policy trains at one positive temperature"
+        )
+    truncated = {name: s.top_p for name, s in settings.items() if s.top_p < 1.0}
+    if truncated:
+        raise ValueError(
+            f"stage {stage.name}: top_p = {truncated}; training needs top_p = 1, since the "
+            "trainer does not replay truncated distributions"
+        )
+    return temperatures[0]
+
+
+def make_score(run: run_lib.Run, stage: RlStage) -> scoring.Score:
+    """The stage's reward scheme; loads the judge that it needs."""
+    mask_length = stage.rl.on_length == "mask"
+    if stage.judge is None:
+        return scoring.label_scorer(mask_length=mask_length)
+    run.judge.load(run.variables(stage.judge), stage.judge)
+    if roles.GENERATOR in stage.mixture:
+        return scoring.generator_scorer(
+            run.judge, run.roles, stage.rl.judge, stage.rl.weights, mask_length=mask_length
+        )
+    return scoring.meta_scorer(run.judge, run.roles, stage.rl.judge, mask_length=mask_length)
+
+
+def task_stream(run: run_lib.Run, stage: RlStage) -> grain.MapDataset:
+    """The stage's tasks as one endless stream by weight: element i is a function of (seed, i)."""
+    found: dict[str, list[tasks_lib.Task]] = {}
+    weights: dict[str, float] = {}
+    for name, weight in stage.mixture.items():
+        role = run.roles.named(name)
+        if name == roles.GENERATOR:
+            problems = run.input("problems", records.Problem)
+            found[name] = tasks_lib.generator_tasks(role, run.tokenizer, problems)
+            weights[name] = weight
+        elif name == roles.META_VERIFIER:
+            analyses = run.input("analyses", records.Analysis)
+            found[name] = tasks_lib.meta_verifier_tasks(role, run.tokenizer, analyses)
+            weights[name] = weight
+        else:
+            for source, share in _proof_shares(stage).items():
+                proofs = (
+                    run.input(source, records.Proof)
+                    if source == "proofs"
+                    else run.stage_records(source, records.Proof)
+                )
+                labelled = [p for p in proofs if p.label is not None]
+                if not labelled:
+                    logging.warning("%s: %s holds no labelled proof", stage.name, source)
+                    continue
+                key = f"{name}:{source}"
+                found[key] = tasks_lib.verifier_tasks(role, run.tokenizer, labelled)
+                weights[key] = weight * share
+    longest = run.engine_config.prompt_buckets[-1]
+    for name, items in found.items():
+        room = [
+            len(t.prompt) <= longest
+            and len(t.prompt) + t.role.sampling.max_tokens <= stage.rl.row_length
+            for t in items
+        ]
+        limit = min(longest, stage.rl.row_length)
+        steps.report_left_out(f"{stage.name}/{name}", room.count(False), len(items), limit)
+        found[name] = [t for t, fits in zip(items, room, strict=True) if fits]
+    return sources.stream(found, weights, run.seed_for(stage.name, "tasks"))
+
+
+def _proof_shares(stage: RlStage) -> dict[str, float]:
+    fresh = [p for p in stage.proofs if p != "proofs"]
+    if not fresh:
+        return {"proofs": 1.0}
+    shares = {p: stage.fresh_share / len(fresh) for p in fresh}
+    if "proofs" in stage.proofs:
+        shares["proofs"] = 1.0 - stage.fresh_share
+    return shares
+
+
+def collect(
+    run: run_lib.Run,
+    stage: RlStage,
+    stream: Any,
+    score: scoring.Score,
+    step: int,
+    position: int,
+) -> tuple[list[Group], int]:
+    """The step's groups, in stream order, and where the stream stands afterwards."""
+    config = stage.rl
+    groups: list[Group] = []
+    for refill in range(config.max_refills + 1):
+        missing = config.groups - sum(g.has_signal for g in groups)
+        if not missing:
+            break
+        asked = [stream[position + i] for i in range(missing)]
+        position += missing
+        requests = [
+            records.Request(
+                id=f"{stage.name}/{step}/{refill}/{at}",
+                prompt=task.prompt,
+                num_samples=config.samples,
+                seed=run.seed_for(stage.name, step, refill, at),
+                max_tokens=task.role.sampling.max_tokens,
+                temperature=task.role.sampling.temperature,
+                top_p=task.role.sampling.top_p,
+            )
+            for at, task in enumerate(asked)
+        ]
+        answered = [
+            [scoring.Answered(task, roles.understand(task.role, r)) for r in responses]
+            for task, responses in zip(asked, run.policy.generate(requests), strict=True)
+        ]
+        flat = [a for group in answered for a in group]
+        scored = score(flat, (run.seed, stage.name, step, refill, "judge"))
+        for at in range(missing):
+            where = slice(at * config.samples, (at + 1) * config.samples)
+            groups.append(_group(flat[where], scored[where], config.grpo.advantage))
+    return groups, position
+
+
+def _group(
+    answered: Sequence[scoring.Answered], scored: Sequence[scoring.Scored], kind: str
+) -> Group:
+    kept = tuple(i for i, s in enumerate(scored) if s.components is not None)
+    totals = [s.components["total"] for s in scored if s.components is not None]
+    return Group(tuple(answered), tuple(scored), kept, grpo_lib.advantages(totals, kind))
+
+
+def pack(config: RlConfig, groups: Sequence[Group]) -> list[packing.Batch]:
+    """Groups with signal as rows; every verifier task also gives the head its target."""
+    lengths = [
+        [len(g.answered[i].opinion.response.token_ids) for i in g.kept] if g.has_signal else []
+        for g in groups
+    ]
+    weights = grpo_lib.token_weights(lengths, config.grpo)
+    labelled = [g for g in groups if _head_label(g) is not None]
+    items = []
+    for group, token_weights in zip(groups, weights, strict=True):
+        task, label = group.answered[0].task, _head_label(group)
+        answers = [
+            packing.Answer(
+                tokens=response.token_ids,
+                weights=[weight] * len(response.token_ids),
+                old_logprobs=response.logprobs,
+                advantage=float(advantage),
+            )
+            for i, weight, advantage in zip(
+                group.kept, token_weights, group.advantages, strict=False
+            )
+            for response in [group.answered[i].opinion.response]
+        ]
+        trust = config.head_auto_weight if task.auto else config.head_weight
+        if answers or label is not None:
+            items.append(
+                packing.Item(
+                    prompt=task.prompt,
+                    answers=tuple(answers),
+                    head_label=label,
+                    head_weight=trust / max(len(labelled), 1),
+                )
+            )
+    return packing.pack_all(items, config.rows, config.row_length)
+
+
+def _head_label(group: Group) -> float | None:
+    task = group.answered[0].task
+    return task.label if task.role.name == roles.VERIFIER else None
+
+
+def to_samples(
+    run: run_lib.Run, stage: str, step: int, groups: Sequence[Group]
+) -> Sequence[records.Sample]:
+    """Every answer of the step, then every opinion that the judge gave on it."""
+    found = []
+    for place, group in enumerate(groups):
+        advantage = dict(zip(group.kept, group.advantages, strict=True))
+        for index, (answered, scored) in enumerate(
+            zip(group.answered, group.scored, strict=True)
+        ):
+            task, opinion = answered.task, answered.opinion
+            name = f"{stage}/{step}/{place}/{index}"
+            found.append(
+                roles.make_sample(
+                    opinion,
+                    id=name,
+                    role=task.role.name,
+                    stage=stage,
+                    step=step,
+                    problem_id=task.problem_id,
+                    target=task.target,
+                    index=index,
+                    statement=task.statement,
+                    proof=task.proof,
+                    analysis=task.analysis,
+                    label=task.label,
+                    advantage=float(advantage[index]) if index in advantage else None,
+                    rewards=dict(scored.components or {}),
+                    votes=tuple(roles.votes(scored.verifier)),
+                    meta_votes=tuple(roles.votes(scored.meta)),
+                )
+            )
+            written = opinion.written
+            for role, opinions in (
+                (roles.VERIFIER, scored.verifier),
+                (roles.META_VERIFIER, scored.meta),
+            ):
+                for number, judged in enumerate(opinions):
+                    generated = task.role.name == roles.GENERATOR and written is not None
+                    analysis = ""
+                    if role == roles.META_VERIFIER:
+                        analysis = written.self_analysis if generated else opinion.text
+                    found.append(
+                        roles.make_sample(
+                            judged,
+                            id=f"{name}/{role}/{number}",
+                            role=role,
+                            stage=stage,
+                            step=step,
+                            problem_id=task.problem_id,
+                            target=name,
+                            index=number,
+                            statement=task.statement,
+                            proof=written.body if generated else task.proof,
+                            analysis=analysis,
+                        )
+                    )
+    return found
+
+
+def measure(groups: Sequence[Group], lost_alarm: float, stage: str) -> dict[str, float]:
+    """The step's scalars: reward components, outcomes, lengths, signal; alarms on lost votes."""
+    answered = [a for g in groups for a in g.answered]
+    scored = [s for g in groups for s in g.scored]
+    parts: dict[str, list[float]] = {}
+    for s in scored:
+        for name, value in (s.components or {}).items():
+            parts.setdefault(name, []).append(value)
+    total = len(answered)
+    scalars = {"reward": float(np.mean(parts["total"])) if parts else 0.0}
+    scalars |= {
+        f"reward/{n}": float(np.mean(v)) for n, v in sorted(parts.items()) if n != "total"
+    }
+    for outcome in records.Outcome:
+        count = sum(a.opinion.outcome is outcome for a in answered)
+        scalars[f"outcome/{outcome.value}"] = count / total
+    lengths = [len(a.opinion.response.token_ids) for a in answered]
+    scalars["length"] = float(np.mean(lengths))
+    scores = [a.opinion.score for a in answered if a.opinion.score is not None]
+    scalars["score"] = float(np.mean(scores)) if scores else 0.0
+    scalars["zero_signal"] = float(np.mean([not g.has_signal for g in groups]))
+    judged = [o for s in scored for o in (*s.verifier, *s.meta)]
+    lost = sum(o.outcome is not records.Outcome.PARSED for o in judged) / max(len(judged), 1)
+    scalars["lost_votes"] = lost
+    scalars["left_group"] = sum(s.components is None for s in scored) / total
+    if lost > lost_alarm:
+        logging.warning("%s: %.0f %% of the judge's votes are lost", stage, 100 * lost)
+    return scalars
+
+
+def _make_learner(
+    run: run_lib.Run, config: RlConfig, temperature: float
+) -> learner_lib.Learner:
+    loss = functools.partial(learner_lib.policy_gradient, run.trunk, config.grpo, temperature)
+    return learner_lib.Learner(
+        run.trunk,
+        loss,
+        optimizer_lib.make_optimizer(config.optimizer),
+        run.mesh,
+        router_bias_rate=run.router_bias_rate,
+        temperature=temperature,
+    )

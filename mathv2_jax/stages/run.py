@@ -1,0 +1,143 @@
+"""What every stage is given: the run's fixed parts, its engines and learners, its folders."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+
+from mathv2_jax import checkpoint, records, roles, sharding, storage
+from mathv2_jax import metrics as metrics_lib
+from mathv2_jax.data import sources
+from mathv2_jax.model import transformer
+from mathv2_jax.rl import learner as learner_lib
+from mathv2_jax.rollout import decode, engine
+from mathv2_jax.text import tokenizer as tokenizer_lib
+
+FRESH = "fresh"  # the name of the parameters that a run starts from
+
+
+class Preempted(Exception):
+    """The run was asked to stop; everything up to here is saved."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """How a run is carried out, never what it computes."""
+
+    save_every: int = 50
+    keep_checkpoints: int = 2
+    metrics: metrics_lib.MetricsConfig = dataclasses.field(
+        default_factory=metrics_lib.MetricsConfig
+    )
+    mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
+    lost_alarm: float = 0.05
+
+    def __post_init__(self):
+        if self.save_every < 1:
+            raise ValueError(f"runtime.save_every = {self.save_every}: must be at least 1")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """The context of a run. Stages take it and their own config, and see only files beside it."""
+
+    workdir: epath.Path
+    seed: int
+    trunk: learner_lib.Trunk
+    tokenizer: tokenizer_lib.SentencePieceTokenizer
+    roles: roles.Roles
+    mesh: Mesh
+    engine_config: engine.EngineConfig
+    runtime: RuntimeConfig
+    router_bias_rate: float
+    should_stop: Callable[[], bool] = lambda: False
+
+    def __post_init__(self):
+        programs = decode.Programs(self.trunk.config, self.trunk.kernels)
+        self._learners: dict[Any, learner_lib.Learner] = {}
+        self.policy, self.judge = (
+            engine.Engine(
+                programs,
+                self.tokenizer,
+                self.engine_config,
+                self.mesh,
+                think=self.roles.verifier.think,
+            )
+            for _ in range(2)
+        )
+
+    def learner(self, key: Any, make: Callable[[], learner_lib.Learner]) -> learner_lib.Learner:
+        """The learner for `key` (its hashable settings): made once, so compiled once."""
+        if key not in self._learners:
+            self._learners[key] = make()
+        return self._learners[key]
+
+    def seed_for(self, *parts: object) -> int:
+        """A seed for a purpose of this run."""
+        return roles.seed_for(self.seed, *parts)
+
+    def parts(self, stage: str) -> storage.Parts:
+        """The stage's records."""
+        return storage.Parts(self.workdir / "records" / stage)
+
+    def input(self, name: str, kind: type[sources.T]) -> list[sources.T]:
+        """Records that the run was given before its first stage."""
+        return sources.read(self.workdir / "records" / "input" / f"{name}.jsonl", kind)
+
+    def samples(self, stage: str) -> list[records.Sample]:
+        """Every sample that a finished stage wrote."""
+        return self.stage_records(stage, records.Sample)
+
+    def stage_records(self, stage: str, kind: type[sources.T]) -> list[sources.T]:
+        """The records of one kind among those that a stage wrote."""
+        mark = f'"kind": "{kind.__name__}"'
+        lines = [line for line in self.parts(stage).read() if mark in line]
+        return sources.parse_lines(lines, kind, f"records/{stage}")
+
+    def checkpoints(self, stage: str) -> checkpoint.Checkpoints:
+        """The train states of a stage in progress."""
+        return checkpoint.Checkpoints(
+            self.workdir / "checkpoints" / stage / "steps", keep=self.runtime.keep_checkpoints
+        )
+
+    def variables(self, stage: str) -> transformer.Variables:
+        """The variables that a finished stage left, or the fresh ones."""
+        boxed = transformer.boxed_abstract(self.trunk.config, self.trunk.kernels)
+        shardings = sharding.shardings_for(boxed, self.mesh)
+        if stage == FRESH:
+            key = jax.random.key(self.seed_for("init") % 2**32)
+            return jax.device_put(
+                transformer.init(self.trunk.config, key, self.trunk.kernels), shardings
+            )
+        abstract = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            transformer.unboxed(boxed),
+            shardings,
+        )
+        with checkpoint.Checkpoints(self._final(stage), keep=1) as saved:
+            found = saved.restore(abstract)
+        if found is None:
+            raise ValueError(
+                f"stage {stage!r} has left no variables in {self._final(stage)}: it must stand "
+                "before the stages that use it"
+            )
+        return found[0]
+
+    def keep_variables(self, stage: str, variables: transformer.Variables, step: int) -> None:
+        """Leave a stage's result for later stages; returns when it is on disk."""
+        with checkpoint.Checkpoints(self._final(stage), keep=1) as saved:
+            saved.save(step, variables, {"stage": stage})
+
+    def _final(self, stage: str) -> epath.Path:
+        return self.workdir / "checkpoints" / stage / "final"
+
+    def check_stop(self, save: Callable[[], None]) -> None:
+        """Saves and raises Preempted where the run was asked to stop."""
+        if self.should_stop():
+            logging.warning("asked to stop: saving, then leaving")
+            save()
+            raise Preempted

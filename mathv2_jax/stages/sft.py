@@ -1,0 +1,121 @@
+"""Supervised stages: the cold start, and rejection fine-tuning on a run's own best responses."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from mathv2_jax import records
+from mathv2_jax.data import packing, sources
+from mathv2_jax.rl import learner as learner_lib
+from mathv2_jax.rl import optimizer as optimizer_lib
+from mathv2_jax.stages import run as run_lib
+from mathv2_jax.stages import steps
+from mathv2_jax.text import tokenizer as tokenizer_lib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftConfig:
+    """Batches of `rows` x `row_length` packed tokens; the mean log-probability of the assistant's
+    tokens is raised, prompts count `prompt_weight` each (0: not at all)."""
+
+    steps: int
+    rows: int
+    row_length: int
+    optimizer: optimizer_lib.OptimizerConfig
+    prompt_weight: float = 0.0
+
+    def __post_init__(self):
+        if min(self.steps, self.rows, self.row_length) < 1:
+            raise ValueError(
+                f"sft.steps = {self.steps}, rows = {self.rows}, row_length = {self.row_length}: "
+                "each must be at least 1"
+            )
+        if not 0.0 <= self.prompt_weight <= 1.0:
+            raise ValueError(f"sft.prompt_weight = {self.prompt_weight}: must lie in 0..1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftStage:
+    """Cold start from `init` on the input file `demonstrations`."""
+
+    name: str
+    init: str = run_lib.FRESH
+    demonstrations: str = "demonstrations"
+    sft: SftConfig
+
+
+def supervised_item(
+    tokenizer: tokenizer_lib.SentencePieceTokenizer,
+    demonstration: records.Demonstration,
+    prompt_weight: float,
+    *,
+    think: bool,
+) -> packing.Item:
+    """A conversation as one item; with a prompt weight the prompt is learned too."""
+    user = tokenizer_lib.Message("user", demonstration.user)
+    prompt = tokenizer.encode([user], think=think)
+    answer = [*tokenizer.encode_text(demonstration.assistant), tokenizer.eos_id]
+    if think:
+        answer.insert(0, tokenizer.end_think_id)
+    weights = [1.0] * len(answer)
+    if prompt_weight:
+        whole = packing.Answer(
+            tokens=[*prompt, *answer], weights=[prompt_weight] * len(prompt) + weights
+        )
+        return packing.Item(prompt=(), answers=(whole,))
+    return packing.Item(prompt=prompt, answers=(packing.Answer(tokens=answer, weights=weights),))
+
+
+def run_stage(run: run_lib.Run, stage: SftStage) -> dict[str, Any]:
+    """Train on the demonstrations; leaves the stage's variables."""
+    demonstrations = run.input(stage.demonstrations, records.Demonstration)
+    return train(run, stage.name, stage.init, stage.sft, demonstrations)
+
+
+def train(
+    run: run_lib.Run,
+    name: str,
+    init: str,
+    config: SftConfig,
+    demonstrations: Sequence[records.Demonstration],
+) -> dict[str, Any]:
+    """The supervised loop. Conversations longer than a row are left out, counted and reported."""
+    item = functools.partial(
+        supervised_item,
+        run.tokenizer,
+        prompt_weight=config.prompt_weight,
+        think=run.roles.generator.think,
+    )
+    items = [item(d) for d in demonstrations]
+    fitting = [i for i in items if len(i) <= config.row_length]
+    steps.report_left_out(name, len(items) - len(fitting), len(items), config.row_length)
+    stream = sources.stream({"demonstrations": fitting}, {"demonstrations": 1.0}, run.seed_for(name))
+    learner = run.learner(("sft", config.optimizer), functools.partial(_make_learner, run, config))
+    with steps.Loop(run, name, config.steps, learner, init) as loop:
+        position = loop.position.get("next", 0)
+        for step in loop.remaining():
+            packer = packing.Packer(config.rows, config.row_length)
+            while packer.add(stream[position]):
+                position += 1
+            rate = optimizer_lib.learning_rate(config.optimizer, step, config.steps)
+            fresh = learner.step(loop.state, [learner.put(packer.batch)], [None], rate)
+            loop.advance(*fresh, [packer.batch], {"next": position}, {}, [])
+        return loop.finish()
+
+
+def _make_learner(run: run_lib.Run, config: SftConfig) -> learner_lib.Learner:
+    def mean_loss(params: Any, variables: Any, batch: packing.Batch, _: Any) -> Any:
+        loss, aux = learner_lib.supervised(run.trunk, params, variables, batch, None)
+        total = jnp.maximum(jnp.sum(jnp.asarray(batch.weights_BT)), 1.0)
+        return loss / total, aux._replace(loss=loss / total)
+
+    return learner_lib.Learner(
+        run.trunk,
+        mean_loss,
+        optimizer_lib.make_optimizer(config.optimizer),
+        run.mesh,
+        router_bias_rate=run.router_bias_rate,
+    )

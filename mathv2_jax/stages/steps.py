@@ -1,0 +1,148 @@
+"""The part of a training loop that all stages share: resume, metrics, records, checkpoints, stop."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from mathv2_jax import metrics, records, storage
+from mathv2_jax.data import packing
+from mathv2_jax.rl import learner as learner_lib
+from mathv2_jax.stages import run as run_lib
+
+
+class NotFiniteError(FloatingPointError):
+    """A loss or gradient was not finite; the state is the last good one, the batch is on disk."""
+
+
+def report_left_out(stage: str, left_out: int, total: int, row_length: int) -> None:
+    """Say how much a row's length costs; ValueError where nothing is left."""
+    if left_out == total:
+        raise ValueError(
+            f"stage {stage}: none of {total} items fits rows of {row_length} tokens: raise "
+            "row_length"
+        )
+    if left_out:
+        logging.warning(
+            "%s: %d of %d items are longer than %d tokens and left out",
+            stage,
+            left_out,
+            total,
+            row_length,
+        )
+
+
+class Loop:
+    """One stage's training state from its newest checkpoint to its end. A context manager.
+
+    Per step the stage calls `advance` with what the learner returned; the step's metrics are read
+    only when the next step has been dispatched.
+    """
+
+    def __init__(
+        self,
+        run: run_lib.Run,
+        name: str,
+        num_steps: int,
+        learner: learner_lib.Learner,
+        init: str,
+    ):
+        self.run, self.name, self.num_steps, self.learner = run, name, num_steps, learner
+        self.initial = run.variables(init)
+        self.state = learner.start(self.initial)
+        self.position: Mapping[str, Any] = {}
+        self.first_step = 0
+        self._checkpoints = run.checkpoints(name)
+        found = self._checkpoints.restore(self.state)
+        if found is not None:
+            self.state, self.position, self.first_step = found
+            print(f"{name}: goes on at step {self.first_step} of {num_steps}", flush=True)
+        self._step = self.first_step
+        self._parts = run.parts(name)
+        self._parts.discard_after(self.first_step)
+        self._writer = metrics.MetricWriter(
+            run.workdir,
+            name,
+            total_steps=num_steps,
+            resume_from=self.first_step,
+            config=run.runtime.metrics,
+        )
+        self._pending: tuple[int, Mapping[str, Any], Mapping[str, float], Any] | None = None
+        self._last: dict[str, float] = {}
+
+    def __enter__(self) -> "Loop":
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._writer.close()
+        self._checkpoints.close()
+
+    def remaining(self) -> Iterator[int]:
+        """The steps still to take, counted from 0; stops early where the run is asked to."""
+        while self._step < self.num_steps:
+            self.run.check_stop(self._save)
+            yield self._step
+
+    def advance(
+        self,
+        state: learner_lib.TrainState,
+        measured: Mapping[str, jax.Array],
+        batches: Sequence[packing.Batch],
+        position: Mapping[str, Any],
+        scalars: Mapping[str, float],
+        written: Sequence[records.Sample],
+    ) -> None:
+        """Take over a step's outcome; `batches` are kept for inspection until it proves finite."""
+        self._read_pending()
+        self._step += 1
+        self.state, self.position = state, position
+        self._pending = (self._step, measured, scalars, batches)
+        if written:
+            name = storage.part_name(self._step)
+            self._parts.write_part(name, records.to_lines(written))
+        if self._step % self.run.runtime.save_every == 0 and self._step < self.num_steps:
+            self._save()
+
+    def finish(self) -> dict[str, float]:
+        """Leave the variables to later stages; the last step's metrics."""
+        self._save()
+        self.run.keep_variables(self.name, self.state.variables, self._step)
+        self._writer.finish()
+        return self._last
+
+    def _save(self) -> None:
+        self._read_pending()
+        self._writer.flush()
+        self._parts.commit(self._step)
+        if self._checkpoints.latest_step() != self._step:
+            self._checkpoints.save(self._step, self.state, dict(self.position))
+
+    def _read_pending(self) -> None:
+        if self._pending is None:
+            return
+        step, measured, scalars, batches = self._pending
+        self._pending = None
+        values = {name: float(x) for name, x in jax.device_get(dict(measured)).items()}
+        if not values.pop("finite"):
+            folder = self.run.workdir / "inspect" / f"{self.name}-{step:06d}"
+            write_batches(folder, batches)
+            raise NotFiniteError(
+                f"{self.name}, step {step}: loss {values['loss']}, gradient norm "
+                f"{values['gradient_norm']} are not finite. The state before this step is kept; "
+                f"its batch is in {folder}"
+            )
+        self._last = {**values, **scalars}
+        self._writer.write(step, self._last)
+
+
+def write_batches(folder: Any, batches: Sequence[packing.Batch]) -> None:
+    """The micro-batches of a step as .npy files, one an array."""
+    for number, batch in enumerate(batches):
+        for name, value in batch._asdict().items():
+            if value is not None:
+                path = folder / f"{number}-{name}.npy"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("wb") as file:
+                    np.save(file, np.asarray(value))

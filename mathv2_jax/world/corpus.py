@@ -1,0 +1,286 @@
+"""What the world writes before any stage starts: D_p, D_v, D_mv, demonstrations, held-out sets.
+
+Everything is a function of (config, seed). Problems are split by canonical form, so no problem of
+the probe, validation or test sets has a renamed twin in any training source.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+
+import numpy as np
+
+from mathv2_jax import records
+from mathv2_jax.text import parse, prompts
+from mathv2_jax.world import demonstrations, judge, problems
+
+SPLITS = ("train", "probe", "validation", "test")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorldConfig:
+    """Sizes of what is written, difficulty, and the error rate of the human-like labels.
+
+    `num_graded_proofs` and `num_graded_analyses` are all the labels that training ever gets from
+    the judge (D_v and D_mv), each wrong with probability `label_error`.
+    """
+
+    dials: problems.Dials = dataclasses.field(default_factory=problems.Dials)
+    writers: demonstrations.WriterRates = dataclasses.field(
+        default_factory=demonstrations.WriterRates
+    )
+    num_demonstrations: int = 24_000
+    refine_share: float = 0.1
+    num_problems: int = 4_000
+    num_graded_proofs: int = 3_000
+    num_graded_analyses: int = 2_000
+    label_error: float = 0.05
+    num_probe: int = 300
+    num_validation: int = 200
+    num_test: int = 1_000
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith("num_") and value < 1:
+                raise ValueError(f"world.{field.name} = {value}: must be at least 1")
+        for name in ("refine_share", "label_error"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"world.{name} = {getattr(self, name)}: must lie in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """Everything the world wrote, as records."""
+
+    problems: tuple[records.Problem, ...]  # D_p
+    proofs: tuple[records.Proof, ...]  # D_v
+    analyses: tuple[records.Analysis, ...]  # D_mv
+    demonstrations: tuple[records.Demonstration, ...]
+    probe: tuple[records.Proof, ...]
+    validation_problems: tuple[records.Problem, ...]
+    test_problems: tuple[records.Problem, ...]
+    test_proofs: tuple[records.Proof, ...]
+    test_analyses: tuple[records.Analysis, ...]
+
+
+def split_of(cluster: str) -> str:
+    """The split that a canonical form belongs to, for every seed alike: 80, 4, 4, 12 percent."""
+    place = int(hashlib.sha256(f"split:{cluster}".encode()).hexdigest()[:8], 16) % 100
+    return SPLITS[0 if place < 80 else 1 if place < 84 else 2 if place < 88 else 3]
+
+
+class _Author:
+    """Draws problems of one split and writes about them; one random stream a purpose."""
+
+    def __init__(self, config: WorldConfig, seed: int, split: str, purpose: int):
+        self.config, self.split = config, split
+        self.rng = np.random.default_rng([seed, SPLITS.index(split), purpose])
+
+    def stream(self) -> Iterator[tuple[problems.WorldProblem, records.Problem]]:
+        while True:
+            problem = problems.make_problem(self.rng, self.config.dials)
+            cluster = problems.canonical_form(problem)
+            if split_of(cluster) != self.split:
+                continue
+            statement = str(problem)
+            yield (
+                problem,
+                records.Problem(
+                    id=records.content_id("problem", statement),
+                    statement=statement,
+                    source="world",
+                    cluster=cluster,
+                ),
+            )
+
+    def proof(self, problem: problems.WorldProblem, record: records.Problem) -> records.Proof:
+        text = demonstrations.write_proof(self.rng, problem, self.config.writers)
+        return records.Proof(
+            id=records.content_id("proof", record.statement, text),
+            problem_id=record.id,
+            statement=record.statement,
+            text=text,
+            source="world-writer",
+            parents=(record.id,),
+        )
+
+    def analysis(self, proof: records.Proof) -> records.Analysis:
+        body, score = demonstrations.write_analysis(
+            self.rng, proof.statement, proof.text, self.config.writers
+        )
+        text = parse.write_analysis(body, score)
+        return records.Analysis(
+            id=records.content_id("analysis", proof.statement, proof.text, text),
+            problem_id=proof.problem_id,
+            proof_id=proof.id,
+            statement=proof.statement,
+            proof=proof.text,
+            text=text,
+            score=score,
+            source="world-analyst",
+            parents=(proof.id,),
+        )
+
+    def human_label(self, true_score: float, rubric: str) -> records.Label:
+        score = demonstrations.noisy_score(self.rng, true_score, self.config.label_error)
+        return records.Label(score=score, source="world", rater="noisy expert", rubric=rubric)
+
+
+def _distinct(
+    author: _Author, number: int
+) -> Iterator[tuple[problems.WorldProblem, records.Problem]]:
+    seen: set[str] = set()
+    tries = 0
+    for problem, record in author.stream():
+        tries += 1
+        if record.id not in seen:
+            seen.add(record.id)
+            yield problem, record
+        if len(seen) == number:
+            return
+        if tries > 50 * number + 1000:
+            raise ValueError(
+                f"the world's dials allow only {len(seen)} distinct {author.split} problems, "
+                f"{number} were asked for: raise the dials or lower the number"
+            )
+
+
+def graded_proofs(
+    config: WorldConfig, seed: int, split: str, number: int, *, labelled: bool
+) -> list[records.Proof]:
+    """`number` distinct problems of a split with one written proof each."""
+    author = _Author(config, seed, split, 1)
+    proofs = []
+    for problem, record in _distinct(author, number):
+        proof = author.proof(problem, record)
+        if labelled:
+            verdict = judge.judge_proof(proof.statement, proof.text)
+            label = author.human_label(verdict.score, "I_v")
+            proof = dataclasses.replace(proof, label=label)
+        proofs.append(proof)
+    return proofs
+
+
+def graded_analyses(
+    config: WorldConfig, seed: int, split: str, number: int, *, labelled: bool
+) -> list[records.Analysis]:
+    """`number` distinct problems of a split, a proof and one analysis of it each."""
+    author = _Author(config, seed, split, 2)
+    analyses = []
+    for problem, record in _distinct(author, number):
+        analysis = author.analysis(author.proof(problem, record))
+        if labelled:
+            label = author.human_label(true_quality(analysis).quality, "I_mv")
+            analysis = dataclasses.replace(analysis, label=label)
+        analyses.append(analysis)
+    return analyses
+
+
+def true_quality(analysis: records.Analysis) -> judge.AnalysisVerdict:
+    """The judge's verdict on an analysis record."""
+    parsed = parse.parse_analysis(analysis.text)
+    if parsed is None:
+        raise ValueError(f"analysis {analysis.id} is not in the verifier's format")
+    return judge.judge_analysis(analysis.statement, analysis.proof, parsed.body, parsed.score)
+
+
+def plain_problems(
+    config: WorldConfig, seed: int, split: str, number: int
+) -> list[records.Problem]:
+    """`number` distinct problems of a split."""
+    return [record for _, record in _distinct(_Author(config, seed, split, 3), number)]
+
+
+def make_demonstrations(
+    config: WorldConfig, seed: int, templates: prompts.PromptSet
+) -> list[records.Demonstration]:
+    """Conversations for the cold start: the three roles in turn, some of the first refinements."""
+    author = _Author(config, seed, "train", 4)
+    made = []
+    for index, (problem, record) in enumerate(author.stream()):
+        if index == config.num_demonstrations:
+            return made
+        proof = author.proof(problem, record)
+        analysis = author.analysis(proof)
+        if index % 3 == 0:
+            demonstration = _generation(author, templates, problem, record, proof, analysis)
+        elif index % 3 == 1:
+            user = prompts.fill(
+                templates.verifier, statement=proof.statement, proof=proof.text
+            )
+            demonstration = ("verifier", user, analysis.text, (proof.id,))
+        else:
+            body, quality = demonstrations.write_meta_body(
+                author.rng, true_quality(analysis), config.writers
+            )
+            user = prompts.fill(
+                templates.meta_verifier,
+                statement=proof.statement,
+                proof=proof.text,
+                analysis=analysis.text,
+            )
+            text = parse.write_meta_analysis(body, quality)
+            demonstration = ("meta_verifier", user, text, (analysis.id,))
+        role, user, assistant, parents = demonstration
+        made.append(
+            records.Demonstration(
+                id=records.content_id("demonstration", user, assistant),
+                role=role,
+                problem_id=record.id,
+                user=user,
+                assistant=assistant,
+                source="world-writer",
+                parents=parents,
+            )
+        )
+    raise AssertionError("the author's stream of problems has no end")
+
+
+def _generation(
+    author: _Author,
+    templates: prompts.PromptSet,
+    problem: problems.WorldProblem,
+    record: records.Problem,
+    proof: records.Proof,
+    analysis: records.Analysis,
+) -> tuple[str, str, str, tuple[str, ...]]:
+    """A generator's demonstration: a first proof, or the repair of a flawed one."""
+    flawed = parse.parse_analysis(analysis.text)
+    if author.rng.random() >= author.config.refine_share or flawed is None or flawed.score == 1:
+        user = prompts.fill(templates.generator, statement=record.statement)
+        return (
+            "generator",
+            user,
+            parse.write_generation(proof.text, analysis.text),
+            (record.id,),
+        )
+    user = prompts.fill(
+        templates.refine, statement=record.statement, proof=proof.text, analysis=analysis.text
+    )
+    better = author.proof(problem, record)
+    text = parse.write_generation(better.text, author.analysis(better).text)
+    return "refiner", user, text, (proof.id, analysis.id)
+
+
+def make_corpus(config: WorldConfig, seed: int, templates: prompts.PromptSet) -> Corpus:
+    """All files' contents. The test sets carry no label: the judge measures them afterwards."""
+    return Corpus(
+        problems=tuple(plain_problems(config, seed, "train", config.num_problems)),
+        proofs=tuple(
+            graded_proofs(config, seed, "train", config.num_graded_proofs, labelled=True)
+        ),
+        analyses=tuple(
+            graded_analyses(config, seed, "train", config.num_graded_analyses, labelled=True)
+        ),
+        demonstrations=tuple(make_demonstrations(config, seed, templates)),
+        probe=tuple(graded_proofs(config, seed, "probe", config.num_probe, labelled=True)),
+        validation_problems=tuple(
+            plain_problems(config, seed, "validation", config.num_validation)
+        ),
+        test_problems=tuple(plain_problems(config, seed, "test", config.num_test)),
+        test_proofs=tuple(graded_proofs(config, seed, "test", config.num_test, labelled=False)),
+        test_analyses=tuple(
+            graded_analyses(config, seed, "test", config.num_test, labelled=False)
+        ),
+    )

@@ -1,0 +1,226 @@
+"""Imperfect writers of the proof world: proofs, analyses and meta-analyses to imitate.
+
+Their faults are stated rates, so a model that imitates them perfectly is a mediocre one, and what
+reinforcement learning adds can be seen.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from mathv2_jax.records import SCORES
+from mathv2_jax.world import judge, problems
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriterRates:
+    """How often the writers err. The four proof faults are shares; what is left is right.
+
+    Of right proofs the share `detours` holds a valid step that was not needed. An analyst invents
+    an issue in `invent_flawed` of flawed and `invent_sound` of sound proofs, overlooks a real one
+    with probability `overlook`, and draws another score with probability `redraw`. A
+    meta-analyst misjudges an issue with probability `misjudge`.
+    """
+
+    skipped: float = 0.2
+    false_rule: float = 0.15
+    unsupported: float = 0.15
+    wrong_end: float = 0.15
+    detours: float = 0.3
+    invent_flawed: float = 0.2
+    invent_sound: float = 0.06
+    overlook: float = 0.08
+    redraw: float = 0.15
+    misjudge: float = 0.1
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"world.writers.{field.name} = {value}: must lie in 0..1")
+        if self.skipped + self.false_rule + self.unsupported + self.wrong_end > 1.0:
+            raise ValueError("world.writers: the four proof faults exceed 1 in sum")
+
+
+Steps = list[problems.Rule]
+
+
+def write_proof(
+    rng: np.random.Generator, problem: problems.WorldProblem, rates: WriterRates
+) -> str:
+    """A proof with at most one planted fault (a fault can cause another)."""
+    steps = list(problem.chain)
+    if rng.random() < rates.detours:
+        steps = _with_detour(rng, problem, steps)
+    draw = rng.random()
+    for share, plant in (
+        (rates.skipped, _skip),
+        (rates.false_rule, _false_rule),
+        (rates.unsupported, _unsupported),
+        (rates.wrong_end, _wrong_end),
+    ):
+        if draw < share:
+            return judge.write_proof(plant(rng, problem, steps))
+        draw -= share
+    return judge.write_proof(steps)
+
+
+def _with_detour(rng: np.random.Generator, problem: problems.WorldProblem, steps: Steps) -> Steps:
+    """One more valid step somewhere before the end."""
+    place = int(rng.integers(0, len(steps)))
+    known = {*problem.facts, *(s.conclusion for s in steps[:place])}
+    options = [r for r in problem.rules if r not in steps and known.issuperset(r.premises)]
+    if not options:
+        return steps
+    return [*steps[:place], options[int(rng.integers(len(options)))], *steps[place:]]
+
+
+def _skip(rng: np.random.Generator, problem: problems.WorldProblem, steps: Steps) -> Steps:
+    """Without one step that is not the last."""
+    if len(steps) < 2:
+        return steps
+    gone = int(rng.integers(0, len(steps) - 1))
+    return steps[:gone] + steps[gone + 1 :]
+
+
+def _false_rule(rng: np.random.Generator, problem: problems.WorldProblem, steps: Steps) -> Steps:
+    """One or two steps in a row replaced by a rule that is not given."""
+    place = int(rng.integers(0, len(steps)))
+    end = min(len(steps), place + int(rng.integers(1, 3)))
+    letters = sorted({a for r in problem.rules for a in (*r.premises, r.conclusion)})
+    if end - place == 2:
+        made = problems.Rule(steps[place].premises, steps[end - 1].conclusion)
+    else:
+        wrong = str(rng.choice(letters))
+        made = problems.Rule((wrong,), steps[place].conclusion)
+    if made in problem.rules or made.conclusion in made.premises:
+        return _skip(rng, problem, steps)
+    return [*steps[:place], made, *steps[end:]]
+
+
+def _unsupported(rng: np.random.Generator, problem: problems.WorldProblem, steps: Steps) -> Steps:
+    """A given rule without support takes the place of what leads to its conclusion."""
+    derived = {*problem.facts, *(s.conclusion for s in steps)}
+    options = [
+        (place, rule)
+        for place in range(len(steps))
+        for rule in problem.rules
+        if rule.conclusion == steps[place].conclusion and not derived.issuperset(rule.premises)
+    ]
+    if not options:
+        return steps[max(1, len(steps) - 1) :] if len(steps) > 2 else _wrong_end(rng, problem, steps)
+    place, rule = options[int(rng.integers(len(options)))]
+    return [rule, *steps[place + 1 :]] if rng.random() < 0.5 else [
+        *steps[:place],
+        rule,
+        *steps[place + 1 :],
+    ]
+
+
+def _wrong_end(rng: np.random.Generator, problem: problems.WorldProblem, steps: Steps) -> Steps:
+    """Stops early or, where it can, in a dead end."""
+    kept = steps[:-1]
+    known = {*problem.facts, *(s.conclusion for s in kept)}
+    ends = [
+        r
+        for r in problem.rules
+        if r not in kept and known.issuperset(r.premises) and r.conclusion != problem.goal
+    ]
+    if ends and (not kept or rng.random() < 0.5):
+        return [*kept, ends[int(rng.integers(len(ends)))]]
+    return kept or steps
+
+
+def write_analysis(
+    rng: np.random.Generator, statement: str, proof: str, rates: WriterRates
+) -> tuple[str, float]:
+    """An analyst's body and score for a well-formed proof; citations fit what it claims."""
+    verdict, problem = judge.judge_proof(statement, proof), problems.parse_statement(statement)
+    steps = verdict.steps
+    if steps is None:
+        raise ValueError(f"the analyst reads well-formed proofs only: {proof!r:.120}")
+    issues = [i for i in verdict.issues if rng.random() >= rates.overlook]
+    if rng.random() < (rates.invent_flawed if verdict.issues else rates.invent_sound):
+        issues += _invented(rng, len(steps), {i.step for i in verdict.issues})
+    named = tuple(sorted(issues))
+    claimed = {i.step: i.fault for i in named}
+    lookups = [
+        _fitting(rng, problem, number, lookup, claimed.get(number))
+        for number, lookup in enumerate(judge.look_up(problem, steps), start=1)
+    ]
+    score = judge.score_from(named)
+    if rng.random() < rates.redraw:
+        score = float(rng.choice([s for s in SCORES if s != score]))
+    return judge.write_analysis_body(problem, steps, lookups, named), score
+
+
+def _fitting(
+    rng: np.random.Generator,
+    problem: problems.WorldProblem,
+    number: int,
+    true: judge.Lookup,
+    fault: judge.Fault | None,
+) -> judge.Lookup:
+    """Citations that say what the line claims: the true ones wherever these do."""
+    if fault is judge.Fault.NOT_GIVEN:
+        return judge.Lookup(None, true.source)
+    any_rule = int(rng.integers(1, len(problem.rules) + 1))
+    rule = any_rule if true.rule is None else true.rule
+    if fault is judge.Fault.UNSUPPORTED:
+        return judge.Lookup(rule, judge.NOTHING)
+    if fault is judge.Fault.SKIPPED:
+        fits = true.source.startswith("(")
+        return judge.Lookup(rule, true.source if fits else f"({any_rule})")
+    if true.source == judge.NOTHING or true.source.startswith("("):
+        place = int(rng.integers(0, number))
+        return judge.Lookup(rule, f"step {place}" if place else judge.FACTS)
+    return judge.Lookup(rule, true.source)
+
+
+def _invented(rng: np.random.Generator, num_steps: int, taken: set[int]) -> list[judge.Issue]:
+    free = [n for n in range(1, num_steps + 1) if n not in taken]
+    if not free:
+        return []
+    faults = [f for f in judge.Fault if f is not judge.Fault.NO_GOAL]
+    fault = faults[int(rng.integers(len(faults)))]
+    return [judge.Issue(free[int(rng.integers(len(free)))], fault)]
+
+
+def write_meta_body(
+    rng: np.random.Generator,
+    analysis: judge.AnalysisVerdict,
+    rates: WriterRates,
+) -> tuple[str, float]:
+    """A meta-analyst's body and rating: each named issue in turn, then whether the score follows."""
+    lines: list[str] = []
+    num_false, follows = 0, analysis.score_follows
+    for issue in analysis.named:
+        false = issue in analysis.false
+        if rng.random() < rates.misjudge:
+            false = not false
+        num_false += false
+        lines.append(f"{issue.place}: {'not real' if false else 'real'}")
+    if not analysis.named:
+        lines.append("No issue is named")
+    if rng.random() < rates.misjudge:
+        follows = not follows
+    lines.append(f"The score {'follows' if follows else 'does not follow'}")
+    misstated = analysis.quality == 0.5 and not analysis.false and analysis.score_follows
+    if analysis.named and num_false == len(analysis.named):
+        quality = 0.0
+    elif num_false or misstated or not follows:
+        quality = 0.5
+    else:
+        quality = 1.0
+    return "\n".join(lines), quality
+
+
+META_PHRASES = (": real", ": not real", "No issue is named", "The score", " follows", " does not follow")
+"""Fixed wordings of the meta-analyst, for a tokenizer to hold as single pieces."""
+
+
+def noisy_score(rng: np.random.Generator, score: float, error_rate: float) -> float:
+    """A human-like label: with probability `error_rate` one of the other two scores."""
+    if rng.random() >= error_rate:
+        return score
+    return float(rng.choice([s for s in SCORES if s != score]))

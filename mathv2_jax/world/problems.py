@@ -1,0 +1,173 @@
+"""Problems of the proof world: Horn clauses over letters, a fact or two, and a goal, in English.
+
+`Given: A. Rules: (1) A implies F (2) F and B imply C. Show: C.` Finding a proof is a search among
+distractors, checking one is a look-up, so there is a gap between writing and checking.
+"""
+
+import dataclasses
+import hashlib
+import re
+import string
+
+import numpy as np
+
+_STATEMENT = re.compile(r"Given: (?P<facts>[^:]*)\. Rules: (?P<rules>[^:]*)\. Show: (?P<goal>[A-Z])\.")
+_NUMBERED = re.compile(r"\(\d+\) ([A-Za-z ]+?)(?= \(|$)")
+_RULE = re.compile(r"(?P<premises>[A-Z](?: and [A-Z])*) impl(?:y|ies) (?P<conclusion>[A-Z])")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dials:
+    """How hard the world is. Ranges are inclusive; shares are of the distractors.
+
+    `two_premises` is the share of chain steps that need a second premise, an extra fact.
+    """
+
+    num_letters: int = 12
+    depth: tuple[int, int] = (2, 4)
+    distractors: tuple[int, int] = (2, 4)
+    dead_ends: float = 0.45
+    from_underivable: float = 0.25
+    two_premises: float = 0.0
+
+    def __post_init__(self):
+        if not 4 <= self.num_letters <= 26:
+            raise ValueError(f"world.num_letters = {self.num_letters}: must lie between 4 and 26")
+        for name in ("depth", "distractors"):
+            low, high = getattr(self, name)
+            if not (name == "distractors") <= low + (name == "distractors") <= high + 1:
+                raise ValueError(f"world.{name} = {(low, high)}: must be an ascending range")
+        if self.depth[0] < 1:
+            raise ValueError(f"world.depth = {self.depth}: a chain has at least one step")
+        if self.depth[1] + 2 > self.num_letters:
+            raise ValueError(
+                f"world.depth = {self.depth} does not fit {self.num_letters} letters: the longest "
+                "chain needs depth + 2"
+            )
+        if not 0.0 <= self.dead_ends + self.from_underivable <= 1.0:
+            raise ValueError("world.dead_ends + world.from_underivable must lie in 0..1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Premises together imply the conclusion."""
+
+    premises: tuple[str, ...]
+    conclusion: str
+
+    def __str__(self) -> str:
+        verb = "implies" if len(self.premises) == 1 else "imply"
+        return f"{' and '.join(self.premises)} {verb} {self.conclusion}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorldProblem:
+    """Facts, rules and the goal; `chain` (the shortest proof) is the world's secret."""
+
+    facts: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    goal: str
+    chain: tuple[Rule, ...] = ()
+
+    def __str__(self) -> str:
+        rules = " ".join(f"({n}) {rule}" for n, rule in enumerate(self.rules, start=1))
+        return f"Given: {' and '.join(self.facts)}. Rules: {rules}. Show: {self.goal}."
+
+
+def parse_rule(text: str) -> Rule | None:
+    """The rule that `text` states, None where it states none."""
+    match = _RULE.fullmatch(text)
+    if match is None:
+        return None
+    return Rule(tuple(match["premises"].split(" and ")), match["conclusion"])
+
+
+def parse_statement(statement: str) -> WorldProblem:
+    """The inverse of `str(problem)`; ValueError where the text is no statement of this world."""
+    match = _STATEMENT.fullmatch(statement)
+    rules = [parse_rule(r) for r in _NUMBERED.findall(match["rules"])] if match else [None]
+    found = tuple(r for r in rules if r is not None)
+    if match is not None and None not in rules:
+        facts = tuple(match["facts"].split(" and "))
+        problem = WorldProblem(facts=facts, rules=found, goal=match["goal"])
+        if str(problem) == statement:
+            return problem
+    raise ValueError(f"not a statement of the proof world: {statement!r:.120}")
+
+
+def make_problem(rng: np.random.Generator, dials: Dials) -> WorldProblem:
+    """A solvable problem: a chain from a fact to the goal, hidden among distractors."""
+    letters = list(rng.permutation(list(string.ascii_uppercase[: dials.num_letters])))
+    depth = int(rng.integers(dials.depth[0], dials.depth[1] + 1))
+    nodes, spare = [str(x) for x in letters[: depth + 1]], [str(x) for x in letters[depth + 1 :]]
+    facts = [nodes[0]]
+    chain: list[Rule] = []
+    for before, after in zip(nodes[:-1], nodes[1:], strict=True):
+        premises = (before,)
+        if rng.random() < dials.two_premises and len(spare) > 2:
+            facts.append(spare.pop())
+            premises = (before, facts[-1])
+        chain.append(Rule(premises, after))
+    rules = list(chain)
+    reachable = list(nodes[:-1])
+    for _ in range(int(rng.integers(dials.distractors[0], dials.distractors[1] + 1))):
+        rule = _distractor(rng, dials, nodes, reachable, spare)
+        if rule not in rules:
+            rules.append(rule)
+    order = rng.permutation(len(rules))
+    return WorldProblem(
+        facts=tuple(facts),
+        rules=tuple(rules[i] for i in order),
+        goal=nodes[-1],
+        chain=tuple(chain),
+    )
+
+
+def _distractor(
+    rng: np.random.Generator,
+    dials: Dials,
+    nodes: list[str],
+    reachable: list[str],
+    spare: list[str],
+) -> Rule:
+    """One rule that no shortest proof needs; takes letters out of `spare`."""
+    kind = rng.random()
+    if kind < dials.dead_ends and spare:
+        leaf = spare.pop()
+        rule = Rule((str(rng.choice(reachable)),), leaf)
+        reachable.append(leaf)
+        return rule
+    if kind < dials.dead_ends + dials.from_underivable and spare:
+        return Rule((spare.pop(),), str(rng.choice(nodes[1:])))
+    later = int(rng.integers(1, len(nodes)))
+    return Rule((nodes[later],), nodes[int(rng.integers(0, later))])
+
+
+def canonical_form(problem: WorldProblem) -> str:
+    """A name that renaming letters and reordering rules or facts does not change.
+
+    Colour refinement of the rule graph: different problems may share a name (they are then kept
+    together, which is safe for splits), equal ones always do.
+    """
+    rules = sorted(problem.rules, key=str)
+    atoms = {a for r in rules for a in (*r.premises, r.conclusion)}
+    atoms |= {problem.goal, *problem.facts}
+    colour = {a: f"{a in problem.facts}{a == problem.goal}" for a in atoms}
+    num_colours = 0
+    while len(set(colour.values())) > num_colours:
+        num_colours = len(set(colour.values()))
+        fresh = {}
+        for atom in atoms:
+            uses = sorted(
+                f"{'<' if atom in r.premises else ''}{'>' if atom == r.conclusion else ''}"
+                f"{sorted(colour[p] for p in r.premises)}{colour[r.conclusion]}"
+                for r in rules
+                if atom in r.premises or atom == r.conclusion
+            )
+            fresh[atom] = _short_hash(colour[atom] + "|".join(uses))
+        colour = fresh
+    return _short_hash("|".join(sorted(colour.values())))
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

