@@ -29,9 +29,9 @@ def read_requirements() -> list[str]:
 class SourceDistribution(sdist.sdist):
     """The standard one, plus the file this script reads."""
 
-    def add_defaults(self) -> None:
-        super().add_defaults()
+    def make_distribution(self) -> None:
         self.filelist.append("requirements.txt")
+        super().make_distribution()
 
 
 setuptools.setup(

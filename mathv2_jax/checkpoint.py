@@ -230,6 +230,8 @@ class Checkpoints:
             cleanup_tmp_directories=self._writing,
             save_root_metadata=False,
             lightweight_initialize=True,
+            # A folder that cannot be made in the background costs Orbax a wait of five minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         return ocp.CheckpointManager(
             self._directory,

@@ -219,7 +219,11 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("position", "rule"),
-    [({"a": (1, 2)}, "not tuples"), ({"a": {1: 2}}, "text as keys"), ({"a": float("nan")}, "no JSON")],
+    [
+        ({"a": (1, 2)}, "not tuples"),
+        ({"a": {1: 2}}, "text as keys"),
+        ({"a": float("nan")}, "no JSON"),
+    ],
 )
 def test_a_position_that_json_would_change_is_refused(tmp_path, position, rule):
     with (

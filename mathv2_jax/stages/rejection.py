@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+from absl import logging
+
 from mathv2_jax import records, roles, storage
 from mathv2_jax.stages import run as run_lib
 from mathv2_jax.stages import sft
@@ -14,6 +16,8 @@ class RejectionStage:
     """SFT from `init` on responses of `samples_from` whose reward is at least `min_reward`.
 
     At most `per_group` responses of a group are taken, so that easy prompts do not dominate.
+    With `allow_empty` a stage without any such response leaves the variables of `init` unchanged,
+    and says so; otherwise that is an error.
     """
 
     name: str
@@ -21,6 +25,7 @@ class RejectionStage:
     samples_from: tuple[str, ...]
     min_reward: float = 1.0
     per_group: int = 2
+    allow_empty: bool = False
     sft: sft.SftConfig
 
     def __post_init__(self):
@@ -66,6 +71,16 @@ def run_stage(run: run_lib.Run, stage: RejectionStage) -> dict[str, Any]:
     ValueError where no response reaches the bar.
     """
     chosen = best_responses(run, stage)
+    if not chosen and stage.allow_empty:
+        logging.warning(
+            "%s: no response of %s earned %g; the variables of %s are left as they are",
+            stage.name,
+            ", ".join(stage.samples_from),
+            stage.min_reward,
+            stage.init,
+        )
+        run.keep_variables(stage.name, run.variables(stage.init), 0)
+        return {f"chosen/{n}": 0.0 for n in roles.NAMES}
     if not chosen:
         raise ValueError(
             f"stage {stage.name}: no response of {', '.join(stage.samples_from)} earned "

@@ -6,9 +6,8 @@ the probe, validation or test sets has a renamed twin in any training source.
 
 import dataclasses
 import hashlib
+import random
 from collections.abc import Iterator
-
-import numpy as np
 
 from mathv2_jax import records
 from mathv2_jax.text import parse, prompts
@@ -30,6 +29,7 @@ class WorldConfig:
         default_factory=demonstrations.WriterRates
     )
     num_demonstrations: int = 24_000
+    drill_share: float = 0.3
     refine_share: float = 0.1
     num_problems: int = 4_000
     num_graded_proofs: int = 3_000
@@ -44,7 +44,7 @@ class WorldConfig:
             value = getattr(self, field.name)
             if field.name.startswith("num_") and value < 1:
                 raise ValueError(f"world.{field.name} = {value}: must be at least 1")
-        for name in ("refine_share", "label_error"):
+        for name in ("drill_share", "refine_share", "label_error"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"world.{name} = {getattr(self, name)}: must lie in [0, 1)")
 
@@ -75,7 +75,7 @@ class _Author:
 
     def __init__(self, config: WorldConfig, seed: int, split: str, purpose: int):
         self.config, self.split = config, split
-        self.rng = np.random.default_rng([seed, SPLITS.index(split), purpose])
+        self.rng = random.Random(f"{seed}/{split}/{purpose}")
 
     def stream(self) -> Iterator[tuple[problems.WorldProblem, records.Problem]]:
         while True:
@@ -195,17 +195,21 @@ def plain_problems(
 def make_demonstrations(
     config: WorldConfig, seed: int, templates: prompts.PromptSet
 ) -> list[records.Demonstration]:
-    """Conversations for the cold start: the three roles in turn, some of the first refinements."""
+    """Conversations for the cold start: drills, else the three roles in turn, some refinements."""
     author = _Author(config, seed, "train", 4)
     made = []
     for index, (problem, record) in enumerate(author.stream()):
         if index == config.num_demonstrations:
             return made
+        drill = author.rng.random() < config.drill_share
         proof = author.proof(problem, record)
+        if drill:
+            text = demonstrations.write_drill(author.rng, problem)
+            proof = dataclasses.replace(proof, text=text, source="world-drill")
         analysis = author.analysis(proof)
-        if index % 3 == 0:
+        if not drill and index % 3 == 0:
             demonstration = _generation(author, templates, problem, record, proof, analysis)
-        elif index % 3 == 1:
+        elif drill or index % 3 == 1:
             user = prompts.fill(
                 templates.verifier, statement=proof.statement, proof=proof.text
             )
@@ -230,7 +234,7 @@ def make_demonstrations(
                 problem_id=record.id,
                 user=user,
                 assistant=assistant,
-                source="world-writer",
+                source=proof.source,
                 parents=parents,
             )
         )

@@ -5,8 +5,7 @@ reinforcement learning adds can be seen.
 """
 
 import dataclasses
-
-import numpy as np
+import random
 
 from mathv2_jax.records import SCORES
 from mathv2_jax.world import judge, problems
@@ -46,7 +45,7 @@ Steps = list[problems.Rule]
 
 
 def write_proof(
-    rng: np.random.Generator, problem: problems.WorldProblem, rates: WriterRates
+    rng: random.Random, problem: problems.WorldProblem, rates: WriterRates
 ) -> str:
     """A proof with at most one planted fault (a fault can cause another)."""
     steps = list(problem.chain)
@@ -65,40 +64,55 @@ def write_proof(
     return judge.write_proof(steps)
 
 
-def _with_detour(rng: np.random.Generator, problem: problems.WorldProblem, steps: Steps) -> Steps:
+def write_drill(rng: random.Random, problem: problems.WorldProblem) -> str:
+    """An exercise sheet for a verifier: 6 to 10 steps in no order, most of them given rules.
+
+    A model that starts from nothing must first learn to look things up; a sheet asks it a dozen
+    times where a proof asks a few. (A pretrained model needs none.)
+    """
+    letters = sorted({a for r in problem.rules for a in (*r.premises, r.conclusion)})
+    steps: Steps = []
+    for _ in range(rng.randint(6, 10)):
+        premise, conclusion = rng.sample(letters, 2)
+        false = problems.Rule((premise,), conclusion)
+        steps.append(rng.choice(problem.rules) if rng.random() < 0.75 else false)
+    return judge.write_proof(steps)
+
+
+def _with_detour(rng: random.Random, problem: problems.WorldProblem, steps: Steps) -> Steps:
     """One more valid step somewhere before the end."""
-    place = int(rng.integers(0, len(steps)))
+    place = rng.randrange(len(steps))
     known = {*problem.facts, *(s.conclusion for s in steps[:place])}
     options = [r for r in problem.rules if r not in steps and known.issuperset(r.premises)]
     if not options:
         return steps
-    return [*steps[:place], options[int(rng.integers(len(options)))], *steps[place:]]
+    return [*steps[:place], rng.choice(options), *steps[place:]]
 
 
-def _skip(rng: np.random.Generator, problem: problems.WorldProblem, steps: Steps) -> Steps:
+def _skip(rng: random.Random, problem: problems.WorldProblem, steps: Steps) -> Steps:
     """Without one step that is not the last."""
     if len(steps) < 2:
         return steps
-    gone = int(rng.integers(0, len(steps) - 1))
+    gone = rng.randrange(len(steps) - 1)
     return steps[:gone] + steps[gone + 1 :]
 
 
-def _false_rule(rng: np.random.Generator, problem: problems.WorldProblem, steps: Steps) -> Steps:
+def _false_rule(rng: random.Random, problem: problems.WorldProblem, steps: Steps) -> Steps:
     """One or two steps in a row replaced by a rule that is not given."""
-    place = int(rng.integers(0, len(steps)))
-    end = min(len(steps), place + int(rng.integers(1, 3)))
+    place = rng.randrange(len(steps))
+    end = min(len(steps), place + rng.randint(1, 2))
     letters = sorted({a for r in problem.rules for a in (*r.premises, r.conclusion)})
     if end - place == 2:
         made = problems.Rule(steps[place].premises, steps[end - 1].conclusion)
     else:
-        wrong = str(rng.choice(letters))
+        wrong = rng.choice(letters)
         made = problems.Rule((wrong,), steps[place].conclusion)
     if made in problem.rules or made.conclusion in made.premises:
         return _skip(rng, problem, steps)
     return [*steps[:place], made, *steps[end:]]
 
 
-def _unsupported(rng: np.random.Generator, problem: problems.WorldProblem, steps: Steps) -> Steps:
+def _unsupported(rng: random.Random, problem: problems.WorldProblem, steps: Steps) -> Steps:
     """A given rule without support takes the place of what leads to its conclusion."""
     derived = {*problem.facts, *(s.conclusion for s in steps)}
     options = [
@@ -109,7 +123,7 @@ def _unsupported(rng: np.random.Generator, problem: problems.WorldProblem, steps
     ]
     if not options:
         return steps[max(1, len(steps) - 1) :] if len(steps) > 2 else _wrong_end(rng, problem, steps)
-    place, rule = options[int(rng.integers(len(options)))]
+    place, rule = rng.choice(options)
     return [rule, *steps[place + 1 :]] if rng.random() < 0.5 else [
         *steps[:place],
         rule,
@@ -117,7 +131,7 @@ def _unsupported(rng: np.random.Generator, problem: problems.WorldProblem, steps
     ]
 
 
-def _wrong_end(rng: np.random.Generator, problem: problems.WorldProblem, steps: Steps) -> Steps:
+def _wrong_end(rng: random.Random, problem: problems.WorldProblem, steps: Steps) -> Steps:
     """Stops early or, where it can, in a dead end."""
     kept = steps[:-1]
     known = {*problem.facts, *(s.conclusion for s in kept)}
@@ -127,12 +141,12 @@ def _wrong_end(rng: np.random.Generator, problem: problems.WorldProblem, steps: 
         if r not in kept and known.issuperset(r.premises) and r.conclusion != problem.goal
     ]
     if ends and (not kept or rng.random() < 0.5):
-        return [*kept, ends[int(rng.integers(len(ends)))]]
+        return [*kept, rng.choice(ends)]
     return kept or steps
 
 
 def write_analysis(
-    rng: np.random.Generator, statement: str, proof: str, rates: WriterRates
+    rng: random.Random, statement: str, proof: str, rates: WriterRates
 ) -> tuple[str, float]:
     """An analyst's body and score for a well-formed proof; citations fit what it claims."""
     verdict, problem = judge.judge_proof(statement, proof), problems.parse_statement(statement)
@@ -150,12 +164,12 @@ def write_analysis(
     ]
     score = judge.score_from(named)
     if rng.random() < rates.redraw:
-        score = float(rng.choice([s for s in SCORES if s != score]))
+        score = rng.choice([s for s in SCORES if s != score])
     return judge.write_analysis_body(problem, steps, lookups, named), score
 
 
 def _fitting(
-    rng: np.random.Generator,
+    rng: random.Random,
     problem: problems.WorldProblem,
     number: int,
     true: judge.Lookup,
@@ -164,7 +178,7 @@ def _fitting(
     """Citations that say what the line claims: the true ones wherever these do."""
     if fault is judge.Fault.NOT_GIVEN:
         return judge.Lookup(None, true.source)
-    any_rule = int(rng.integers(1, len(problem.rules) + 1))
+    any_rule = rng.randint(1, len(problem.rules))
     rule = any_rule if true.rule is None else true.rule
     if fault is judge.Fault.UNSUPPORTED:
         return judge.Lookup(rule, judge.NOTHING)
@@ -172,22 +186,22 @@ def _fitting(
         fits = true.source.startswith("(")
         return judge.Lookup(rule, true.source if fits else f"({any_rule})")
     if true.source == judge.NOTHING or true.source.startswith("("):
-        place = int(rng.integers(0, number))
+        place = rng.randrange(number)
         return judge.Lookup(rule, f"step {place}" if place else judge.FACTS)
     return judge.Lookup(rule, true.source)
 
 
-def _invented(rng: np.random.Generator, num_steps: int, taken: set[int]) -> list[judge.Issue]:
+def _invented(rng: random.Random, num_steps: int, taken: set[int]) -> list[judge.Issue]:
     free = [n for n in range(1, num_steps + 1) if n not in taken]
     if not free:
         return []
     faults = [f for f in judge.Fault if f is not judge.Fault.NO_GOAL]
-    fault = faults[int(rng.integers(len(faults)))]
-    return [judge.Issue(free[int(rng.integers(len(free)))], fault)]
+    fault = rng.choice(faults)
+    return [judge.Issue(rng.choice(free), fault)]
 
 
 def write_meta_body(
-    rng: np.random.Generator,
+    rng: random.Random,
     analysis: judge.AnalysisVerdict,
     rates: WriterRates,
 ) -> tuple[str, float]:
@@ -215,12 +229,12 @@ def write_meta_body(
     return "\n".join(lines), quality
 
 
-META_PHRASES = (": real", ": not real", "No issue is named", "The score", " follows", " does not follow")
+META_PHRASES = (" real", " not real", "No issue is named", "The score", " follows", " does not follow")
 """Fixed wordings of the meta-analyst, for a tokenizer to hold as single pieces."""
 
 
-def noisy_score(rng: np.random.Generator, score: float, error_rate: float) -> float:
+def noisy_score(rng: random.Random, score: float, error_rate: float) -> float:
     """A human-like label: with probability `error_rate` one of the other two scores."""
     if rng.random() >= error_rate:
         return score
-    return float(rng.choice([s for s in SCORES if s != score]))
+    return rng.choice([s for s in SCORES if s != score])

@@ -1,8 +1,9 @@
 """The exact judge of the proof world. It measures and labels files; training never calls it.
 
-A proof is lines `Step 1: A implies F`. An analysis gives one line a step, which looks up the rule
-and where its premise comes from before it says what it found, `Step 2 by (4) from step 1: holds`,
-and one line for the goal, `Goal C, shown C: reached`. With E = the facts and all earlier conclusions (also of bad steps, so
+A proof is lines `Step 1: A implies F`. An analysis gives one line a step, which repeats it, looks up
+the rule and where its premise comes from, and then says what it found,
+`Step 1: A implies F (4) from the facts: holds`, and one line for the goal,
+`Goal C, shown C: reached`. With E = the facts and all earlier conclusions (also of bad steps, so
 that an error counts once), a step is at fault when its rule is not given, when a premise is not in
 E but follows from E by one given rule (a skipped step), or when it has no support at all.
 """
@@ -142,7 +143,7 @@ class Lookup(NamedTuple):
     source: str
 
     def __str__(self) -> str:
-        return " by no rule" if self.rule is None else f" by ({self.rule}) from {self.source}"
+        return " (none)" if self.rule is None else f" ({self.rule}) from {self.source}"
 
 
 FACTS, NOTHING = "the facts", "nothing"
@@ -177,7 +178,8 @@ def write_analysis_body(
     """One line a step with its citations and finding, then the goal's."""
     findings = {i.step: i.fault.value for i in issues}
     lines = [
-        f"Step {n}{lookup}: {findings.get(n, HOLDS)}" for n, lookup in enumerate(lookups, start=1)
+        f"Step {n}: {step}{lookup}: {findings.get(n, HOLDS)}"
+        for n, (step, lookup) in enumerate(zip(steps, lookups, strict=True), start=1)
     ]
     reached = findings.get(NO_STEPS, REACHED)
     lines.append(f"Goal {problem.goal}, shown {steps[-1].conclusion}: {reached}")
@@ -185,8 +187,9 @@ def write_analysis_body(
 
 
 _FINDINGS = "|".join([HOLDS, *(f.value for f in Fault if f is not Fault.NO_GOAL)])
-_CITATION = rf"(?: by no rule| by \(\d+\)(?: from (?:{FACTS}|{NOTHING}|step \d+|\(\d+\)))?)?"
-_LINE = re.compile(rf"Step (?P<step>[1-9][0-9]?){_CITATION}: (?P<finding>{_FINDINGS})")
+_SOURCE = rf"(?:{FACTS}|{NOTHING}|step \d+|\(\d+\))"
+_CITATION = rf"(?: [A-Za-z ]+ \((?:none|\d+)\)(?: from {_SOURCE})?:)?"
+_LINE = re.compile(rf"Step (?P<step>[1-9][0-9]?):{_CITATION} (?P<finding>{_FINDINGS})")
 _GOAL_LINE = re.compile(
     rf"Goal(?: [A-Z], shown [A-Z])?: (?P<finding>{REACHED}|{Fault.NO_GOAL.value})"
 )
@@ -194,13 +197,11 @@ _GOAL_LINE = re.compile(
 _NUMBERS = range(1, MAX_STEPS + 1)
 PHRASES: tuple[str, ...] = (
     "\n\n",
-    *(f"Step {n}" for n in _NUMBERS),
     *(f"Step {n}:" for n in _NUMBERS),
     *(f" ({n})" for n in _NUMBERS),
-    *(f" by ({n})" for n in _NUMBERS),
     *(f" from ({n})" for n in _NUMBERS),
     *(f" from step {n}" for n in _NUMBERS),
-    " by no rule",
+    " (none)",
     f" from {FACTS}",
     f" from {NOTHING}",
     *(f": {f.value}" for f in Fault),

@@ -1,18 +1,19 @@
 """Problems of the proof world: Horn clauses over letters, a fact or two, and a goal, in English.
 
-`Given: A. Rules: (1) A implies F (2) F and B imply C. Show: C.` Finding a proof is a search among
+`Given: A. Rules: A implies F (1) F and B imply C (2). Show: C.` Finding a proof is a search among
 distractors, checking one is a look-up, so there is a gap between writing and checking.
 """
 
 import dataclasses
 import hashlib
+import random
 import re
 import string
-
-import numpy as np
+from collections.abc import Mapping
+from typing import Any
 
 _STATEMENT = re.compile(r"Given: (?P<facts>[^:]*)\. Rules: (?P<rules>[^:]*)\. Show: (?P<goal>[A-Z])\.")
-_NUMBERED = re.compile(r"\(\d+\) ([A-Za-z ]+?)(?= \(|$)")
+_NUMBERED = re.compile(r"([A-Z][A-Za-z ]*) \(\d+\)")
 _RULE = re.compile(r"(?P<premises>[A-Z](?: and [A-Z])*) impl(?:y|ies) (?P<conclusion>[A-Z])")
 
 
@@ -70,7 +71,7 @@ class WorldProblem:
     chain: tuple[Rule, ...] = ()
 
     def __str__(self) -> str:
-        rules = " ".join(f"({n}) {rule}" for n, rule in enumerate(self.rules, start=1))
+        rules = " ".join(f"{rule} ({n})" for n, rule in enumerate(self.rules, start=1))
         return f"Given: {' and '.join(self.facts)}. Rules: {rules}. Show: {self.goal}."
 
 
@@ -95,11 +96,11 @@ def parse_statement(statement: str) -> WorldProblem:
     raise ValueError(f"not a statement of the proof world: {statement!r:.120}")
 
 
-def make_problem(rng: np.random.Generator, dials: Dials) -> WorldProblem:
+def make_problem(rng: random.Random, dials: Dials) -> WorldProblem:
     """A solvable problem: a chain from a fact to the goal, hidden among distractors."""
-    letters = list(rng.permutation(list(string.ascii_uppercase[: dials.num_letters])))
-    depth = int(rng.integers(dials.depth[0], dials.depth[1] + 1))
-    nodes, spare = [str(x) for x in letters[: depth + 1]], [str(x) for x in letters[depth + 1 :]]
+    letters = rng.sample(string.ascii_uppercase[: dials.num_letters], dials.num_letters)
+    depth = rng.randint(*dials.depth)
+    nodes, spare = letters[: depth + 1], letters[depth + 1 :]
     facts = [nodes[0]]
     chain: list[Rule] = []
     for before, after in zip(nodes[:-1], nodes[1:], strict=True):
@@ -110,21 +111,21 @@ def make_problem(rng: np.random.Generator, dials: Dials) -> WorldProblem:
         chain.append(Rule(premises, after))
     rules = list(chain)
     reachable = list(nodes[:-1])
-    for _ in range(int(rng.integers(dials.distractors[0], dials.distractors[1] + 1))):
+    for _ in range(rng.randint(*dials.distractors)):
         rule = _distractor(rng, dials, nodes, reachable, spare)
         if rule not in rules:
             rules.append(rule)
-    order = rng.permutation(len(rules))
+    rng.shuffle(rules)
     return WorldProblem(
         facts=tuple(facts),
-        rules=tuple(rules[i] for i in order),
+        rules=tuple(rules),
         goal=nodes[-1],
         chain=tuple(chain),
     )
 
 
 def _distractor(
-    rng: np.random.Generator,
+    rng: random.Random,
     dials: Dials,
     nodes: list[str],
     reachable: list[str],
@@ -134,40 +135,43 @@ def _distractor(
     kind = rng.random()
     if kind < dials.dead_ends and spare:
         leaf = spare.pop()
-        rule = Rule((str(rng.choice(reachable)),), leaf)
+        rule = Rule((rng.choice(reachable),), leaf)
         reachable.append(leaf)
         return rule
     if kind < dials.dead_ends + dials.from_underivable and spare:
-        return Rule((spare.pop(),), str(rng.choice(nodes[1:])))
-    later = int(rng.integers(1, len(nodes)))
-    return Rule((nodes[later],), nodes[int(rng.integers(0, later))])
+        return Rule((spare.pop(),), rng.choice(nodes[1:]))
+    later = rng.randrange(1, len(nodes))
+    return Rule((nodes[later],), nodes[rng.randrange(later)])
 
 
 def canonical_form(problem: WorldProblem) -> str:
     """A name that renaming letters and reordering rules or facts does not change.
 
-    Colour refinement of the rule graph: different problems may share a name (they are then kept
-    together, which is safe for splits), equal ones always do.
+    Colour refinement of the rule graph, then the graph written in colours: different problems may
+    share a name (they are then kept together, which is safe for splits), equal ones always do.
     """
-    rules = sorted(problem.rules, key=str)
-    atoms = {a for r in rules for a in (*r.premises, r.conclusion)}
-    atoms |= {problem.goal, *problem.facts}
-    colour = {a: f"{a in problem.facts}{a == problem.goal}" for a in atoms}
-    num_colours = 0
-    while len(set(colour.values())) > num_colours:
-        num_colours = len(set(colour.values()))
-        fresh = {}
-        for atom in atoms:
-            uses = sorted(
-                f"{'<' if atom in r.premises else ''}{'>' if atom == r.conclusion else ''}"
-                f"{sorted(colour[p] for p in r.premises)}{colour[r.conclusion]}"
-                for r in rules
-                if atom in r.premises or atom == r.conclusion
-            )
-            fresh[atom] = _short_hash(colour[atom] + "|".join(uses))
-        colour = fresh
-    return _short_hash("|".join(sorted(colour.values())))
-
-
-def _short_hash(text: str) -> str:
+    letters = {a for r in problem.rules for a in (*r.premises, r.conclusion)}
+    letters |= {problem.goal, *problem.facts}
+    colour = _ranked({a: (a in problem.facts, a == problem.goal) for a in letters})
+    while True:
+        uses: dict[str, list[Any]] = {a: [] for a in letters}
+        for rule in problem.rules:
+            premises = sorted(colour[p] for p in rule.premises)
+            for atom in {*rule.premises, rule.conclusion}:
+                place = (atom in rule.premises, atom == rule.conclusion)
+                uses[atom].append((place, premises, colour[rule.conclusion]))
+        finer = _ranked({a: (colour[a], sorted(uses[a])) for a in letters})
+        if len(set(finer.values())) == len(set(colour.values())):
+            break
+        colour = finer
+    rules = sorted((sorted(colour[p] for p in r.premises), colour[r.conclusion]) for r in problem.rules)
+    facts = sorted(colour[f] for f in problem.facts)
+    text = f"{rules}{facts}{colour[problem.goal]}{sorted(colour.values())}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _ranked(signatures: Mapping[str, Any]) -> dict[str, int]:
+    """Each letter's rank among the distinct signatures."""
+    order = {repr(s): s for s in signatures.values()}
+    ranks = {text: rank for rank, (text, _) in enumerate(sorted(order.items(), key=lambda x: x[1]))}
+    return {letter: ranks[repr(s)] for letter, s in signatures.items()}

@@ -134,6 +134,7 @@ def test_a_box_holds_exactly_one_of_the_three_numbers(box, score):
         (r"\boxed{0} or rather \boxed{1}", 1.0),
         (r"\boxed{0.3} or rather \boxed{1}", 1.0),
         (r"\boxed{1} or rather \boxed{0.3}", None),
+        (r"\boxed{1} in a \boxedfigure{2}", 1.0),
         (r"\boxed{1} or rather \boxed{", None),
     ],
 )
@@ -150,6 +151,11 @@ def test_the_misspelt_verdict_is_a_verdict():
     assert "overall" in SOUND
     assert parse.parse_analysis(SOUND.replace("overall", "overal")) == ("fine", 1.0)
     assert parse.parse_analysis(SOUND.replace("overall", "over")) is None
+
+
+@pytest.mark.parametrize("phrase", [parse.ANALYSIS_OPENING, parse.ANALYSIS_VERDICT])
+def test_an_analysis_without_either_phrase_is_none(phrase):
+    assert parse.parse_analysis("x" * 99 + SOUND.replace(phrase, "")) is None
 
 
 def test_a_verdict_before_the_opening_is_out_of_order():
@@ -206,7 +212,7 @@ def test_a_heading_missing_repeated_misplaced_or_fenced_breaks_the_format(text):
         "````\n```\n## Solution\n````",
         "```\n## Solution\n``` no end\n## Solution\n   ````",
         "a `## Solution` inside a line\nand ## Solution there",
-        "### Solution\n## Solution of the lemma\n > ## Solution",
+        "### Solution\n## Solution of the lemma\n > ## Solution\n ## Solution",
         "the mark ``` inside a line\n    ```\nindented",
         "```x`y\nno fence, its info holds a backtick",
         "```\r\n## Solution\r\n```",

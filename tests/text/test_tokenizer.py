@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import sentencepiece
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from mathv2_jax.text import parse, tokenizer
@@ -31,6 +31,8 @@ CONVERSATION = st.lists(st.builds(Message, ROLES, ANY_TEXT) | ASSISTANT, max_siz
 
 
 @given(ANY_TEXT)
+@example("a \u2581 b\u2581\u2581")
+@example("".join(SPELLINGS))
 def test_decoding_gives_the_text_back(text):
     assert TOKENIZER.decode(TOKENIZER.encode_text(text)) == text
 
