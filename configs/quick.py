@@ -46,9 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
         num_graded_proofs=3_000,
         num_graded_analyses=2_000,
     )
-    c.tokenizer = dict(
-        vocab_size=448, whole_phrases=(*judge.PHRASES, *demonstrations.META_PHRASES)
-    )
+    c.tokenizer = dict(vocab_size=448, whole_phrases=(*judge.PHRASES, *demonstrations.META_PHRASES))
     c.model = model()
     c.roles = dict(
         templates="world",
@@ -75,7 +73,11 @@ def get_config() -> ml_collections.ConfigDict:
         dict(kind="answer", name="before", verifier="sft", generator="sft"),
         verifier("verifier-0", "sft", None, 0.0),
         dict(
-            kind="rl", name="meta", init="sft", mixture=dict(meta_verifier=1.0), rl=rl | dict(steps=15)
+            kind="rl",
+            name="meta",
+            init="sft",
+            mixture=dict(meta_verifier=1.0),
+            rl=rl | dict(steps=15),
         ),
         verifier("verifier-1", "verifier-0", "meta", 0.33),
         dict(kind="probe", name="probe-1", verifier="verifier-1"),
@@ -103,9 +105,7 @@ def get_config() -> ml_collections.ConfigDict:
             min_reward=0.9,
             sft=again,
         ),
-        verifier(
-            "verifier-2", "rejection-1", "verifier-1", 0.33, proofs=("proofs", "autolabel-1")
-        ),
+        verifier("verifier-2", "rejection-1", "verifier-1", 0.33, proofs=("proofs", "autolabel-1")),
         dict(kind="probe", name="probe-2", verifier="verifier-2", predecessor="probe-1"),
         dict(
             kind="rl",

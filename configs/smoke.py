@@ -1,6 +1,6 @@
 """configs/quick.py shrunk until nothing is learned: every stage in seconds, for tests and tools.
 
-    mathv2-train --config=configs/smoke.py --workdir=runs/smoke
+mathv2-train --config=configs/smoke.py --workdir=runs/smoke
 """
 
 import ml_collections

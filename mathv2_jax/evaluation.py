@@ -113,9 +113,7 @@ def _prove(
     fields = [{"statement": p.statement} for p in problems]
     found = roles.ask(players.generator, players.roles.generator, fields, 1, (*seed, PROVE))
     proved = [
-        (p, o, o.written)
-        for p, (o,) in zip(problems, found, strict=True)
-        if o.written is not None
+        (p, o, o.written) for p, (o,) in zip(problems, found, strict=True) if o.written is not None
     ]
     asked = [{"statement": p.statement, "proof": w.body} for p, _, w in proved]
     judged = roles.ask(players.verifier, players.roles.verifier, asked, 1, (*seed, JUDGE))
@@ -139,9 +137,7 @@ def _autolabel(
     players: Players, proofs: Sequence[records.Proof], stage: str, seed: Any, test: TestSet
 ) -> list[records.Sample]:
     """One row a proof: the label (or none) that auto-labelling would give, and the votes."""
-    found = roles.auto_label(
-        players.verifier, players.roles, proofs, test.rule, (*seed, AUTOLABEL)
-    )
+    found = roles.auto_label(players.verifier, players.roles, proofs, test.rule, (*seed, AUTOLABEL))
     return [
         dataclasses.replace(
             _sample(

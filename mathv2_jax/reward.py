@@ -122,9 +122,7 @@ def is_valid(meta_votes: Sequence[float], rule: AutoLabelRule) -> bool:
     return 2 * confirmed > len(meta_votes)
 
 
-def auto_label(
-    scores: Sequence[float], valid: Sequence[bool], rule: AutoLabelRule
-) -> float | None:
+def auto_label(scores: Sequence[float], valid: Sequence[bool], rule: AutoLabelRule) -> float | None:
     """The label of a proof from its parsed analyses, or None where it stays undecided.
 
     `valid[i]` says whether analysis i, if it reports issues (score below 1), was confirmed. The

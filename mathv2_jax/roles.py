@@ -256,8 +256,6 @@ def auto_label(
         parsed = [o for o in opinions if o.score is not None]
         scores = [o.score for o in parsed if o.score is not None]
         valid = [confirmed.get(id(o), False) for o in parsed]
-        own = tuple(
-            tuple(m) for (place, _), m in zip(reporting, metas, strict=True) if place == at
-        )
+        own = tuple(tuple(m) for (place, _), m in zip(reporting, metas, strict=True) if place == at)
         labelled.append(AutoLabelled(reward.auto_label(scores, valid, rule), tuple(opinions), own))
     return labelled

@@ -83,7 +83,9 @@ def main() -> int:
     began = time.monotonic()
     run_until(command(args.config, second), folder / "second.log", None)
     whole = time.monotonic() - began
-    print(f"uninterrupted, twice: the second, with compiled programs, took {whole:.0f} s", flush=True)
+    print(
+        f"uninterrupted, twice: the second, with compiled programs, took {whole:.0f} s", flush=True
+    )
     expected = digests(reference)
     wrong = compare(expected, digests(second), "a second uninterrupted run")
     kills, runs = 0, 0
@@ -98,8 +100,10 @@ def main() -> int:
                 kills += 1
                 print(f"kill {kills} after {delay:.1f} s, in {stage_of(log)}", flush=True)
         wrong += compare(expected, digests(workdir), f"run {runs}, after {kills} kills in all")
-    print(f"{kills} kills over {runs} runs, {len(expected)} files and sets of variables compared: "
-          f"{wrong} differ")
+    print(
+        f"{kills} kills over {runs} runs, {len(expected)} files and sets of variables compared: "
+        f"{wrong} differ"
+    )
     return 1 if wrong else FINISHED
 
 

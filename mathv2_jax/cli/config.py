@@ -199,5 +199,3 @@ def _first_difference(saved: Any, asked: Any, where: str) -> str:
             if saved.get(name) != asked.get(name):
                 return _first_difference(saved.get(name), asked.get(name), f"{where}.{name}")
     return f"{where} was {saved!r:.80}, now {asked!r:.80}"
-
-

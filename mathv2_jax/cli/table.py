@@ -24,8 +24,10 @@ def render(summary: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
     if summary["metrics"] is None:
         lines.append("no exact judge for this data: the stages' own figures are in summary.json")
     else:
-        lines.append(f"{'by the exact judge, on held-out items':50} {'before':>15} {'after':>15}"
-                     f" {'change':>15} {'n':>6}")
+        lines.append(
+            f"{'by the exact judge, on held-out items':50} {'before':>15} {'after':>15}"
+            f" {'change':>15} {'n':>6}"
+        )
         for name, title in _TITLES.items():
             row = summary["metrics"][name]
             lines.append(

@@ -7,7 +7,6 @@ Exit codes: 0 finished, 75 preempted after a save, 2 bad usage or input, 1 failu
 
 import dataclasses
 import json
-import os
 import signal
 import sys
 import time
@@ -147,8 +146,10 @@ def summarise(
     measured: dict[str, Any] | None = None
     if config.world is not None:
         judge = world_judge.ExactJudge()
-        sides = [evaluation.measure(run.samples(name), judge) for name in (config.before, config.after)]
-        measured = evaluation.compare(*sides)
+        before, after = (run.samples(name) for name in (config.before, config.after))
+        measured = evaluation.compare(
+            evaluation.measure(before, judge), evaluation.measure(after, judge)
+        )
     return {
         "schema": config_lib.SCHEMA,
         "seed": config.seed,

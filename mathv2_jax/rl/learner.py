@@ -241,7 +241,8 @@ def _guarded_update(
     params, router = state.variables["params"], state.variables.get("router", {})
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(aux.loss) & jnp.isfinite(aux.head_loss)
-    directions, optimizer_state = optimizer.update(grads, state.optimizer, params)
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer counts
+        directions, optimizer_state = optimizer.update(grads, state.optimizer, params)
     updates = jax.tree.map(lambda d: -learning_rate * d, directions)
     new_router = jax.tree.map(lambda b: moe.updated_bias(b, aux.load_LE, bias_rate), router)
     fresh = TrainState(

@@ -1,6 +1,7 @@
 """Auto-labelling: the newest proofs scored by many analyses and their meta-verification."""
 
 import dataclasses
+
 import numpy as np
 
 from mathv2_jax import records, reward, roles, storage
@@ -106,8 +107,8 @@ def run_stage(run: run_lib.Run, stage: AutolabelStage) -> dict[str, float]:
         "labelled": float(len(decided)),
         "undecided": float(len(undecided)),
         "coverage": sum(v.label is not None for _, v in found) / max(len(found), 1),
-        "mean_label": float(np.mean([v.label for _, v in decided])) if decided else 0.0,
-        "disagreement": float(np.mean([v.disagreement for _, v in found])) if found else 0.0,
+        "mean_label": _mean([p.label.score for p in proofs if p.label is not None]),
+        "disagreement": _mean([v.disagreement for _, v in found]),
     }
 
 
@@ -151,3 +152,7 @@ def _samples(
             for number, meta in enumerate(metas)
         ]
     return samples
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else 0.0

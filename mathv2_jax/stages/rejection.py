@@ -30,7 +30,9 @@ class RejectionStage:
 
     def __post_init__(self):
         if not 0.0 < self.min_reward <= 1.0:
-            raise ValueError(f"stage {self.name}: min_reward = {self.min_reward} must lie in (0, 1]")
+            raise ValueError(
+                f"stage {self.name}: min_reward = {self.min_reward} must lie in (0, 1]"
+            )
         if self.per_group < 1:
             raise ValueError(f"stage {self.name}: per_group = {self.per_group} must be positive")
 

@@ -1,4 +1,4 @@
-"""Reinforcement learning of any role: one loop, and the roles and rewards passed to it as values."""
+"""Reinforcement learning of any role: one loop, the roles and rewards passed to it as values."""
 
 import dataclasses
 import functools
@@ -6,15 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
-import numpy as np
 from absl import logging
 
 from mathv2_jax import records, roles
 from mathv2_jax import reward as reward_lib
 from mathv2_jax.data import packing, sources
 from mathv2_jax.rl import grpo as grpo_lib
-from mathv2_jax.rl import optimizer as optimizer_lib
 from mathv2_jax.rl import learner as learner_lib
+from mathv2_jax.rl import optimizer as optimizer_lib
+from mathv2_jax.stages import groups as groups_lib
 from mathv2_jax.stages import run as run_lib
 from mathv2_jax.stages import scoring, steps
 from mathv2_jax.stages import tasks as tasks_lib
@@ -42,7 +42,9 @@ class RlConfig:
     optimizer: optimizer_lib.OptimizerConfig
     grpo: grpo_lib.GrpoConfig = dataclasses.field(default_factory=grpo_lib.GrpoConfig)
     judge: scoring.JudgeConfig = dataclasses.field(default_factory=scoring.JudgeConfig)
-    weights: reward_lib.GeneratorWeights = dataclasses.field(default_factory=reward_lib.GeneratorWeights)
+    weights: reward_lib.GeneratorWeights = dataclasses.field(
+        default_factory=reward_lib.GeneratorWeights
+    )
     head_weight: float = 1.0
     head_auto_weight: float = 0.5
 
@@ -87,21 +89,6 @@ class RlStage:
             raise ValueError(f"stage {self.name}: a generator trains alone, against a frozen judge")
 
 
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """The answers to one task, scored. `advantages` is aligned with `kept`, the answers' places."""
-
-    answered: tuple[scoring.Answered, ...]
-    scored: tuple[scoring.Scored, ...]
-    kept: tuple[int, ...]
-    advantages: np.ndarray
-
-    @property
-    def has_signal(self) -> bool:
-        """Whether any answer was better than another."""
-        return bool(np.any(self.advantages != 0.0))
-
-
 def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
     """Train a policy on a reward; leaves the stage's variables and every sample as records."""
     config = stage.rl
@@ -123,8 +110,8 @@ def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
                 references = [learner.logprobs(loop.initial, b) for b in batches]
             rate = optimizer_lib.learning_rate(config.optimizer, step, config.steps)
             fresh = learner.step(loop.state, batches, references, rate)
-            written = list(to_samples(run, stage.name, step, groups))
-            scalars = measure(groups, run.runtime.lost_alarm, stage.name)
+            written = groups_lib.to_samples(stage.name, step, groups)
+            scalars = groups_lib.measure(groups, run.runtime.lost_alarm, stage.name)
             loop.advance(*fresh, batches, {"next": position}, scalars, written)
         return loop.finish()
 
@@ -222,10 +209,10 @@ def collect(
     score: scoring.Score,
     step: int,
     position: int,
-) -> tuple[list[Group], int]:
+) -> tuple[list[groups_lib.Group], int]:
     """The step's groups, in stream order, and where the stream stands afterwards."""
-    config = stage.rl
-    groups: list[Group] = []
+    config, kind = stage.rl, stage.rl.grpo.advantage
+    groups: list[groups_lib.Group] = []
     for refill in range(config.max_refills + 1):
         missing = config.groups - sum(g.has_signal for g in groups)
         if not missing:
@@ -252,29 +239,21 @@ def collect(
         scored = score(flat, (run.seed, stage.name, step, refill, "judge"))
         for at in range(missing):
             where = slice(at * config.samples, (at + 1) * config.samples)
-            groups.append(_group(flat[where], scored[where], config.grpo.advantage))
+            groups.append(groups_lib.make_group(flat[where], scored[where], kind))
     return groups, position
 
 
-def _group(
-    answered: Sequence[scoring.Answered], scored: Sequence[scoring.Scored], kind: str
-) -> Group:
-    kept = tuple(i for i, s in enumerate(scored) if s.components is not None)
-    totals = [s.components["total"] for s in scored if s.components is not None]
-    return Group(tuple(answered), tuple(scored), kept, grpo_lib.advantages(totals, kind))
-
-
-def pack(config: RlConfig, groups: Sequence[Group]) -> list[packing.Batch]:
+def pack(config: RlConfig, groups: Sequence[groups_lib.Group]) -> list[packing.Batch]:
     """Groups with signal as rows; every verifier task also gives the head its target."""
     lengths = [
         [len(g.answered[i].opinion.response.token_ids) for i in g.kept] if g.has_signal else []
         for g in groups
     ]
     weights = grpo_lib.token_weights(lengths, config.grpo)
-    labelled = [g for g in groups if _head_label(g) is not None]
+    labelled = [g for g in groups if g.head_label is not None]
     items = []
     for group, token_weights in zip(groups, weights, strict=True):
-        task, label = group.answered[0].task, _head_label(group)
+        task, label = group.task, group.head_label
         answers = [
             packing.Answer(
                 tokens=response.token_ids,
@@ -300,104 +279,7 @@ def pack(config: RlConfig, groups: Sequence[Group]) -> list[packing.Batch]:
     return packing.pack_all(items, config.rows, config.row_length)
 
 
-def _head_label(group: Group) -> float | None:
-    task = group.answered[0].task
-    return task.label if task.role.name == roles.VERIFIER else None
-
-
-def to_samples(
-    run: run_lib.Run, stage: str, step: int, groups: Sequence[Group]
-) -> Sequence[records.Sample]:
-    """Every answer of the step, then every opinion that the judge gave on it."""
-    found = []
-    for place, group in enumerate(groups):
-        advantage = dict(zip(group.kept, group.advantages, strict=True))
-        for index, (answered, scored) in enumerate(
-            zip(group.answered, group.scored, strict=True)
-        ):
-            task, opinion = answered.task, answered.opinion
-            name = f"{stage}/{step}/{place}/{index}"
-            found.append(
-                roles.make_sample(
-                    opinion,
-                    id=name,
-                    role=task.role.name,
-                    stage=stage,
-                    step=step,
-                    problem_id=task.problem_id,
-                    target=task.target,
-                    index=index,
-                    statement=task.statement,
-                    proof=task.proof,
-                    analysis=task.analysis,
-                    label=task.label,
-                    advantage=float(advantage[index]) if index in advantage else None,
-                    rewards=dict(scored.components or {}),
-                    votes=tuple(roles.votes(scored.verifier)),
-                    meta_votes=tuple(roles.votes(scored.meta)),
-                )
-            )
-            written = opinion.written
-            for role, opinions in (
-                (roles.VERIFIER, scored.verifier),
-                (roles.META_VERIFIER, scored.meta),
-            ):
-                for number, judged in enumerate(opinions):
-                    generated = task.role.name == roles.GENERATOR and written is not None
-                    analysis = ""
-                    if role == roles.META_VERIFIER:
-                        analysis = written.self_analysis if generated else opinion.text
-                    found.append(
-                        roles.make_sample(
-                            judged,
-                            id=f"{name}/{role}/{number}",
-                            role=role,
-                            stage=stage,
-                            step=step,
-                            problem_id=task.problem_id,
-                            target=name,
-                            index=number,
-                            statement=task.statement,
-                            proof=written.body if generated else task.proof,
-                            analysis=analysis,
-                        )
-                    )
-    return found
-
-
-def measure(groups: Sequence[Group], lost_alarm: float, stage: str) -> dict[str, float]:
-    """The step's scalars: reward components, outcomes, lengths, signal; alarms on lost votes."""
-    answered = [a for g in groups for a in g.answered]
-    scored = [s for g in groups for s in g.scored]
-    parts: dict[str, list[float]] = {}
-    for s in scored:
-        for name, value in (s.components or {}).items():
-            parts.setdefault(name, []).append(value)
-    total = len(answered)
-    scalars = {"reward": float(np.mean(parts["total"])) if parts else 0.0}
-    scalars |= {
-        f"reward/{n}": float(np.mean(v)) for n, v in sorted(parts.items()) if n != "total"
-    }
-    for outcome in records.Outcome:
-        count = sum(a.opinion.outcome is outcome for a in answered)
-        scalars[f"outcome/{outcome.value}"] = count / total
-    lengths = [len(a.opinion.response.token_ids) for a in answered]
-    scalars["length"] = float(np.mean(lengths))
-    scores = [a.opinion.score for a in answered if a.opinion.score is not None]
-    scalars["score"] = float(np.mean(scores)) if scores else 0.0
-    scalars["zero_signal"] = float(np.mean([not g.has_signal for g in groups]))
-    judged = [o for s in scored for o in (*s.verifier, *s.meta)]
-    lost = sum(o.outcome is not records.Outcome.PARSED for o in judged) / max(len(judged), 1)
-    scalars["lost_votes"] = lost
-    scalars["left_group"] = sum(s.components is None for s in scored) / total
-    if lost > lost_alarm:
-        logging.warning("%s: %.0f %% of the judge's votes are lost", stage, 100 * lost)
-    return scalars
-
-
-def _make_learner(
-    run: run_lib.Run, config: RlConfig, temperature: float
-) -> learner_lib.Learner:
+def _make_learner(run: run_lib.Run, config: RlConfig, temperature: float) -> learner_lib.Learner:
     loss = functools.partial(learner_lib.policy_gradient, run.trunk, config.grpo, temperature)
     return learner_lib.Learner(
         run.trunk,

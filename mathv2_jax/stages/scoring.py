@@ -49,7 +49,7 @@ Score = Callable[[Sequence[Answered], Sequence[object]], list[Scored]]
 
 
 def failed(opinion: roles.Opinion, *, mask_length: bool) -> Scored:
-    """The reward of a policy's own failure: 0; none where the engine lost it or length is masked."""
+    """A policy's own failure earns 0; none where the engine lost it or length is masked."""
     masked = opinion.outcome is records.Outcome.LENGTH and mask_length
     if opinion.outcome is records.Outcome.LOST or masked:
         return Scored(None)
@@ -70,9 +70,7 @@ def label_scorer(*, mask_length: bool) -> Score:
 
     def score(answered: Sequence[Answered], seed: Sequence[object]) -> list[Scored]:
         return [
-            failed(a.opinion, mask_length=mask_length)
-            if a.opinion.written is None
-            else by_label(a)
+            failed(a.opinion, mask_length=mask_length) if a.opinion.written is None else by_label(a)
             for a in answered
         ]
 
@@ -139,8 +137,7 @@ def generator_scorer(
         verified = roles.ask(judge, names.verifier, proofs, config.verifier_votes, seed)
         checked = roles.ask(judge, names.meta_verifier, analyses, config.meta_votes, seed)
         found = {
-            id(a): (w, v, m)
-            for a, w, v, m in zip(asked, written, verified, checked, strict=True)
+            id(a): (w, v, m) for a, w, v, m in zip(asked, written, verified, checked, strict=True)
         }
         scored = []
         for a in answered:

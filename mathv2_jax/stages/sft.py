@@ -92,7 +92,9 @@ def train(
     items = [item(d) for d in demonstrations]
     fitting = [i for i in items if len(i) <= config.row_length]
     steps.report_left_out(name, len(items) - len(fitting), len(items), config.row_length)
-    stream = sources.stream({"demonstrations": fitting}, {"demonstrations": 1.0}, run.seed_for(name))
+    stream = sources.stream(
+        {"demonstrations": fitting}, {"demonstrations": 1.0}, run.seed_for(name)
+    )
     learner = run.learner(("sft", config.optimizer), functools.partial(_make_learner, run, config))
     with steps.Loop(run, name, config.steps, learner, init) as loop:
         position = loop.position.get("next", 0)

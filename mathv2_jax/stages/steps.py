@@ -1,4 +1,4 @@
-"""The part of a training loop that all stages share: resume, metrics, records, checkpoints, stop."""
+"""What all training loops share: resume, metrics, records, checkpoints, stop."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a policy is asked in reinforcement learning: prompts of the three roles with their labels."""
+"""What a policy is asked in reinforcement learning: prompts of three roles with their labels."""
 
 import dataclasses
 from collections.abc import Sequence

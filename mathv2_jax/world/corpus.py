@@ -131,9 +131,7 @@ def _distinct(
     author: _Author, number: int
 ) -> Iterator[tuple[problems.WorldProblem, records.Problem]]:
     seen: set[str] = set()
-    tries = 0
-    for problem, record in author.stream():
-        tries += 1
+    for tries, (problem, record) in enumerate(author.stream()):
         if record.id not in seen:
             seen.add(record.id)
             yield problem, record
@@ -195,14 +193,18 @@ def plain_problems(
 def make_demonstrations(
     config: WorldConfig, seed: int, templates: prompts.PromptSet
 ) -> list[records.Demonstration]:
-    """Conversations for the cold start: drills, else the three roles in turn, some refinements."""
+    """Conversations for the cold start: drills (half of them recitations), else the three roles in
+    turn, some of the first role's as refinements."""
     author = _Author(config, seed, "train", 4)
     made = []
     for index, (problem, record) in enumerate(author.stream()):
         if index == config.num_demonstrations:
             return made
-        drill = author.rng.random() < config.drill_share
-        proof = author.proof(problem, record)
+        draw = author.rng.random() / max(config.drill_share, 1e-9)
+        if draw < 0.5:
+            made.append(_recitation(author, problem, record))
+            continue
+        proof, drill = author.proof(problem, record), draw < 1.0
         if drill:
             text = demonstrations.write_drill(author.rng, problem)
             proof = dataclasses.replace(proof, text=text, source="world-drill")
@@ -210,9 +212,7 @@ def make_demonstrations(
         if not drill and index % 3 == 0:
             demonstration = _generation(author, templates, problem, record, proof, analysis)
         elif drill or index % 3 == 1:
-            user = prompts.fill(
-                templates.verifier, statement=proof.statement, proof=proof.text
-            )
+            user = prompts.fill(templates.verifier, statement=proof.statement, proof=proof.text)
             demonstration = ("verifier", user, analysis.text, (proof.id,))
         else:
             body, quality = demonstrations.write_meta_body(
@@ -239,6 +239,25 @@ def make_demonstrations(
             )
         )
     raise AssertionError("the author's stream of problems has no end")
+
+
+def _recitation(
+    author: _Author, problem: problems.WorldProblem, record: records.Problem
+) -> records.Demonstration:
+    """A drill in copying: the rules with their numbers, in their order or in another."""
+    numbered = [f"{rule} ({n})" for n, rule in enumerate(problem.rules, start=1)]
+    if author.rng.random() < 0.5:
+        author.rng.shuffle(numbered)
+    user, assistant = f"{record.statement}\nRepeat the rules.", "\n".join(numbered)
+    return records.Demonstration(
+        id=records.content_id("demonstration", user, assistant),
+        role="reciter",
+        problem_id=record.id,
+        user=user,
+        assistant=assistant,
+        source="world-drill",
+        parents=(record.id,),
+    )
 
 
 def _generation(
@@ -271,9 +290,7 @@ def make_corpus(config: WorldConfig, seed: int, templates: prompts.PromptSet) ->
     """All files' contents. The test sets carry no label: the judge measures them afterwards."""
     return Corpus(
         problems=tuple(plain_problems(config, seed, "train", config.num_problems)),
-        proofs=tuple(
-            graded_proofs(config, seed, "train", config.num_graded_proofs, labelled=True)
-        ),
+        proofs=tuple(graded_proofs(config, seed, "train", config.num_graded_proofs, labelled=True)),
         analyses=tuple(
             graded_analyses(config, seed, "train", config.num_graded_analyses, labelled=True)
         ),
@@ -284,7 +301,5 @@ def make_corpus(config: WorldConfig, seed: int, templates: prompts.PromptSet) ->
         ),
         test_problems=tuple(plain_problems(config, seed, "test", config.num_test)),
         test_proofs=tuple(graded_proofs(config, seed, "test", config.num_test, labelled=False)),
-        test_analyses=tuple(
-            graded_analyses(config, seed, "test", config.num_test, labelled=False)
-        ),
+        test_analyses=tuple(graded_analyses(config, seed, "test", config.num_test, labelled=False)),
     )

@@ -44,9 +44,7 @@ class WriterRates:
 Steps = list[problems.Rule]
 
 
-def write_proof(
-    rng: random.Random, problem: problems.WorldProblem, rates: WriterRates
-) -> str:
+def write_proof(rng: random.Random, problem: problems.WorldProblem, rates: WriterRates) -> str:
     """A proof with at most one planted fault (a fault can cause another)."""
     steps = list(problem.chain)
     if rng.random() < rates.detours:
@@ -122,13 +120,19 @@ def _unsupported(rng: random.Random, problem: problems.WorldProblem, steps: Step
         if rule.conclusion == steps[place].conclusion and not derived.issuperset(rule.premises)
     ]
     if not options:
-        return steps[max(1, len(steps) - 1) :] if len(steps) > 2 else _wrong_end(rng, problem, steps)
+        return (
+            steps[max(1, len(steps) - 1) :] if len(steps) > 2 else _wrong_end(rng, problem, steps)
+        )
     place, rule = rng.choice(options)
-    return [rule, *steps[place + 1 :]] if rng.random() < 0.5 else [
-        *steps[:place],
-        rule,
-        *steps[place + 1 :],
-    ]
+    return (
+        [rule, *steps[place + 1 :]]
+        if rng.random() < 0.5
+        else [
+            *steps[:place],
+            rule,
+            *steps[place + 1 :],
+        ]
+    )
 
 
 def _wrong_end(rng: random.Random, problem: problems.WorldProblem, steps: Steps) -> Steps:
@@ -205,7 +209,7 @@ def write_meta_body(
     analysis: judge.AnalysisVerdict,
     rates: WriterRates,
 ) -> tuple[str, float]:
-    """A meta-analyst's body and rating: each named issue in turn, then whether the score follows."""
+    """A meta-analyst's body and rating: each named issue in turn, then the score."""
     lines: list[str] = []
     num_false, follows = 0, analysis.score_follows
     for issue in analysis.named:
@@ -229,7 +233,14 @@ def write_meta_body(
     return "\n".join(lines), quality
 
 
-META_PHRASES = (" real", " not real", "No issue is named", "The score", " follows", " does not follow")
+META_PHRASES = (
+    " real",
+    " not real",
+    "No issue is named",
+    "The score",
+    " follows",
+    " does not follow",
+)
 """Fixed wordings of the meta-analyst, for a tokenizer to hold as single pieces."""
 
 

@@ -1,7 +1,7 @@
 """The exact judge of the proof world. It measures and labels files; training never calls it.
 
-A proof is lines `Step 1: A implies F`. An analysis gives one line a step, which repeats it, looks up
-the rule and where its premise comes from, and then says what it found,
+A proof is lines `Step 1: A implies F`. An analysis gives one line a step, which repeats it, looks
+up the rule and where its premise comes from, and then says what it found,
 `Step 1: A implies F (4) from the facts: holds`, and one line for the goal,
 `Goal C, shown C: reached`. With E = the facts and all earlier conclusions (also of bad steps, so
 that an error counts once), a step is at fault when its rule is not given, when a premise is not in
@@ -92,9 +92,7 @@ def write_proof(steps: tuple[problems.Rule, ...] | list[problems.Rule]) -> str:
     return "\n".join(f"Step {n}: {step}" for n, step in enumerate(steps, start=1))
 
 
-def _fault(
-    step: problems.Rule, known: set[str], rules: frozenset[problems.Rule]
-) -> Fault | None:
+def _fault(step: problems.Rule, known: set[str], rules: frozenset[problems.Rule]) -> Fault | None:
     if step not in rules:
         return Fault.NOT_GIVEN
     lacking = [p for p in step.premises if p not in known]
@@ -155,7 +153,9 @@ def look_up(problem: problems.WorldProblem, steps: tuple[problems.Rule, ...]) ->
     found = []
     for number, step in enumerate(steps, start=1):
         rule = problem.rules.index(step) + 1 if step in problem.rules else None
-        sources = [origin[p] if p in origin else _one_step(problem, origin, p) for p in step.premises]
+        sources = [
+            origin[p] if p in origin else _one_step(problem, origin, p) for p in step.premises
+        ]
         weakest = max(sources, key=lambda s: (s == NOTHING, s.startswith("("), s != FACTS))
         found.append(Lookup(rule, weakest))
         origin.setdefault(step.conclusion, f"step {number}")

@@ -12,7 +12,9 @@ import string
 from collections.abc import Mapping
 from typing import Any
 
-_STATEMENT = re.compile(r"Given: (?P<facts>[^:]*)\. Rules: (?P<rules>[^:]*)\. Show: (?P<goal>[A-Z])\.")
+_STATEMENT = re.compile(
+    r"Given: (?P<facts>[^:]*)\. Rules: (?P<rules>[^:]*)\. Show: (?P<goal>[A-Z])\."
+)
 _NUMBERED = re.compile(r"([A-Z][A-Za-z ]*) \(\d+\)")
 _RULE = re.compile(r"(?P<premises>[A-Z](?: and [A-Z])*) impl(?:y|ies) (?P<conclusion>[A-Z])")
 
@@ -164,7 +166,9 @@ def canonical_form(problem: WorldProblem) -> str:
         if len(set(finer.values())) == len(set(colour.values())):
             break
         colour = finer
-    rules = sorted((sorted(colour[p] for p in r.premises), colour[r.conclusion]) for r in problem.rules)
+    rules = sorted(
+        (sorted(colour[p] for p in r.premises), colour[r.conclusion]) for r in problem.rules
+    )
     facts = sorted(colour[f] for f in problem.facts)
     text = f"{rules}{facts}{colour[problem.goal]}{sorted(colour.values())}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]
