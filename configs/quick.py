@@ -27,6 +27,7 @@ def model() -> dict:
         num_experts=8,
         experts_per_token=2,
         routed_scaling=1.0,
+        embedding_taps=3,
     )
 
 

@@ -7,6 +7,7 @@ Exit codes: 0 finished, 75 preempted after a save, 2 bad usage or input, 1 failu
 
 import dataclasses
 import json
+import os
 import signal
 import sys
 import time
@@ -44,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}: every setting is a --flag")
     try:
-        return train(_CONFIG.value, epath.Path(_WORKDIR.value).expanduser(), _CACHE.value)
+        assert _WORKDIR.value is not None, "run() marks the flag as required"
+        return train(_CONFIG.value, absolute(_WORKDIR.value), _CACHE.value)
     except run_lib.Preempted:
         logging.warning("preempted; the same command goes on from here")
         return PREEMPTED
@@ -54,6 +56,11 @@ def main(argv: Sequence[str]) -> int:
     except (ValueError, FileNotFoundError) as error:
         print(f"mathv2-train: {error}", file=sys.stderr)
         return BAD_INPUT
+
+
+def absolute(path: str) -> epath.Path:
+    """A folder named on the command line, local (relative to where it was given) or gs://."""
+    return epath.Path(os.path.abspath(os.path.expanduser(path)) if storage.is_local(path) else path)
 
 
 def train(config_dict: Any, workdir: epath.Path, cache: str | None) -> int:

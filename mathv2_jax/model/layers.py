@@ -1,11 +1,25 @@
 """Parameters with logical axes, RMSNorm and the gated feed-forward."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: Callable[..., Any],
+    shape: Sequence[int],
+    axes: Sequence[str],
+) -> jax.Array:
+    """A float32 parameter declared once: initialiser, shape, logical axes."""
+    boxed = nn.with_logical_partitioning(init, tuple(axes))
+    # Flax hands out the array itself and types it as the box that `init` makes.
+    return cast(jax.Array, module.param(name, boxed, tuple(shape), jnp.float32))
 
 
 def weight(
@@ -15,10 +29,8 @@ def weight(
     axes: Sequence[str],
     fan_in: int,
 ) -> jax.Array:
-    """A float32 matrix declared once: shape, logical axes, normal init of variance 1 / fan_in."""
-    init = nn.initializers.normal(stddev=fan_in**-0.5)
-    boxed = nn.with_logical_partitioning(init, tuple(axes))
-    return module.param(name, boxed, tuple(shape), jnp.float32)
+    """A matrix with normal init of variance 1 / fan_in."""
+    return parameter(module, name, nn.initializers.normal(stddev=fan_in**-0.5), shape, axes)
 
 
 class RMSNorm(nn.Module):
@@ -28,8 +40,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        scale_D = self.param("scale", ones, (x.shape[-1],), jnp.float32)
+        scale_D = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],), ("norm",))
         x32 = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
         normed = x32 * jax.lax.rsqrt(mean_square + self.eps)

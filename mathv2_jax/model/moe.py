@@ -5,7 +5,7 @@ equal up to rounding; `every_expert` is the reference.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -143,14 +143,11 @@ class SparseMlp(nn.Module):
         router_DE = layers.weight(
             self, "router", (c.width, c.num_experts), ("embed", "router"), c.width
         )
-        bias_E = self.variable(
-            "router",
-            "bias",
-            nn.with_logical_partitioning(nn.initializers.zeros, ("router",)),
-            None,
-            (c.num_experts,),
-            jnp.float32,
-        ).value
+        bias = nn.with_logical_partitioning(nn.initializers.zeros, ("router",))
+        bias_E = cast(
+            Array,
+            self.variable("router", "bias", bias, None, (c.num_experts,), jnp.float32).value,
+        )
         shape_in, shape_out = (c.num_experts, c.width, c.expert_width), ("experts", "embed", "mlp")
         gate_EDF = layers.weight(self, "experts_gate", shape_in, shape_out, c.width)
         up_EDF = layers.weight(self, "experts_up", shape_in, shape_out, c.width)

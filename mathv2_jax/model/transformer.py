@@ -98,17 +98,24 @@ class Trunk(nn.Module):
         layout: cache_lib.Layout,
         past: DecodeInputs | None = None,
         kept_LBTA: Int[Array, "L B T A"] | None = None,
+        previous_BTW: Int[Array, "B T W"] | None = None,
     ) -> TrunkOutput:
         c = self.config
-        embed_init = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("vocab", "embed"))
-        embed_VD = self.param("embed", embed_init, (c.vocab_size, c.width), jnp.float32)
+        normal, zeros = nn.initializers.normal, nn.initializers.zeros
+        embed_VD = layers.parameter(
+            self, "embed", normal(1.0), (c.vocab_size, c.width), ("vocab", "embed")
+        )
         layers.weight(self, "unembed", (c.width, c.vocab_size), ("embed", "vocab"), c.width)
-        zeros = nn.initializers.zeros
-        kernel_init = nn.with_logical_partitioning(zeros, ("embed", "score"))
-        self.param("verifier_head_kernel", kernel_init, (c.width, 3), jnp.float32)
-        bias_init = nn.with_logical_partitioning(zeros, ("score",))
-        self.param("verifier_head_bias", bias_init, (3,), jnp.float32)
+        layers.parameter(self, "verifier_head_kernel", zeros, (c.width, 3), ("embed", "score"))
+        layers.parameter(self, "verifier_head_bias", zeros, (3,), ("score",))
         x_BTD = embed_VD.astype(c.compute_dtype)[tokens_BT]
+        if c.embedding_taps:
+            assert previous_BTW is not None, "a model with embedding taps is given previous tokens"
+            taps_WD = layers.parameter(
+                self, "taps", normal(0.5), (c.embedding_taps, c.width), ("norm", "norm")
+            )
+            before_BTWD = embed_VD.astype(c.compute_dtype)[previous_BTW]
+            x_BTD += jnp.einsum("BTWD,WD->BTD", before_BTWD, taps_WD.astype(x_BTD.dtype))
         x_BTD, dense, _ = self._stack(x_BTD, layout, past, None, sparse=False)
         x_BTD, sparse, routing = self._stack(x_BTD, layout, past, kept_LBTA, sparse=True)
         hidden_BTD = layers.RMSNorm(c.norm_eps, name="final_norm")(x_BTD)
@@ -134,7 +141,7 @@ class Trunk(nn.Module):
             Block,
             variable_axes={"params": 0, "router": 0},
             split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType] - flax types one int, takes one an argument
             out_axes=0,
             length=length,
             unroll=length if c.scan_unroll else 1,
@@ -149,9 +156,7 @@ class Trunk(nn.Module):
 def boxed_abstract(config: ModelConfig, kernels: Kernels | None = None) -> Any:
     """The variables' shapes and logical axes, without making an array."""
     trunk = Trunk(config, kernels or Kernels())
-    tokens_BT = jnp.zeros((1, 2), jnp.int32)
-    layout = cache_lib.plain_layout(jnp.full((1,), 2), 2)
-    return jax.eval_shape(trunk.init, jax.random.key(0), tokens_BT, layout)
+    return jax.eval_shape(trunk.init, jax.random.key(0), *_example(config))
 
 
 def unboxed(tree: Any) -> Any:
@@ -162,9 +167,14 @@ def unboxed(tree: Any) -> Any:
 def init(config: ModelConfig, key: jax.Array, kernels: Kernels | None = None) -> Variables:
     """Fresh float32 variables, unboxed."""
     trunk = Trunk(config, kernels or Kernels())
+    return nn.unbox(trunk.init(key, *_example(config)))
+
+
+def _example(config: ModelConfig) -> tuple[Any, ...]:
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
+    previous_BTW = jnp.zeros((1, 2, config.embedding_taps), jnp.int32)
     layout = cache_lib.plain_layout(jnp.full((1,), 2), 2)
-    return nn.unbox(trunk.init(key, tokens_BT, layout))
+    return tokens_BT, layout, None, None, previous_BTW
 
 
 def apply(
@@ -175,11 +185,15 @@ def apply(
     *,
     past: DecodeInputs | None = None,
     kept_LBTA: Int[Array, "L B T A"] | None = None,
+    previous_BTW: Int[Array, "B T W"] | None = None,
     kernels: Kernels | None = None,
 ) -> TrunkOutput:
-    """One pass. With `past`, T is 1 and `layout.positions_BT` are the new tokens' positions."""
+    """One pass. With `past`, T is 1 and `layout.positions_BT` are the new tokens' positions.
+
+    `previous_BTW` (cache.previous_tokens) is for models with embedding taps.
+    """
     trunk = Trunk(config, kernels or Kernels())
-    out = trunk.apply(variables, tokens_BT, layout, past, kept_LBTA)
+    out = trunk.apply(variables, tokens_BT, layout, past, kept_LBTA, previous_BTW)
     assert isinstance(out, TrunkOutput)
     return out
 
@@ -190,7 +204,10 @@ def forward(
     """Logits of every next token of unpadded rows, for inspection and parity tests."""
     lengths_B = jnp.full((tokens_BT.shape[0],), tokens_BT.shape[1])
     layout = cache_lib.plain_layout(lengths_B, tokens_BT.shape[1])
-    hidden_BTD = apply(config, variables, tokens_BT, layout).hidden_BTD
+    sources_BT = cache_lib.plain_sources(tokens_BT)
+    previous_BTW = cache_lib.previous_tokens(tokens_BT, sources_BT, config.embedding_taps)
+    out = apply(config, variables, tokens_BT, layout, previous_BTW=previous_BTW)
+    hidden_BTD = out.hidden_BTD
     return heads.logits(hidden_BTD, variables["params"]["unembed"])
 
 

@@ -164,9 +164,7 @@ def grpo_loss(
         )
     ratio_BT = jnp.exp(logprob_BT - old_BT)
     outside_BT = (ratio_BT < 1.0 - config.clip_low) | (ratio_BT > 1.0 + config.clip_high)
-    gain = jnp.sum(
-        weight_BT * keep_BT * clipped_gain(logprob_BT, old_BT, advantage_BT, config)
-    )
+    gain = jnp.sum(weight_BT * keep_BT * clipped_gain(logprob_BT, old_BT, advantage_BT, config))
     kl = jnp.sum(weight_BT * unbiased_kl(logprob_BT, old_BT, reference_BT))
     entropy = jnp.sum(weight_BT * jnp.where(real_BT, entropy_BT, 0.0))
     loss = -gain + config.kl_coefficient * kl - config.entropy_coefficient * entropy

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
@@ -58,17 +57,22 @@ class Trunk:
         self, params: Any, variables: transformer.Variables, batch: packing.Batch
     ) -> tuple[jax.Array, transformer.TrunkOutput]:
         """Hidden states [B, T, D] aligned with the tokens they predict, and the raw output."""
-        layout = cache.Layout(batch.positions_BT, batch.segments_BT, batch.prefixes_BT)  # pyright: ignore[reportArgumentType] - traced arrays
+        tokens_BT, sources_BT = jnp.asarray(batch.tokens_BT), jnp.asarray(batch.sources_BT)
+        layout = cache.Layout(
+            jnp.asarray(batch.positions_BT),
+            jnp.asarray(batch.segments_BT),
+            jnp.asarray(batch.prefixes_BT),
+        )
         out = transformer.apply(
             self.config,
             {**variables, "params": params},
-            jnp.asarray(batch.tokens_BT),
+            tokens_BT,
             layout,
-            kept_LBTA=batch.kept_LBTA,  # pyright: ignore[reportArgumentType] - traced array
+            kept_LBTA=None if batch.kept_LBTA is None else jnp.asarray(batch.kept_LBTA),
+            previous_BTW=cache.previous_tokens(tokens_BT, sources_BT, self.config.embedding_taps),
             kernels=self.kernels,
         )
-        sources = jnp.asarray(batch.sources_BT)[..., None]
-        return jnp.take_along_axis(out.hidden_BTD, sources, axis=1), out
+        return jnp.take_along_axis(out.hidden_BTD, sources_BT[..., None], axis=1), out
 
     def logprobs(
         self,
@@ -220,13 +224,10 @@ def put_batch(batch: packing.Batch, mesh: Mesh) -> packing.Batch:
     """Host arrays to the mesh: rows over the batch axes, everything else replicated."""
     rows = sharding.batch_sharding(mesh)
     kept = NamedSharding(mesh, PartitionSpec(None, *rows.spec))
-    placed = {
-        name: None
-        if value is None
-        else jax.device_put(np.asarray(value), kept if name == "kept_LBTA" else rows)
-        for name, value in batch._asdict().items()
-    }
-    return packing.Batch(**placed)
+    where = packing.Batch(*(kept if name == "kept_LBTA" else rows for name in batch._fields))
+    if batch.kept_LBTA is None:
+        where = where._replace(kept_LBTA=None)
+    return jax.device_put(batch, where)
 
 
 def _guarded_update(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from mathv2_jax.model import cache, heads, transformer
 from mathv2_jax.model.config import ModelConfig
@@ -17,17 +17,18 @@ from mathv2_jax.rollout import sampling
 
 
 class Prefilled(NamedTuple):
-    """What prompts leave behind."""
+    """What prompts leave behind; `tail_PW` are their last tokens, the last one first."""
 
     latents: transformer.Latents
     logits_PV: Float[Array, "P V"]
     head_P3: Float[Array, "P 3"]
+    tail_PW: Int[Array, "P W"]
 
 
 class RowSettings(NamedTuple):
     """Per row: key data, sampling settings and the limit on new tokens (0: a row not in use)."""
 
-    keys_B2: Array
+    keys_B2: UInt32[Array, "B 2"]
     temperature_B: Float[Array, "B"]
     top_p_B: Float[Array, "B"]
     limit_B: Int[Array, "B"]
@@ -46,6 +47,7 @@ class _Carry(NamedTuple):
     step: Int[Array, ""]
     decoded: Decoded
     logits_BV: Float[Array, "B V"]
+    tail_BW: Int[Array, "B W"]
     dense: cache.LatentPair | None
     sparse: cache.LatentPair | None
     done_B: Bool[Array, "B"]
@@ -71,7 +73,12 @@ def prefill(
 ) -> Prefilled:
     """Right-padded prompts to latents, the next token's logits and the verifier head's P(score)."""
     layout = cache.plain_layout(lengths_P, prompts_PS.shape[1])
-    out = transformer.apply(config, variables, prompts_PS, layout, kernels=kernels)
+    previous_PSW = cache.previous_tokens(
+        prompts_PS, cache.plain_sources(prompts_PS), config.embedding_taps
+    )
+    out = transformer.apply(
+        config, variables, prompts_PS, layout, previous_BTW=previous_PSW, kernels=kernels
+    )
     last_P1 = jnp.maximum(lengths_P - 1, 0)[:, None, None]
     hidden_P1D = jnp.take_along_axis(out.hidden_BTD, last_P1, axis=1)
     params = variables["params"]
@@ -79,7 +86,9 @@ def prefill(
         hidden_P1D[:, 0], params["verifier_head_kernel"], params["verifier_head_bias"]
     )
     logits_PV = heads.logits(hidden_P1D, params["unembed"])[:, 0]
-    return Prefilled(out.latents, logits_PV, jax.nn.softmax(head_P3, axis=-1))
+    back_PW = lengths_P[:, None] - 1 - jnp.arange(config.embedding_taps)[None, :]
+    tail_PW = jnp.take_along_axis(prompts_PS, jnp.maximum(back_PW, 0), axis=1)
+    return Prefilled(out.latents, logits_PV, jax.nn.softmax(head_P3, axis=-1), tail_PW)
 
 
 def _empty(prompt: cache.LatentPair | None, rows: int, slots: int) -> cache.LatentPair | None:
@@ -158,12 +167,20 @@ def decode(
         )
         layout = cache.Layout((start_B + step)[:, None], ones_B1, ones_B1)
         out = transformer.apply(
-            config, variables, token_B[:, None], layout, past=past, kernels=kernels
+            config,
+            variables,
+            token_B[:, None],
+            layout,
+            past=past,
+            previous_BTW=carry.tail_BW[:, None],
+            kernels=kernels,
         )
+        tail_BW = jnp.concatenate([token_B[:, None], carry.tail_BW], axis=1)
         return _Carry(
             step + 1,
             decoded,
             heads.logits(out.hidden_BTD, variables["params"]["unembed"])[:, 0],
+            tail_BW[:, : config.embedding_taps],
             _write(carry.dense, out.latents.dense, step),
             _write(carry.sparse, out.latents.sparse, step),
             done_B | ends_B | (decoded.length_B >= rows.limit_B),
@@ -179,6 +196,7 @@ def decode(
         jnp.zeros((), jnp.int32),
         empty,
         jnp.repeat(prefilled.logits_PV, answers, axis=0),
+        jnp.repeat(prefilled.tail_PW, answers, axis=0),
         _empty(prefilled.latents.dense, num_rows, slots),
         _empty(prefilled.latents.sparse, num_rows, slots),
         rows.limit_B <= 0,

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from mathv2_jax import records, sharding
 from mathv2_jax.model import transformer
@@ -171,15 +171,15 @@ class Engine:
         bucket, number, together, slots, truncate = shape
         ids, lengths = self._pad([r.prompt for r, _ in jobs], bucket, number)
         stop_ids = sorted({self.tokenizer.eos_id, *(s for r, _ in jobs for s in r.stop_ids)})
-        settings = _settings(jobs, number, together)
         rows = sharding.batch_sharding(self.mesh)
+        settings = _settings(jobs, number, together, rows)
         prefilled = self._call_prefill(ids, lengths)
         with jax.set_mesh(self.mesh):
             decoded = self._programs.decode(
                 self._variables,
                 prefilled,
                 jax.device_put(lengths, rows),
-                jax.device_put(settings, rows),
+                settings,
                 np.asarray(stop_ids, np.int32),
                 slots=slots,
                 truncate=truncate,
@@ -229,7 +229,7 @@ class Engine:
 
 
 def _settings(
-    jobs: Sequence[tuple[records.Request, int]], number: int, together: int
+    jobs: Sequence[tuple[records.Request, int]], number: int, together: int, rows: NamedSharding
 ) -> decode.RowSettings:
     keys = np.zeros((number, together, 2), np.uint32)
     temperature = np.ones((number, together), np.float32)
@@ -240,6 +240,5 @@ def _settings(
         for i in range(min(together, request.num_samples - first)):
             keys[place, i] = row_key(request.seed, first + i)
             limit[place, i] = request.max_tokens
-    return decode.RowSettings(
-        keys.reshape(-1, 2), temperature.reshape(-1), top_p.reshape(-1), limit.reshape(-1)
-    )
+    flat = (keys.reshape(-1, 2), temperature.reshape(-1), top_p.reshape(-1), limit.reshape(-1))
+    return decode.RowSettings(*(jax.device_put(x, rows) for x in flat))

@@ -1,4 +1,4 @@
-"""One token from logits: temperature, top-p, and the log-probability under what was sampled from."""
+"""One token from logits: temperature, top-p, and its log-probability under what was sampled."""
 
 from typing import NamedTuple
 
