@@ -62,62 +62,49 @@ def get_config() -> ml_collections.ConfigDict:
     label = dict(rule=dict(num_analyses=4, num_meta=1, num_valid=2), num_candidates=256)
     generator_rl = rl | dict(row_length=480)
 
-    def verifier(name: str, init: str, judge: str | None, meta: float, **more) -> dict:
+    def verifier(init: str, judge: str | None, meta: float, **more) -> dict:
         mixture = dict(verifier=1.0, **({"meta_verifier": meta} if meta else {}))
-        steps = dict(steps=30)
         return dict(
-            kind="rl", name=name, init=init, judge=judge, mixture=mixture, rl=rl | steps, **more
+            kind="rl", init=init, judge=judge, mixture=mixture, rl=rl | dict(steps=30), **more
         )
 
-    c.stages = (
-        dict(kind="sft", name="sft", sft=cold),
-        dict(kind="answer", name="before", verifier="sft", generator="sft"),
-        verifier("verifier-0", "sft", None, 0.0),
-        dict(
+    def generator(verifier: str) -> dict:
+        mixture = dict(generator=1.0)
+        return dict(
             kind="rl",
-            name="meta",
-            init="sft",
-            mixture=dict(meta_verifier=1.0),
-            rl=rl | dict(steps=15),
-        ),
-        verifier("verifier-1", "verifier-0", "meta", 0.33),
-        dict(kind="probe", name="probe-1", verifier="verifier-1"),
-        dict(
-            kind="rl",
-            name="generator-1",
-            init="verifier-1",
-            judge="verifier-1",
-            mixture=dict(generator=1.0),
+            init=verifier,
+            judge=verifier,
+            mixture=mixture,
             rl=generator_rl | dict(steps=30),
+        )
+
+    stages = {
+        "sft": dict(kind="sft", sft=cold),
+        "before": dict(kind="answer", verifier="sft", generator="sft"),
+        "verifier-0": verifier("sft", None, 0.0),
+        "meta": dict(
+            kind="rl", init="sft", mixture=dict(meta_verifier=1.0), rl=rl | dict(steps=15)
         ),
-        dict(
-            kind="autolabel",
-            name="autolabel-1",
-            proofs_from="generator-1",
-            judge="verifier-1",
-            num_proofs=192,
-            **label,
+        "verifier-1": verifier("verifier-0", "meta", 0.33),
+        "probe-1": dict(kind="probe", verifier="verifier-1"),
+        "generator-1": generator("verifier-1"),
+        "autolabel-1": dict(
+            kind="autolabel", proofs_from="generator-1", judge="verifier-1", num_proofs=192, **label
         ),
-        dict(
+        "rejection-1": dict(
             kind="rejection",
-            name="rejection-1",
             init="generator-1",
             samples_from=("verifier-1", "generator-1"),
             min_reward=0.9,
             sft=again,
         ),
-        verifier("verifier-2", "rejection-1", "verifier-1", 0.33, proofs=("proofs", "autolabel-1")),
-        dict(kind="probe", name="probe-2", verifier="verifier-2", predecessor="probe-1"),
-        dict(
-            kind="rl",
-            name="generator-2",
-            init="verifier-2",
-            judge="verifier-2",
-            mixture=dict(generator=1.0),
-            rl=generator_rl | dict(steps=30),
-        ),
-        dict(kind="answer", name="after", verifier="verifier-2", generator="generator-2"),
-    )
+        "verifier-2": verifier("rejection-1", "verifier-1", 0.33, proofs=("proofs", "autolabel-1")),
+        "probe-2": dict(kind="probe", verifier="verifier-2", predecessor="probe-1"),
+        "generator-2": generator("verifier-2"),
+        "after": dict(kind="answer", verifier="verifier-2", generator="generator-2"),
+    }
+    c.stages = tuple(stages)  # the recipe: which stages run, in this order
+    c.stage = stages
     c.before, c.after = "before", "after"
     c.runtime = dict(save_every=50, mesh=dict(data=1))
     return c

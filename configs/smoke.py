@@ -23,7 +23,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     c.model.update(width=32, num_layers=3, dense_width=32, expert_width=16, num_experts=4)
     c.engine = dict(rows=32, prompt_buckets=(144,), answer_buckets=(96,))
-    c.stages = tuple(_shrunk(stage) for stage in c.stages)
+    c.stage = {name: _shrunk(stage) for name, stage in c.stage.to_dict().items()}
     c.runtime.save_every = 2
     return c
 

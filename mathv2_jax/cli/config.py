@@ -17,6 +17,7 @@ import ml_collections
 
 from mathv2_jax import roles
 from mathv2_jax.cli import inputs
+from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.rollout import engine
 from mathv2_jax.stages import iterate
@@ -61,12 +62,36 @@ class RunConfig:
             )
 
 
-def build(config: ml_collections.ConfigDict) -> RunConfig:
-    """The frozen config; ValueError names the field at fault by its full path."""
-    body = config.to_dict()
-    vocab = body.get("tokenizer", {}).get("vocab_size", 0)
-    body.get("model", {}).setdefault("vocab_size", vocab)
+def build(
+    config: ml_collections.ConfigDict, overrides: Sequence[tuple[str, str]] = ()
+) -> RunConfig:
+    """The frozen config; ValueError names the field at fault by its full path.
+
+    In the file, `stages` is the recipe, a tuple of names, and `stage.NAME` holds each one's fields.
+    """
+    body = overrides_lib.apply(config.to_dict(), overrides)
+    if isinstance(body.get("model"), dict) and isinstance(body.get("tokenizer"), dict):
+        body["model"].setdefault("vocab_size", body["tokenizer"].get("vocab_size", 0))
+    body["stages"] = _listed_stages(body.get("stages", ()), body.pop("stage", {}))
     return _build(RunConfig, body, "config")
+
+
+def _listed_stages(names: Any, bodies: Any) -> tuple[iterate.Stage, ...]:
+    if not isinstance(bodies, Mapping):
+        raise ValueError(f"config.stage must hold the stages by name, it is {bodies!r:.80}")
+    listed = []
+    for name in _convert(tuple[str, ...], names, "config.stages"):
+        if name not in bodies:
+            near = difflib.get_close_matches(name, list(bodies), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"config.stages lists {name!r}, but config.stage has only {sorted(bodies)}{hint}"
+            )
+        listed.append(_stage(name, bodies[name]))
+    unlisted = [name for name in bodies if name not in {s.name for s in listed}]
+    for name in unlisted:  # a typo in one of these should not wait until it is listed
+        _stage(name, bodies[name])
+    return tuple(listed)
 
 
 def _build(kind: type[T], body: Any, where: str) -> T:
@@ -91,19 +116,14 @@ def _build(kind: type[T], body: Any, where: str) -> T:
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
     if hint == tuple[iterate.Stage, ...]:
-        return tuple(_stage(s, f"{where}[{i}]") for i, s in enumerate(value))
+        return value  # built by _listed_stages
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and types.NoneType in args:
             return None
         return _convert(next(a for a in args if a is not types.NoneType), value, where)
     if origin is tuple:
-        if not isinstance(value, (list, tuple)):
-            raise ValueError(f"{where} must be a sequence, it is {value!r:.80}")
-        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
-        if len(kinds) != len(value):
-            raise ValueError(f"{where} must have {len(kinds)} entries, it has {len(value)}")
-        return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=True))
+        return _convert_tuple(args, value, where)
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
             raise ValueError(f"{where} must be a mapping, it is {value!r:.80}")
@@ -119,7 +139,19 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-def _stage(body: Any, where: str) -> iterate.Stage:
+def _convert_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if isinstance(value, str) and args[0] is str:
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{where} must be a sequence, it is {value!r:.80}")
+    kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+    if len(kinds) != len(value):
+        raise ValueError(f"{where} must have {len(kinds)} entries, it has {len(value)}")
+    return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=True))
+
+
+def _stage(name: str, body: Any) -> iterate.Stage:
+    where = f"config.stage.{name}"
     if not isinstance(body, Mapping) or "kind" not in body:
         raise ValueError(f"{where} must have a field 'kind', one of {sorted(iterate.KINDS)}")
     kind = body["kind"]
@@ -127,8 +159,12 @@ def _stage(body: Any, where: str) -> iterate.Stage:
         near = difflib.get_close_matches(str(kind), list(iterate.KINDS), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{where}.kind = {kind!r} is none of {sorted(iterate.KINDS)}{hint}")
+    if body.get("name", name) != name:
+        raise ValueError(
+            f"{where}.name = {body['name']!r}: a stage's name is its key, leave it out"
+        )
     rest = {n: v for n, v in body.items() if n != "kind"}
-    return _build(iterate.KINDS[kind][0], rest, f"{where}({kind})")
+    return _build(iterate.KINDS[kind][0], {**rest, "name": name}, where)
 
 
 def identity(config: RunConfig) -> dict[str, Any]:

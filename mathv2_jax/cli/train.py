@@ -17,11 +17,11 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 from etils import epath
-from ml_collections import config_flags
 
 from mathv2_jax import evaluation, metrics, roles, sharding, storage
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import inputs, table
+from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.model import transformer
 from mathv2_jax.rl import learner
 from mathv2_jax.stages import iterate, steps
@@ -31,7 +31,9 @@ from mathv2_jax.world import judge as world_judge
 FINISHED, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
 LEASE_SECONDS = 600.0
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The run's config file.")
+_CONFIG = flags.DEFINE_string(
+    "config", None, "The run's config file; --config.field=value overrides any of its fields."
+)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; the same one continues it.")
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -41,21 +43,38 @@ _CACHE = flags.DEFINE_string(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Usage and input errors are one line and exit code 2."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}: every setting is a --flag")
+    """Usage and input errors are one line and exit code 2; what is a bug keeps its traceback."""
     try:
-        assert _WORKDIR.value is not None, "run() marks the flag as required"
-        return train(_CONFIG.value, absolute(_WORKDIR.value), _CACHE.value)
+        app.define_help_flags()
+        rest, overrides = overrides_lib.split(argv)
+        flags.FLAGS(rest)
+        if flags.FLAGS.config is None or flags.FLAGS.workdir is None:
+            raise ValueError("--config=FILE and --workdir=DIR must be given")
+        if len(rest) > 1 and not rest[-1].startswith("-"):
+            raise ValueError(f"unexpected argument {rest[-1]!r}: every setting is a --flag")
+        config = config_lib.build(overrides_lib.load(_CONFIG.value), overrides)
+        return train(config, absolute(_WORKDIR.value), _CACHE.value)
     except run_lib.Preempted:
         logging.warning("preempted; the same command goes on from here")
         return PREEMPTED
     except steps.NotFiniteError as error:
         print(f"mathv2-train: {error}", file=sys.stderr)
         return FAILED
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, flags.Error) as error:
+        if not _is_of_input(error):
+            raise
         print(f"mathv2-train: {error}", file=sys.stderr)
         return BAD_INPUT
+
+
+def _is_of_input(error: BaseException) -> bool:
+    """Whether the error was raised by our own checks of settings and files, or by absl's."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    ours = raised_in.partition(".")[0] in ("mathv2_jax", "__main__", "config_file")
+    return ours or isinstance(error, (flags.Error, FileNotFoundError))
 
 
 def absolute(path: str) -> epath.Path:
@@ -63,9 +82,8 @@ def absolute(path: str) -> epath.Path:
     return epath.Path(os.path.abspath(os.path.expanduser(path)) if storage.is_local(path) else path)
 
 
-def train(config_dict: Any, workdir: epath.Path, cache: str | None) -> int:
+def train(config: config_lib.RunConfig, workdir: epath.Path, cache: str | None) -> int:
     """One run from its config to its table."""
-    config = config_lib.build(config_dict)
     cache_folder = cache or str(workdir.parent / "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", cache_folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -189,9 +207,9 @@ def _stop_on_sigterm(lease: storage.Lease) -> Callable[[], bool]:
 
 def run() -> None:
     """The console script."""
-    flags.mark_flags_as_required(["config", "workdir"])
+    logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
-    app.run(main)
+    sys.exit(main(sys.argv))
 
 
 if __name__ == "__main__":
