@@ -18,8 +18,13 @@ class TokenLogprobs(NamedTuple):
 
 def logits(hidden_BTD: Float[Array, "B T D"], unembed_DV: Float[Array, "D V"]) -> jax.Array:
     """Generator head: float32 logits, partitioned over the vocabulary."""
-    out_BTV = jnp.einsum("BTD,DV->BTV", hidden_BTD, unembed_DV.astype(hidden_BTD.dtype))
-    return sharding.constrain(out_BTV.astype(jnp.float32), "batch", "time", "vocab")
+    out_BTV = jnp.einsum(
+        "BTD,DV->BTV",
+        hidden_BTD,
+        unembed_DV.astype(hidden_BTD.dtype),
+        preferred_element_type=jnp.float32,
+    )
+    return sharding.constrain(out_BTV, "batch", "time", "vocab")
 
 
 def token_logprobs(

@@ -1,5 +1,6 @@
 """Multi-head latent attention: expanded for training and prefill, absorbed for decoding."""
 
+import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -24,10 +25,10 @@ def attend_densely(
     layout: cache_lib.Layout,
     scale: float,
 ) -> Float[Array, "B T H U"]:
-    """Softmax attention with the whole score matrix in memory; softmax in float32."""
-    score_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK).astype(jnp.float32) * scale
+    """Softmax attention with the whole score matrix in memory; scores and softmax in float32."""
+    score_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
     mask_BTS = cache_lib.visible(layout)
-    score_BHTS = jnp.where(mask_BTS[:, None], score_BHTS, MASKED)
+    score_BHTS = jnp.where(mask_BTS[:, None], score_BHTS * scale, MASKED)
     weight_BHTS = jax.nn.softmax(score_BHTS, axis=-1).astype(v_BSHU.dtype)
     return jnp.einsum("BHTS,BSHU->BTHU", weight_BHTS, v_BSHU)
 
@@ -140,16 +141,17 @@ class LatentAttention(nn.Module):
         num_prompts = cached.prompt.latent.shape[0]
         q_PGHC = q_BHC.reshape((num_prompts, -1, *q_BHC.shape[1:]))
         q_PGHR = q_BHR.reshape((num_prompts, -1, *q_BHR.shape[1:]))
-        prompt_PGHS = jnp.einsum("PGHC,PSC->PGHS", q_PGHC, cached.prompt.latent)
-        prompt_PGHS += jnp.einsum("PGHR,PSR->PGHS", q_PGHR, cached.prompt.rope_key)
+        score_of = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        prompt_PGHS = score_of("PGHC,PSC->PGHS", q_PGHC, cached.prompt.latent)
+        prompt_PGHS += score_of("PGHR,PSR->PGHS", q_PGHR, cached.prompt.rope_key)
         prompt_PGHS = jnp.where(view.prompt_PS[:, None, None, :], prompt_PGHS, MASKED)
-        own_BHN = jnp.einsum("BHC,BNC->BHN", q_BHC, cached.own.latent)
-        own_BHN += jnp.einsum("BHR,BNR->BHN", q_BHR, cached.own.rope_key)
+        own_BHN = score_of("BHC,BNC->BHN", q_BHC, cached.own.latent)
+        own_BHN += score_of("BHR,BNR->BHN", q_BHR, cached.own.rope_key)
         own_BHN = jnp.where(view.own_N[None, None, :], own_BHN, MASKED)
-        self_BH1 = jnp.einsum("BHC,B1C->BH1", q_BHC, new.latent)
-        self_BH1 += jnp.einsum("BHR,B1R->BH1", q_BHR, new.rope_key)
+        self_BH1 = score_of("BHC,B1C->BH1", q_BHC, new.latent)
+        self_BH1 += score_of("BHR,B1R->BH1", q_BHR, new.rope_key)
         prompt_BHS = prompt_PGHS.reshape((*q_BHC.shape[:2], -1))
-        score = jnp.concatenate([prompt_BHS, own_BHN, self_BH1], axis=-1).astype(jnp.float32)
+        score = jnp.concatenate([prompt_BHS, own_BHN, self_BH1], axis=-1)
         weight = jax.nn.softmax(score * self.scale, axis=-1).astype(dtype)
         slots = prompt_BHS.shape[-1]
         prompt_BHS, own_BHN, self_BH1 = jnp.split(weight, [slots, weight.shape[-1] - 1], axis=-1)
