@@ -8,6 +8,7 @@ import dataclasses
 import enum
 import hashlib
 import json
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -274,11 +275,19 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be an object, it is {value!r:.80}")
         return _build(hint, value)  # pyright: ignore[reportArgumentType] - hint is a class
-    if isinstance(hint, type) and issubclass(hint, enum.StrEnum):
+    return _leaf(hint, value, where)
+
+
+def _leaf(hint: type, value: Any, where: str) -> Any:
+    if issubclass(hint, enum.StrEnum):
+        if value not in list(hint):
+            raise ValueError(f"{where} must be one of {', '.join(hint)}, it is {value!r:.80}")
         return hint(value)
     good = (int, float) if hint is float else hint
     if not isinstance(value, good) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{where} must be {hint.__name__}, it is {value!r:.80}")
+    if hint is float and not abs(value) <= sys.float_info.max:
+        raise ValueError(f"{where} must be finite, it is {value!r:.80}")
     return hint(value)
 
 

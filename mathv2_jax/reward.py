@@ -114,6 +114,8 @@ class AutoLabelRule:
                 f"autolabel.num_valid = {self.num_valid}: cannot exceed num_analyses = "
                 f"{self.num_analyses}"
             )
+        if not 0.0 < self.confirm_at <= 1.0:
+            raise ValueError(f"autolabel.confirm_at = {self.confirm_at}: must lie in (0, 1]")
 
 
 def is_valid(meta_votes: Sequence[float], rule: AutoLabelRule) -> bool:

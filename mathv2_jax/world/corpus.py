@@ -14,6 +14,7 @@ from mathv2_jax.text import parse, prompts
 from mathv2_jax.world import demonstrations, judge, problems
 
 SPLITS = ("train", "probe", "validation", "test")
+PATIENCE = 20_000  # problems drawn in vain before the dials are said to be too narrow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +71,9 @@ def split_of(cluster: str) -> str:
     return SPLITS[0 if place < 80 else 1 if place < 84 else 2 if place < 88 else 3]
 
 
+_WIDER = "widen world.dials.depth or world.dials.distractors, or raise world.dials.num_letters"
+
+
 class _Author:
     """Draws problems of one split and writes about them; one random stream a purpose."""
 
@@ -78,11 +82,20 @@ class _Author:
         self.rng = random.Random(f"{seed}/{split}/{purpose}")
 
     def stream(self) -> Iterator[tuple[problems.WorldProblem, records.Problem]]:
+        """Without end; ValueError where the dials allow no problem of the split."""
+        in_vain = 0
         while True:
             problem = problems.make_problem(self.rng, self.config.dials)
             cluster = problems.canonical_form(problem)
+            in_vain += 1
             if split_of(cluster) != self.split:
+                if in_vain == PATIENCE:
+                    raise ValueError(
+                        f"none of {PATIENCE} problems belongs to the {self.split} split: the dials "
+                        f"allow too few different ones; {_WIDER}"
+                    )
                 continue
+            in_vain = 0
             statement = str(problem)
             yield (
                 problem,
@@ -139,8 +152,8 @@ def _distinct(
             return
         if tries > 50 * number + 1000:
             raise ValueError(
-                f"the world's dials allow only {len(seen)} distinct {author.split} problems, "
-                f"{number} were asked for: raise the dials or lower the number"
+                f"the dials allow only {len(seen)} distinct {author.split} problems, {number} "
+                f"were asked for: lower the number, or {_WIDER}"
             )
 
 

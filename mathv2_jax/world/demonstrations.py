@@ -15,10 +15,12 @@ from mathv2_jax.world import judge, problems
 class WriterRates:
     """How often the writers err. The four proof faults are shares; what is left is right.
 
-    Of right proofs the share `detours` holds a valid step that was not needed. An analyst invents
-    an issue in `invent_flawed` of flawed and `invent_sound` of sound proofs, overlooks a real one
-    with probability `overlook`, and draws another score with probability `redraw`. A
-    meta-analyst misjudges an issue with probability `misjudge`.
+    Where a problem has no room for a fault, another of them takes its place (a chain of one step
+    may have room for none). `detours` is the share of proofs with a valid step that was not needed,
+    where a rule allows one. An analyst invents an issue in `invent_flawed` of flawed and
+    `invent_sound` of sound proofs, of those with a faultless step; overlooks a real issue with
+    probability `overlook`, and draws another score with probability `redraw`. A meta-analyst
+    misjudges an issue, or whether the score follows, with probability `misjudge`.
     """
 
     skipped: float = 0.2
@@ -88,26 +90,32 @@ def _with_detour(rng: random.Random, problem: problems.WorldProblem, steps: Step
 
 
 def _skip(rng: random.Random, problem: problems.WorldProblem, steps: Steps) -> Steps:
-    """Without one step that is not the last."""
-    if len(steps) < 2:
-        return steps
-    gone = rng.randrange(len(steps) - 1)
+    """Without one needed step that is not the last."""
+    needed = [n for n, step in enumerate(steps[:-1]) if step in problem.chain]
+    if not needed:
+        return _wrong_end(rng, problem, steps)
+    gone = rng.choice(needed)
     return steps[:gone] + steps[gone + 1 :]
 
 
 def _false_rule(rng: random.Random, problem: problems.WorldProblem, steps: Steps) -> Steps:
     """One or two steps in a row replaced by a rule that is not given."""
+
+    def is_false(rule: problems.Rule) -> bool:
+        return rule not in problem.rules and rule.conclusion not in rule.premises
+
     place = rng.randrange(len(steps))
-    end = min(len(steps), place + rng.randint(1, 2))
+    if place + 1 < len(steps) and rng.random() < 0.5:
+        leap = problems.Rule(steps[place].premises, steps[place + 1].conclusion)
+        if is_false(leap):
+            return [*steps[:place], leap, *steps[place + 2 :]]
     letters = sorted({a for r in problem.rules for a in (*r.premises, r.conclusion)})
-    if end - place == 2:
-        made = problems.Rule(steps[place].premises, steps[end - 1].conclusion)
-    else:
-        wrong = rng.choice(letters)
-        made = problems.Rule((wrong,), steps[place].conclusion)
-    if made in problem.rules or made.conclusion in made.premises:
-        return _skip(rng, problem, steps)
-    return [*steps[:place], made, *steps[end:]]
+    for at in (place, *range(len(steps))):
+        made = [problems.Rule((letter,), steps[at].conclusion) for letter in letters]
+        options = [rule for rule in made if is_false(rule)]
+        if options:
+            return [*steps[:at], rng.choice(options), *steps[at + 1 :]]
+    return _wrong_end(rng, problem, steps)
 
 
 def _unsupported(rng: random.Random, problem: problems.WorldProblem, steps: Steps) -> Steps:
@@ -119,20 +127,11 @@ def _unsupported(rng: random.Random, problem: problems.WorldProblem, steps: Step
         for rule in problem.rules
         if rule.conclusion == steps[place].conclusion and not derived.issuperset(rule.premises)
     ]
-    if not options:
-        return (
-            steps[max(1, len(steps) - 1) :] if len(steps) > 2 else _wrong_end(rng, problem, steps)
-        )
-    place, rule = rng.choice(options)
-    return (
-        [rule, *steps[place + 1 :]]
-        if rng.random() < 0.5
-        else [
-            *steps[:place],
-            rule,
-            *steps[place + 1 :],
-        ]
-    )
+    if options:
+        place, rule = rng.choice(options)
+        before = [] if rng.random() < 0.5 else steps[:place]
+        return [*before, rule, *steps[place + 1 :]]
+    return steps[-1:] if len(problem.chain) > 2 else _wrong_end(rng, problem, steps)
 
 
 def _wrong_end(rng: random.Random, problem: problems.WorldProblem, steps: Steps) -> Steps:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _STATEMENT = re.compile(
-    r"Given: (?P<facts>[^:]*)\. Rules: (?P<rules>[^:]*)\. Show: (?P<goal>[A-Z])\."
+    r"Given: (?P<facts>[A-Z](?: and [A-Z])*)\. Rules: (?P<rules>[^:]*)\. Show: (?P<goal>[A-Z])\."
 )
 _NUMBERED = re.compile(r"([A-Z][A-Za-z ]*) \(\d+\)")
 _RULE = re.compile(r"(?P<premises>[A-Z](?: and [A-Z])*) impl(?:y|ies) (?P<conclusion>[A-Z])")
@@ -23,7 +23,8 @@ _RULE = re.compile(r"(?P<premises>[A-Z](?: and [A-Z])*) impl(?:y|ies) (?P<conclu
 class Dials:
     """How hard the world is. Ranges are inclusive; shares are of the distractors.
 
-    `two_premises` is the share of chain steps that need a second premise, an extra fact.
+    A distractor drawn twice stands once. `two_premises` is the share of chain steps that need a
+    second premise, an extra fact.
     """
 
     num_letters: int = 12
@@ -35,20 +36,28 @@ class Dials:
 
     def __post_init__(self):
         if not 4 <= self.num_letters <= 26:
-            raise ValueError(f"world.num_letters = {self.num_letters}: must lie between 4 and 26")
-        for name in ("depth", "distractors"):
+            raise ValueError(
+                f"world.dials.num_letters = {self.num_letters}: must lie between 4 and 26"
+            )
+        for name, least in (("depth", 1), ("distractors", 0)):
             low, high = getattr(self, name)
-            if not (name == "distractors") <= low + (name == "distractors") <= high + 1:
-                raise ValueError(f"world.{name} = {(low, high)}: must be an ascending range")
-        if self.depth[0] < 1:
-            raise ValueError(f"world.depth = {self.depth}: a chain has at least one step")
+            if not least <= low <= high:
+                raise ValueError(
+                    f"world.dials.{name} = {(low, high)}: must be an ascending range from {least}"
+                )
         if self.depth[1] + 2 > self.num_letters:
             raise ValueError(
-                f"world.depth = {self.depth} does not fit {self.num_letters} letters: the longest "
-                "chain needs depth + 2"
+                f"world.dials.depth = {self.depth} does not fit {self.num_letters} letters: the "
+                "longest chain needs depth + 2"
             )
-        if not 0.0 <= self.dead_ends + self.from_underivable <= 1.0:
-            raise ValueError("world.dead_ends + world.from_underivable must lie in 0..1")
+        for name in ("dead_ends", "from_underivable", "two_premises"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"world.dials.{name} = {getattr(self, name)}: must lie in 0..1")
+        if self.dead_ends + self.from_underivable > 1.0:
+            raise ValueError(
+                f"world.dials.dead_ends + from_underivable = "
+                f"{self.dead_ends + self.from_underivable}: must not exceed 1"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
