@@ -14,7 +14,7 @@ from mathv2_jax.text import parse, prompts
 from mathv2_jax.world import demonstrations, judge, problems
 
 SPLITS = ("train", "probe", "validation", "test")
-PATIENCE = 20_000  # problems drawn in vain before the dials are said to be too narrow
+PATIENCE = 10_000  # problems drawn in vain before the dials are said to be too narrow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -81,12 +81,17 @@ def write_drill(rng: random.Random, problem: problems.WorldProblem) -> str:
 
 def _with_detour(rng: random.Random, problem: problems.WorldProblem, steps: Steps) -> Steps:
     """One more valid step somewhere before the end."""
-    place = rng.randrange(len(steps))
-    known = {*problem.facts, *(s.conclusion for s in steps[:place])}
-    options = [r for r in problem.rules if r not in steps and known.issuperset(r.premises)]
+    options: list[tuple[int, problems.Rule]] = []
+    known = set(problem.facts)
+    for place, step in enumerate(steps):
+        options += [
+            (place, r) for r in problem.rules if r not in steps and known.issuperset(r.premises)
+        ]
+        known.add(step.conclusion)
     if not options:
         return steps
-    return [*steps[:place], rng.choice(options), *steps[place:]]
+    place, rule = rng.choice(options)
+    return [*steps[:place], rule, *steps[place:]]
 
 
 def _skip(rng: random.Random, problem: problems.WorldProblem, steps: Steps) -> Steps:

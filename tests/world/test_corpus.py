@@ -1,0 +1,274 @@
+import dataclasses
+import hashlib
+import os
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+
+from mathv2_jax import records
+from mathv2_jax.text import parse, prompts
+from mathv2_jax.world import corpus, judge, problems
+
+CONFIG = corpus.WorldConfig(
+    num_demonstrations=600,
+    num_problems=60,
+    num_graded_proofs=50,
+    num_graded_analyses=40,
+    num_probe=30,
+    num_validation=20,
+    num_test=25,
+)
+TEMPLATES = prompts.load("world")
+STATEMENT = re.compile(r"Given: .*?\. Show: [A-Z]\.")
+
+
+@pytest.fixture(scope="module")
+def made():
+    return corpus.make_corpus(CONFIG, 0, TEMPLATES)
+
+
+def digest(made):
+    lines = (records.to_lines(getattr(made, f.name)) for f in dataclasses.fields(made))
+    return hashlib.sha256(b"".join(lines)).hexdigest()
+
+
+def share_is(hits, number, rate):
+    return abs(hits - rate * number) <= 4 * (number * rate * (1 - rate)) ** 0.5
+
+
+# A function of (config, seed).
+
+PROGRAM = """
+import dataclasses, hashlib
+from mathv2_jax import records
+from mathv2_jax.text import prompts
+from mathv2_jax.world import corpus
+config = corpus.WorldConfig(**{fields})
+made = corpus.make_corpus(config, 0, prompts.load("world"))
+lines = (records.to_lines(getattr(made, f.name)) for f in dataclasses.fields(made))
+print(hashlib.sha256(b"".join(lines)).hexdigest())
+"""
+
+
+def test_another_process_writes_the_same_bytes(made):
+    names = [f.name for f in dataclasses.fields(CONFIG) if f.name.startswith("num_")]
+    program = PROGRAM.replace("{fields}", repr({n: getattr(CONFIG, n) for n in names}))
+    environment = {**os.environ, "PYTHONHASHSEED": "4"}  # sets are walked in another order
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == digest(made)
+
+
+def test_another_seed_writes_other_records_of_every_kind(made):
+    other = corpus.make_corpus(CONFIG, 1, TEMPLATES)
+    for field in dataclasses.fields(made):
+        mine, theirs = ({r.id for r in getattr(c, field.name)} for c in (made, other))
+        assert len(mine & theirs) < 0.2 * len(mine), field.name
+
+
+def test_more_of_one_kind_leaves_the_others_as_they_are(made):
+    more = dataclasses.replace(CONFIG, num_graded_proofs=70)
+    other = corpus.make_corpus(more, 0, TEMPLATES)
+    assert other.proofs[:50] == made.proofs
+    assert dataclasses.replace(other, proofs=made.proofs) == made
+
+
+# Sizes and labels.
+
+
+def test_there_is_as_much_of_each_kind_as_stated(made):
+    sizes = {f.name: len(getattr(made, f.name)) for f in dataclasses.fields(made)}
+    assert sizes == dict(
+        problems=60,
+        proofs=50,
+        analyses=40,
+        demonstrations=600,
+        probe=30,
+        validation_problems=20,
+        test_problems=25,
+        test_proofs=25,
+        test_analyses=25,
+    )
+    for field in dataclasses.fields(made):
+        if field.name != "demonstrations":
+            assert len({r.id for r in getattr(made, field.name)}) == sizes[field.name]
+
+
+def test_the_labels_are_those_of_d_v_d_mv_and_the_probe_and_no_others(made):
+    for kind, rubric in (("proofs", "I_v"), ("probe", "I_v"), ("analyses", "I_mv")):
+        labels = [record.label for record in getattr(made, kind)]
+        assert all((x.source, x.rubric) == ("world", rubric) for x in labels)
+    assert all(record.label is None for record in (*made.test_proofs, *made.test_analyses))
+    assert all(proof.self_score is None for proof in (*made.proofs, *made.test_proofs))
+
+
+def test_labels_of_proofs_are_wrong_as_often_as_stated():
+    config = corpus.WorldConfig(label_error=0.1)
+    proofs = corpus.graded_proofs(config, 0, "train", 2000, labelled=True)
+    wrong = sum(p.label.score != judge.judge_proof(p.statement, p.text).score for p in proofs)
+    assert share_is(wrong, 2000, 0.1)
+
+
+def test_labels_of_analyses_are_wrong_as_often_as_stated():
+    config = corpus.WorldConfig(label_error=0.1)
+    analyses = corpus.graded_analyses(config, 0, "train", 2000, labelled=True)
+    wrong = sum(a.label.score != corpus.true_quality(a).quality for a in analyses)
+    assert share_is(wrong, 2000, 0.1)
+
+
+def test_without_label_error_the_judge_and_the_labels_agree():
+    config = corpus.WorldConfig(label_error=0.0)
+    for proof in corpus.graded_proofs(config, 0, "probe", 100, labelled=True):
+        assert proof.label.score == judge.judge_proof(proof.statement, proof.text).score
+
+
+def test_the_truth_about_an_analysis_needs_its_format():
+    (analysis,) = corpus.graded_analyses(CONFIG, 0, "test", 1, labelled=False)
+    with pytest.raises(ValueError, match="is not in the verifier's format"):
+        corpus.true_quality(dataclasses.replace(analysis, text="Fine."))
+
+
+# Splits.
+
+
+def statements(records_):
+    for record in records_:
+        text = record.user if isinstance(record, records.Demonstration) else record.statement
+        yield STATEMENT.match(text)[0]
+
+
+def test_no_held_out_problem_has_a_renamed_twin_elsewhere(made):
+    kinds = {
+        "train": (made.problems, made.proofs, made.analyses, made.demonstrations),
+        "probe": (made.probe,),
+        "validation": (made.validation_problems,),
+        "test": (made.test_problems, made.test_proofs, made.test_analyses),
+    }
+    clusters = {
+        split: {
+            problems.canonical_form(problems.parse_statement(statement))
+            for kind in found
+            for statement in statements(kind)
+        }
+        for split, found in kinds.items()
+    }
+    assert all(len(found) > 5 for found in clusters.values())
+    for split, found in clusters.items():
+        assert {corpus.split_of(cluster) for cluster in found} == {split}
+        for other in set(clusters) - {split}:
+            assert not found & clusters[other]
+
+
+def test_a_problem_says_its_cluster(made):
+    for problem in (*made.problems, *made.test_problems):
+        form = problems.canonical_form(problems.parse_statement(problem.statement))
+        assert problem.cluster == form
+        assert problem.id == records.content_id("problem", problem.statement)
+
+
+def test_splits_have_the_stated_shares():
+    found = [corpus.split_of(str(n)) for n in range(4000)]
+    for split, share in zip(corpus.SPLITS, (0.8, 0.04, 0.04, 0.12), strict=True):
+        assert share_is(found.count(split), 4000, share)
+
+
+# Demonstrations.
+
+READERS = {
+    "generator": parse.parse_generation,
+    "refiner": parse.parse_generation,
+    "verifier": parse.parse_analysis,
+    "meta_verifier": parse.parse_meta_analysis,
+}
+ASKED = {
+    "generator": "Prove it.",
+    "refiner": "Improve it.",
+    "verifier": "Evaluate it.",
+    "meta_verifier": "Rate the evaluation.",
+    "reciter": "Repeat the rules.",
+}
+
+
+def test_every_demonstration_is_in_the_format_of_its_role(made):
+    seen = set()
+    for demonstration in made.demonstrations:
+        assert demonstration.user.endswith(ASKED[demonstration.role])
+        if demonstration.role != "reciter":
+            assert READERS[demonstration.role](demonstration.assistant) is not None
+        seen.add(demonstration.role)
+    assert seen == set(ASKED)
+
+
+def test_a_recitation_repeats_every_rule_with_its_number(made):
+    for demonstration in made.demonstrations:
+        if demonstration.role == "reciter":
+            (statement,) = statements([demonstration])
+            recited = demonstration.assistant.split("\n")
+            rules = problems.parse_statement(statement).rules
+            assert sorted(recited) == sorted(f"{rule} ({n})" for n, rule in enumerate(rules, 1))
+
+
+def test_drills_have_their_share_and_half_of_them_are_recitations(made):
+    drills = [d.role for d in made.demonstrations if d.source == "world-drill"]
+    assert share_is(len(drills), 600, CONFIG.drill_share)
+    assert share_is(drills.count("reciter"), len(drills), 0.5)
+    assert set(drills) == {"reciter", "verifier"}
+
+
+def test_without_drills_the_roles_take_turns():
+    config = dataclasses.replace(CONFIG, num_demonstrations=90, drill_share=0.0, refine_share=0.5)
+    roles = [d.role for d in corpus.make_demonstrations(config, 0, TEMPLATES)]
+    assert set(roles[::3]) == {"generator", "refiner"}
+    assert set(roles[1::3]) == {"verifier"} and set(roles[2::3]) == {"meta_verifier"}
+
+
+def test_a_refinement_starts_from_a_proof_whose_analysis_finds_fault():
+    config = dataclasses.replace(CONFIG, num_demonstrations=300, drill_share=0.0, refine_share=0.9)
+    refined = 0
+    for demonstration in corpus.make_demonstrations(config, 0, TEMPLATES):
+        if demonstration.role == "refiner":
+            refined += 1
+            found = parse.parse_analysis(demonstration.user)
+            assert found is not None and found.score < 1.0
+            assert len(demonstration.parents) == 2
+    assert refined > 30
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        (dict(num_test=0), "world.num_test = 0"),
+        (dict(num_graded_proofs=-1), "world.num_graded_proofs = -1"),
+        (dict(drill_share=1.0), "world.drill_share = 1.0"),
+        (dict(label_error=-0.1), "world.label_error = -0.1"),
+    ],
+)
+def test_an_impossible_size_or_share_is_named(fields, named):
+    with pytest.raises(ValueError, match=named):
+        corpus.WorldConfig(**fields)
+
+
+ONE_STEP = problems.Dials(num_letters=4, depth=(1, 1), distractors=(0, 0))  # 12 statements
+NARROW = dataclasses.replace(CONFIG, dials=ONE_STEP)
+ITS_SPLIT = corpus.split_of(
+    problems.canonical_form(problems.make_problem(random.Random(0), ONE_STEP))
+)
+
+
+def test_more_problems_than_the_dials_allow_are_refused_with_the_dials_named():
+    assert len(corpus.plain_problems(NARROW, 0, ITS_SPLIT, 12)) == 12
+    with pytest.raises(ValueError, match="only 12 distinct .* 13 were asked for.*dials.depth"):
+        corpus.plain_problems(NARROW, 0, ITS_SPLIT, 13)
+
+
+def test_a_split_that_the_dials_leave_empty_is_named():
+    split = next(s for s in corpus.SPLITS if s != ITS_SPLIT)
+    with pytest.raises(ValueError, match=f"belongs to the {split} split.*dials.distractors"):
+        corpus.plain_problems(NARROW, 0, split, 1)

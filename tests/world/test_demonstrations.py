@@ -1,0 +1,234 @@
+import dataclasses
+import functools
+import random
+import re
+
+import pytest
+
+from mathv2_jax.world import demonstrations, judge, problems
+from mathv2_jax.world.demonstrations import WriterRates
+from mathv2_jax.world.judge import Fault
+
+STATED = WriterRates()
+FLAWLESS = WriterRates(**{f.name: 0.0 for f in dataclasses.fields(WriterRates)})
+WORLDS = [
+    problems.Dials(),
+    problems.Dials(num_letters=9, distractors=(0, 6), two_premises=0.4),
+]
+
+
+@functools.cache
+def written(rates, number, dials=WORLDS[0]):
+    """Problems with a proof of each and the verdict on it."""
+    rng, found = random.Random(0), []
+    for _ in range(number):
+        problem = problems.make_problem(rng, dials)
+        proof = demonstrations.write_proof(rng, problem, rates)
+        found.append((problem, proof, judge.judge_proof(str(problem), proof)))
+    return found
+
+
+def share_is(hits, number, rate):
+    """Whether `hits` of `number` are within four standard errors of `rate`."""
+    return number > 0 and abs(hits - rate * number) <= 4 * (number * rate * (1 - rate)) ** 0.5
+
+
+# Proofs.
+
+
+@pytest.mark.parametrize("dials", WORLDS)
+@pytest.mark.parametrize("detours", [0.0, 1.0])
+@pytest.mark.parametrize("fault", ["skipped", "false_rule", "unsupported", "wrong_end"])
+def test_a_planted_fault_is_one(fault, detours, dials):
+    rates = dataclasses.replace(FLAWLESS, detours=detours, **{fault: 1.0})
+    for _, _, verdict in written(rates, 200, dials):
+        found = {issue.fault for issue in verdict.issues}
+        if fault == "skipped":
+            assert (found, verdict.score) == ({Fault.SKIPPED}, 0.5)
+            continue
+        assert verdict.score == 0.0
+        if fault == "false_rule":
+            assert Fault.NOT_GIVEN in found
+        elif fault == "wrong_end":
+            assert found == {Fault.NO_GOAL}
+        else:  # where a problem has no unsupported rule the proof may stop early
+            assert found & {Fault.UNSUPPORTED, Fault.NO_GOAL} and Fault.NOT_GIVEN not in found
+
+
+@pytest.mark.parametrize("detours", [0.0, 1.0])
+def test_a_proof_without_a_planted_fault_is_right(detours):
+    rates = dataclasses.replace(FLAWLESS, detours=detours)
+    for problem, _, verdict in written(rates, 400):
+        assert verdict.score == 1.0
+        on_the_way = {*problem.facts, *(rule.conclusion for rule in problem.chain[:-1])}
+        room = any(
+            on_the_way.issuperset(r.premises) for r in set(problem.rules) - set(problem.chain)
+        )
+        assert len(verdict.steps) == len(problem.chain) + (detours == 1.0 and room)
+
+
+def test_the_shares_of_right_and_flawed_proofs_are_the_stated_ones():
+    verdicts = [verdict for _, _, verdict in written(STATED, 2000)]
+    scores = [verdict.score for verdict in verdicts]
+    assert share_is(scores.count(1.0), 2000, 0.35)
+    assert share_is(scores.count(0.5), 2000, STATED.skipped)
+    false_rules = sum(any(i.fault is Fault.NOT_GIVEN for i in v.issues) for v in verdicts)
+    assert share_is(false_rules, 2000, STATED.false_rule)
+
+
+def test_a_chain_of_one_step_can_be_written_about():
+    dials = problems.Dials(num_letters=4, depth=(1, 1), distractors=(0, 1))
+    for fault in ("skipped", "false_rule", "unsupported", "wrong_end"):
+        for _, _, verdict in written(dataclasses.replace(FLAWLESS, **{fault: 1.0}), 100, dials):
+            assert verdict.steps is not None
+
+
+def test_a_drill_holds_well_formed_steps_most_of_them_given():
+    rng, given, number = random.Random(0), 0, 0
+    for _ in range(300):
+        problem = problems.make_problem(rng, WORLDS[0])
+        steps = judge.parse_proof(demonstrations.write_drill(rng, problem))
+        assert steps is not None and 6 <= len(steps) <= 10
+        given += sum(step in problem.rules for step in steps)
+        number += len(steps)
+    assert given / number > 0.75  # three quarters by intent, and some of the rest by chance
+
+
+# Analyses.
+
+
+@functools.cache
+def analysed(rates, number):
+    """(problem, verdict on a proof of it, body and score of an analysis, verdict on that)."""
+    rng, made = random.Random(100), []
+    for problem, proof, verdict in written(STATED, 2000)[:number]:
+        body, score = demonstrations.write_analysis(rng, str(problem), proof, rates)
+        found = judge.judge_analysis(str(problem), proof, body, score)
+        made.append((problem, verdict, body, score, found))
+    return made
+
+
+def test_an_analyst_that_never_errs_says_exactly_what_the_judge_says():
+    for problem, verdict, body, score, found in analysed(FLAWLESS, 300):
+        lookups = judge.look_up(problem, verdict.steps)
+        assert score == verdict.score
+        assert body == judge.write_analysis_body(problem, verdict.steps, lookups, verdict.issues)
+        assert (found.quality, found.missed) == (1.0, ())
+
+
+def test_an_analyst_errs_as_often_as_stated():
+    real = overlooked = 0
+    could, did = {True: 0, False: 0}, {True: 0, False: 0}
+    redrawn, number = 0, 2000
+    for _, verdict, body, score, found in analysed(STATED, number):
+        named, understood = judge.read_issues(body)
+        assert understood
+        real += len(verdict.issues)
+        overlooked += sum(issue not in named for issue in verdict.issues)
+        faulty = {issue.step for issue in verdict.issues if issue.step}
+        if len(faulty) < len(verdict.steps):
+            could[bool(verdict.issues)] += 1
+            did[bool(verdict.issues)] += bool(found.false)
+        redrawn += score != judge.score_from(named)
+    assert share_is(overlooked, real, STATED.overlook)
+    assert share_is(did[True], could[True], STATED.invent_flawed)
+    assert share_is(did[False], could[False], STATED.invent_sound)
+    assert share_is(redrawn, number, STATED.redraw)
+
+
+def test_an_invented_issue_stands_at_a_step_that_is_not_at_fault():
+    rates = dataclasses.replace(FLAWLESS, invent_flawed=1.0, invent_sound=1.0)
+    for _, verdict, _, _, found in analysed(rates, 300):
+        steps = {issue.step for issue in verdict.issues}
+        assert len(found.false) <= 1 and found.missed == ()
+        assert all(1 <= i.step <= len(verdict.steps) and i.step not in steps for i in found.false)
+
+
+def test_what_an_analysis_cites_fits_what_it_claims():
+    rates = WriterRates(overlook=0.5, invent_flawed=0.8, invent_sound=0.8)
+    line = re.compile(r"Step \d+: ([A-Za-z ]+) \((none|\d+)\)(?: from (.+))?: (.+)")
+    for problem, verdict, body, _, _ in analysed(rates, 300):
+        lines = body.split("\n")
+        assert len(lines) == len(verdict.steps) + 1
+        for number, (text, step) in enumerate(zip(lines[:-1], verdict.steps, strict=True), 1):
+            repeated, rule, source, finding = line.fullmatch(text).groups()
+            assert repeated == str(step)
+            if finding == "not a given rule":
+                assert (rule, source) == ("none", None)
+                continue
+            assert 1 <= int(rule) <= len(problem.rules)
+            if finding == "has no support":
+                assert source == "nothing"
+            elif finding == "skips a step":
+                assert re.fullmatch(r"\(\d+\)", source)
+            else:
+                earlier = [f"step {n}" for n in range(1, number)]
+                assert finding == "holds" and source in ["the facts", *earlier]
+
+
+def test_an_analyst_is_given_well_formed_proofs_only():
+    problem = problems.make_problem(random.Random(0), WORLDS[0])
+    with pytest.raises(ValueError, match="well-formed proofs only: 'Trivial.'"):
+        demonstrations.write_analysis(random.Random(0), str(problem), "Trivial.", STATED)
+
+
+# Meta-analyses.
+
+VARIED = WriterRates(overlook=0.3, invent_flawed=0.6, invent_sound=0.6, redraw=0.4)
+
+
+def test_a_meta_analyst_that_never_errs_rates_as_the_judge_does():
+    rng, seen = random.Random(0), set()
+    for *_, found in analysed(VARIED, 2000)[:800]:
+        body, quality = demonstrations.write_meta_body(rng, found, FLAWLESS)
+        assert quality == found.quality
+        *issues, last = body.split("\n")
+        if found.named:
+            real = ["not real" if i in found.false else "real" for i in found.named]
+            assert issues == [f"{i.place}: {r}" for i, r in zip(found.named, real, strict=True)]
+        else:
+            assert issues == ["No issue is named"]
+        assert (last == "The score follows") == found.score_follows
+        seen.add((bool(found.named), quality))
+    assert seen == {(True, 0.0), (True, 0.5), (True, 1.0), (False, 0.5), (False, 1.0)}
+
+
+def test_a_meta_analyst_errs_as_often_as_stated():
+    rng = random.Random(1)
+    named = misjudged = score_misjudged = 0
+    for *_, found in analysed(VARIED, 2000):
+        *issues, last = demonstrations.write_meta_body(rng, found, STATED)[0].split("\n")
+        if found.named:
+            named += len(issues)
+            misjudged += sum(
+                line.endswith("not real") != (issue in found.false)
+                for line, issue in zip(issues, found.named, strict=True)
+            )
+        score_misjudged += (last == "The score follows") != found.score_follows
+    assert share_is(misjudged, named, STATED.misjudge)
+    assert share_is(score_misjudged, 2000, STATED.misjudge)
+
+
+# Labels and settings.
+
+
+@pytest.mark.parametrize("score", [0.0, 0.5, 1.0])
+def test_a_label_is_wrong_as_often_as_stated_and_either_way(score):
+    rng = random.Random(2)
+    drawn = [demonstrations.noisy_score(rng, score, 0.1) for _ in range(4000)]
+    assert share_is(4000 - drawn.count(score), 4000, 0.1)
+    for other in {0.0, 0.5, 1.0} - {score}:
+        assert share_is(drawn.count(other), 4000, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        (dict(redraw=1.5), "world.writers.redraw = 1.5"),
+        (dict(skipped=-0.1), "world.writers.skipped = -0.1"),
+        (dict(skipped=0.6, false_rule=0.5), "the four proof faults exceed 1 in sum"),
+    ],
+)
+def test_impossible_rates_are_named(fields, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        WriterRates(**fields)
