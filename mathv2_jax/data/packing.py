@@ -190,6 +190,7 @@ def pack_all(
             if not packer.add(part):
                 batches.append(packer.batch)
                 packer = Packer(rows, length, kept)
-                assert packer.add(part), "an item that fits a row fits an empty batch"
+                placed = packer.add(part)
+                assert placed, "an item that fits a row fits an empty batch"
     batches.append(packer.batch)
     return batches

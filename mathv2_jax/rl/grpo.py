@@ -152,6 +152,7 @@ def grpo_loss(
     logprob_BT = jnp.where(real_BT, logprob_BT, 0.0)
     old_BT = jnp.where(real_BT, old_BT, 0.0)
     reference_BT = jnp.where(real_BT, reference_BT, 0.0)
+    advantage_BT = jnp.where(real_BT, advantage_BT, 0.0)
     keep_BT = jnp.ones_like(weight_BT)
     if config.off_policy_delta:
         keep_BT = on_policy_mask(
@@ -172,7 +173,7 @@ def grpo_loss(
         gain=gain,
         kl=kl,
         entropy=entropy,
-        clipped=jnp.sum(weight_BT * outside_BT),
+        clipped=jnp.sum(jnp.where(outside_BT, weight_BT, 0.0)),
         dropped=jnp.sum(weight_BT * (1.0 - keep_BT)),
         ratio=jnp.sum(weight_BT * ratio_BT),
         weight=jnp.sum(weight_BT),

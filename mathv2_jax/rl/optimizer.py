@@ -8,6 +8,7 @@ import jax
 import optax
 
 VERIFIER_HEAD = "verifier_head"
+NOT_DECAYED = ("scale", "bias")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,4 +75,6 @@ def _labels(params: Any) -> Any:
 
 
 def _decayed(params: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: str(path[-1].key) != "scale", params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: str(path[-1].key) not in NOT_DECAYED, params
+    )
