@@ -7,7 +7,7 @@ a judge that is handed in (the proof world's exact one). Nothing flows back into
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from mathv2_jax import records, reward, roles
 from mathv2_jax.rollout import engine as engine_lib
 
 
+@runtime_checkable
 class Judge(Protocol):
     """Knows the truth about proofs and analyses."""
 
@@ -33,7 +34,7 @@ class Judge(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TestSet:
-    """Held-out items, without labels."""
+    """Held-out items. Their labels, where there are any, are never looked at."""
 
     __test__ = False  # no pytest class
 

@@ -38,7 +38,10 @@ class TokenizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run. `before` and `after` name the answer stages that the result table compares."""
+    """A whole run. `before` and `after` name the answer stages that the result table compares.
+
+    `real` says how the files in the folder `data` are used; the world needs neither.
+    """
 
     seed: int
     data: str
@@ -50,6 +53,7 @@ class RunConfig:
     stages: tuple[iterate.Stage, ...]
     before: str
     after: str
+    real: inputs.RealConfig | None = None
     router_bias_rate: float = 1e-3
     runtime: run_lib.RuntimeConfig = dataclasses.field(default_factory=run_lib.RuntimeConfig)
 

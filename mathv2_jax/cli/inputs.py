@@ -5,19 +5,21 @@ written for training.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from mathv2_jax import records, storage
+from mathv2_jax.data import corpus as real_corpus
 from mathv2_jax.text import parse, prompts
 from mathv2_jax.text import tokenizer as tokenizer_lib
 from mathv2_jax.world import corpus
 
 WorldConfig = corpus.WorldConfig
+RealConfig = real_corpus.RealConfig
 
-TRAINING = ("problems", "proofs", "analyses", "demonstrations")
+TRAINING = real_corpus.TRAINING
 
 
 def write_world(
@@ -26,6 +28,33 @@ def write_world(
     """Every file of the world's corpus; how many records each holds."""
     made = corpus.make_corpus(config, seed, prompts.load(templates))
     return write_files(workdir, {f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
+
+
+def write_real(
+    workdir: epath.Path,
+    folder: epath.Path,
+    config: RealConfig,
+    templates: str,
+    tokenizer: Callable[[], tokenizer_lib.SentencePieceTokenizer],
+) -> dict[str, int]:
+    """Every file of the real data's corpus, and `rejects`; how many records each holds.
+
+    `tokenizer` makes (or reads back) the run's tokenizer from the files that are written, since
+    only it can say what is too long. What is left out is printed, by file and rule.
+    """
+    if not folder.exists():
+        raise FileNotFoundError(f"config.data={folder}: there is no such folder")
+    loaded = prompts.load(templates)
+    made = real_corpus.make_corpus(folder, config, loaded)
+    write_files(workdir, made.records())
+    trained = tokenizer()
+
+    def num_tokens(text: str) -> int:
+        return len(trained.encode([tokenizer_lib.Message("user", text)], think=True))
+
+    made = real_corpus.within_limits(made, config, loaded, num_tokens)
+    print(f"left out:\n{real_corpus.describe(made.rejects)}", flush=True)
+    return write_files(workdir, made.records())
 
 
 def write_files(workdir: epath.Path, files: Mapping[str, Sequence[Any]]) -> dict[str, int]:

@@ -6,6 +6,7 @@ Exit codes: 0 finished, 75 preempted after a save, 2 bad usage or input, 1 failu
 """
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -26,6 +27,7 @@ from mathv2_jax.model import transformer
 from mathv2_jax.rl import learner
 from mathv2_jax.stages import iterate, steps
 from mathv2_jax.stages import run as run_lib
+from mathv2_jax.text import tokenizer as tokenizer_lib
 from mathv2_jax.world import judge as world_judge
 
 FINISHED, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
@@ -48,12 +50,13 @@ def main(argv: Sequence[str]) -> int:
         app.define_help_flags()
         rest, overrides = overrides_lib.split(argv)
         flags.FLAGS(rest)
-        if flags.FLAGS.config is None or flags.FLAGS.workdir is None:
+        config_file, workdir = _CONFIG.value, _WORKDIR.value
+        if config_file is None or workdir is None:
             raise ValueError("--config=FILE and --workdir=DIR must be given")
         if len(rest) > 1 and not rest[-1].startswith("-"):
             raise ValueError(f"unexpected argument {rest[-1]!r}: every setting is a --flag")
-        config = config_lib.build(overrides_lib.load(_CONFIG.value), overrides)
-        return train(config, absolute(_WORKDIR.value), _CACHE.value)
+        config = config_lib.build(overrides_lib.load(config_file), overrides)
+        return train(config, absolute(workdir), _CACHE.value)
     except run_lib.Preempted:
         logging.warning("preempted; the same command goes on from here")
         return PREEMPTED
@@ -120,7 +123,14 @@ def begin(workdir: epath.Path, config: config_lib.RunConfig) -> None:
         began = time.monotonic()
         templates = config.roles.templates
         if config.world is None:
-            counts = inputs.write_real(workdir, epath.Path(config.data), config.seed)
+            real = config.real or inputs.RealConfig()
+            counts = inputs.write_real(
+                workdir,
+                absolute(config.data),
+                real,
+                templates,
+                functools.partial(run_tokenizer, workdir, config),
+            )
         else:
             counts = inputs.write_world(workdir, config.world, config.seed, templates)
         shown = "  ".join(f"{name} {count}" for name, count in counts.items())
@@ -134,16 +144,23 @@ def begin(workdir: epath.Path, config: config_lib.RunConfig) -> None:
     storage.write_whole(path, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
 
 
-def make_run(
-    workdir: epath.Path, config: config_lib.RunConfig, should_stop: Callable[[], bool]
-) -> run_lib.Run:
-    """Tokenizer, roles, model and engines of a run."""
-    tokenizer = inputs.make_tokenizer(
+def run_tokenizer(
+    workdir: epath.Path, config: config_lib.RunConfig
+) -> tokenizer_lib.SentencePieceTokenizer:
+    """The run's tokenizer, trained on its input files the first time."""
+    return inputs.make_tokenizer(
         workdir,
         config.tokenizer.vocab_size,
         config.tokenizer.whole_phrases,
         config.tokenizer.max_texts,
     )
+
+
+def make_run(
+    workdir: epath.Path, config: config_lib.RunConfig, should_stop: Callable[[], bool]
+) -> run_lib.Run:
+    """Tokenizer, roles, model and engines of a run."""
+    tokenizer = run_tokenizer(workdir, config)
     model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
     run = run_lib.Run(
         workdir=workdir,

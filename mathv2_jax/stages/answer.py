@@ -1,6 +1,7 @@
 """The stage that answers the held-out test set; its records are what evaluation measures."""
 
 import dataclasses
+from collections.abc import Sequence
 
 from mathv2_jax import evaluation, records, reward, storage
 from mathv2_jax.stages import run as run_lib
@@ -47,4 +48,31 @@ def run_stage(run: run_lib.Run, stage: AnswerStage) -> dict[str, float]:
         if number not in written:
             parts.write_part(storage.part_name(number), records.to_lines(make()))
             parts.commit(number)
-    return {"answers": float(len(run.samples(stage.name)))}
+    samples = run.samples(stage.name)
+    proofs = run.input("test_proofs", records.Proof)
+    return {"answers": float(len(samples)), **agreement(samples, proofs)}
+
+
+def agreement(
+    samples: Sequence[records.Sample], proofs: Sequence[records.Proof]
+) -> dict[str, float]:
+    """How well the verifier's scores meet human labels, by the labels' scale; empty without any.
+
+    `accuracy` counts an analysis that does not parse as wrong, `parsed` is the others' share.
+    """
+    labels = {p.id: p.label for p in proofs if p.label is not None}
+    found: dict[str, list[tuple[bool, bool]]] = {}
+    for sample in samples:
+        label = labels.get(sample.target)
+        if label is not None and sample.role == evaluation.VERIFY:
+            pair = (sample.score is not None, sample.score == label.score)
+            found.setdefault(label.scale, []).append(pair)
+    return {
+        f"human/{scale}/{name}": value
+        for scale, pairs in found.items()
+        for name, value in (
+            ("parsed", sum(parsed for parsed, _ in pairs) / len(pairs)),
+            ("accuracy", sum(right for _, right in pairs) / len(pairs)),
+            ("n", float(len(pairs))),
+        )
+    }

@@ -19,6 +19,8 @@ class NotFiniteError(FloatingPointError):
 
 def report_left_out(stage: str, left_out: int, total: int, row_length: int) -> None:
     """Say how much a row's length costs; ValueError where nothing is left."""
+    if not total:
+        raise ValueError(f"stage {stage}: there is nothing to learn from, its source is empty")
     if left_out == total:
         raise ValueError(
             f"stage {stage}: none of {total} items fits rows of {row_length} tokens: raise "

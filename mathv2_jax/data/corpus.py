@@ -1,0 +1,415 @@
+"""What real files give a run before its first stage: D_p, D_v, D_mv, demonstrations, held-out sets.
+
+Evaluation problems are never learned from: a training row whose problem shares a cluster with one
+of them is left out and named. Probe and test clusters are taken out of training in the same way.
+Every row of every file is used or is among the rejects, with the rule that left it out.
+
+Demonstrations, for the cold start alone, are real texts in the project's formats:
+- verifier: a listed analysis of a training proof (a model's, judged by nobody) under the human
+  verdict of that proof as its score; only where the two agree, issues with 0, none with 1;
+- meta-verifier: a critique, answered by what the person who judged it said, and ms;
+- generator: a proof that earns a 1, followed by a self-evaluation of one sentence that says no more
+  than what is known: that a person accepted it, and on which scale.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from mathv2_jax import records
+from mathv2_jax.data import clusters as clusters_lib
+from mathv2_jax.data import graded
+from mathv2_jax.text import parse, prompts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RealConfig:
+    """Which files are read, which labels are learned from together, what is held out, and limits.
+
+    File names are relative to the data folder. A row of `listed_analyses` has issues and no score.
+    `scales` names each source's scale; labels of a scale other than `scales.target` are learned
+    from only by `scales.pairs`, which is empty by default: nothing is mixed.
+
+    `withdraw` settles a conflict between training and evaluation the other way: problems of these
+    training files are withdrawn from the evaluation files instead. By default evaluation wins.
+    `near` is the share of a shorter statement's text that makes two statements one cluster.
+
+    `num_probe`, `num_test` and `num_validation` count clusters: of graded problems for the first
+    two, of unlabelled ones for the third. Prompts over `max_prompt_tokens` and demonstrations over
+    `max_example_tokens` are left out.
+    """
+
+    proofs: tuple[str, ...] = (
+        "graded/opc.jsonl",
+        "graded/mathconverse.jsonl",
+        "graded/rprover.jsonl",
+    )
+    judged_analyses: tuple[str, ...] = ("graded/analyses_rprover.jsonl",)
+    listed_analyses: tuple[str, ...] = ("graded/analyses_opc.jsonl",)
+    problems: tuple[str, ...] = ("problems/proof_pilot_pool.jsonl",)
+    evaluation_problems: tuple[str, ...] = (
+        "problems/proofbench.jsonl",
+        "problems/usamo2025.jsonl",
+    )
+    evaluation_proofs: tuple[str, ...] = ("graded/deepseek_math_v2.jsonl",)
+    source_scales: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: dict(graded.SCALES)
+    )
+    scales: graded.ScaleMap = dataclasses.field(default_factory=graded.ScaleMap)
+    withdraw: tuple[str, ...] = ()
+    near: float = 0.8
+    num_probe: int = 6
+    num_test: int = 3
+    num_validation: int = 50
+    max_prompt_tokens: int = 4096
+    max_example_tokens: int = 4096
+
+    def __post_init__(self):
+        unknown = sorted(set(self.withdraw) - {*self.proofs, *self.judged_analyses})
+        if unknown:
+            raise ValueError(
+                f"real.withdraw names {', '.join(unknown)}: it may name files of real.proofs and "
+                "real.judged_analyses"
+            )
+        if not 0.5 <= self.near <= 1.0:
+            raise ValueError(f"real.near = {self.near}: must lie in 0.5..1")
+        for name in ("num_probe", "num_test", "num_validation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"real.{name} = {getattr(self, name)}: must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """A record with the row that it comes from and its problem's cluster."""
+
+    record: Any
+    row: graded.Row
+    cluster: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """The input files by name, with where each record comes from, and all rows left out."""
+
+    files: Mapping[str, list[Item]]
+    rejects: list[graded.Reject]
+
+    def records(self) -> dict[str, list[Any]]:
+        """What is written: the records of each file, and the rejects."""
+        found = {name: [i.record for i in items] for name, items in self.files.items()}
+        return {**found, "rejects": list(self.rejects)}
+
+
+TRAINING = ("problems", "proofs", "analyses", "demonstrations")
+HELD_OUT = ("probe", "validation_problems", "test_problems", "test_proofs", "test_analyses")
+
+
+class _Reader:
+    """Files to items, in one order of clusters; keeps the rejects."""
+
+    def __init__(self, folder: epath.Path, config: RealConfig):
+        self.folder, self.rejects = folder, list[graded.Reject]()
+        self._clusters = clusters_lib.Clusters(config.near)
+
+    def items(
+        self,
+        files: Sequence[str],
+        make: Callable[[graded.Row, str], Any],
+        *,
+        remember: bool = True,
+    ) -> list[Item]:
+        """Usable rows of the files as items, each text once."""
+        found: dict[str, Item] = {}
+        for file in files:
+            for row in graded.read_rows(self.folder, file, self.rejects):
+                try:
+                    cluster = self._clusters.of(row.text("problem"), remember=remember)
+                    item = Item(make(row, cluster), row, cluster)
+                except ValueError as error:
+                    self.rejects.append(row.reject("malformed", str(error)))
+                    continue
+                first = found.setdefault(item.record.id, item)
+                if first is not item:
+                    where = f"{first.row.file}, line {first.row.line}"
+                    self.rejects.append(row.reject("duplicate", f"the same text as {where}"))
+        return list(found.values())
+
+    def part(self, items: Sequence[Item], clusters: Collection[str], rule: str, reason: str) -> Any:
+        """(items outside `clusters`); those inside go to the rejects by `rule`."""
+        for item in items:
+            if item.cluster in clusters:
+                self.rejects.append(item.row.reject(rule, reason))
+        return [i for i in items if i.cluster not in clusters]
+
+
+def make_corpus(folder: epath.Path, config: RealConfig, templates: prompts.PromptSet) -> Corpus:
+    """Everything but the limits on length (`within_limits`).
+
+    FileNotFoundError names a file that is missing. ValueError says why nothing is left of D_v, D_p
+    or the demonstrations, or that too few graded problems are left to hold some out.
+    """
+    reader = _Reader(folder, config)
+
+    def proof(row: graded.Row, _: str) -> records.Proof:
+        return graded.proof_of(row, config.source_scales)
+
+    # Evaluation comes first, so that clusters bear its problems' names.
+    test_problems = reader.items(config.evaluation_problems, graded.statement_of)
+    test_proofs = reader.items(config.evaluation_proofs, proof)
+    proofs = reader.items(config.proofs, proof)
+    judged = reader.items(config.judged_analyses, lambda row, _: graded.judged_analysis_of(row))
+    listed = reader.items(config.listed_analyses, lambda row, _: graded.listed_analysis_of(row))
+    problems = reader.items(config.problems, graded.statement_of, remember=False)
+
+    withdrawn = {i.cluster for i in (*proofs, *judged) if i.row.file in config.withdraw}
+    reason = f"{', '.join(config.withdraw)} trains on its problem, so it measures nothing"
+    test_problems, test_proofs = (
+        reader.part(items, withdrawn, "withdrawn", reason) for items in (test_problems, test_proofs)
+    )
+    test_problems = _once(reader, test_problems)
+    evaluated = {i.cluster for i in (*test_problems, *test_proofs)}
+    reason = "its problem, or one that reads nearly the same, is kept for evaluation"
+    proofs, judged, listed, problems = (
+        reader.part(items, evaluated, "evaluation", reason)
+        for items in (proofs, judged, listed, problems)
+    )
+
+    proofs = _mapped(reader, proofs, config.scales)
+    busy = {i.cluster for i in judged} | withdrawn
+    probe, test = _hold_out({i.cluster for i in proofs} - busy, config)
+    test_analyses = [i for i in listed if i.cluster in test]
+    reason = "its problem is held out for the probe or the test"
+    listed = reader.part([i for i in listed if i.cluster not in test], probe, "held-out", reason)
+    problems = reader.part(problems, probe | test, "held-out", reason)
+    busy |= {i.cluster for i in (*proofs, *listed)}
+    validation = _chosen({i.cluster for i in problems} - busy, config.num_validation)
+    learned = [i for i in proofs if i.cluster not in probe | test]
+    files = {
+        "problems": [i for i in problems if i.cluster not in validation],
+        "proofs": learned,
+        "analyses": judged,
+        "demonstrations": [
+            *_verifier_demonstrations(reader, listed, config, templates),
+            *(_meta_demonstration(i, templates) for i in judged),
+            *_generator_demonstrations(reader, learned, templates),
+        ],
+        "probe": [i for i in proofs if i.cluster in probe],
+        "validation_problems": [i for i in problems if i.cluster in validation],
+        "test_problems": test_problems,
+        "test_proofs": [*test_proofs, *(i for i in proofs if i.cluster in test)],
+        "test_analyses": test_analyses,
+    }
+    corpus = Corpus(files, reader.rejects)
+    require_disjoint(corpus)
+    return require_enough(corpus)
+
+
+def _once(reader: _Reader, items: Sequence[Item]) -> list[Item]:
+    """One evaluation problem a cluster: contests are found in several files."""
+    first: dict[str, Item] = {}
+    for item in items:
+        if first.setdefault(item.cluster, item) is not item:
+            same = first[item.cluster].row
+            reason = f"its problem reads nearly as {same.id} of {same.file}"
+            reader.rejects.append(item.row.reject("duplicate", reason))
+    return list(first.values())
+
+
+def _mapped(reader: _Reader, items: Sequence[Item], scales: graded.ScaleMap) -> list[Item]:
+    found = []
+    for item in items:
+        try:
+            label = scales.mapped(item.record.label)
+        except ValueError as error:
+            reader.rejects.append(item.row.reject("scale", str(error)))
+            continue
+        found.append(dataclasses.replace(item, record=_labelled(item.record, label)))
+    return found
+
+
+def _labelled(proof: records.Proof, label: records.Label) -> records.Proof:
+    return dataclasses.replace(proof, label=label)
+
+
+def _chosen(clusters: Collection[str], number: int) -> set[str]:
+    """`number` of the clusters, the same for every seed."""
+    return set(sorted(clusters, key=lambda c: hashlib.sha256(c.encode()).hexdigest())[:number])
+
+
+def _hold_out(clusters: Collection[str], config: RealConfig) -> tuple[set[str], set[str]]:
+    """The probe's and the test's clusters among those of the labelled proofs."""
+    wanted = config.num_probe + config.num_test
+    if clusters and len(clusters) <= wanted:
+        raise ValueError(
+            f"only {len(clusters)} graded problems may be learned from, and real.num_probe + "
+            f"real.num_test = {wanted} of them are to be held out: lower these"
+        )
+    probe = _chosen(clusters, config.num_probe)
+    return probe, _chosen(set(clusters) - probe, config.num_test)
+
+
+def _demonstration(item: Item, role: str, problem_id: str, user: str, assistant: str) -> Item:
+    record = records.Demonstration(
+        id=records.content_id("demonstration", user, assistant),
+        role=role,
+        problem_id=problem_id,
+        user=user,
+        assistant=assistant,
+        source=item.record.source,
+        parents=(item.record.id,),
+    )
+    return dataclasses.replace(item, record=record)
+
+
+def _verifier_demonstrations(
+    reader: _Reader, items: Sequence[Item], config: RealConfig, templates: prompts.PromptSet
+) -> list[Item]:
+    found = []
+    for item in items:
+        analysis: records.Analysis = item.record
+        if item.row.fields.get("human_score") is None:
+            reason = "nobody judged its proof, so no score can stand below it"
+            reader.rejects.append(item.row.reject("no-verdict", reason))
+            continue
+        try:
+            score = _verdict(item, config)
+        except ValueError as error:
+            reader.rejects.append(item.row.reject("scale", str(error)))
+            continue
+        if score != analysis.score:
+            reason = f"its issues speak for a {analysis.score:g}, the human verdict is {score:g}"
+            reader.rejects.append(item.row.reject("contradiction", reason))
+            continue
+        user = prompts.fill(templates.verifier, statement=analysis.statement, proof=analysis.proof)
+        found.append(_demonstration(item, "verifier", analysis.problem_id, user, analysis.text))
+    return found
+
+
+def _verdict(item: Item, config: RealConfig) -> float:
+    """Our score of the proof that a listed analysis is about."""
+    source = item.record.source
+    if source not in config.source_scales:
+        raise ValueError(f"source {source!r} has no scale: name it in config.real.source_scales")
+    scale = config.source_scales[source]
+    label = records.Label(score=graded.human_score(item.row), source="human", scale=scale)
+    return config.scales.mapped(label).score
+
+
+def _meta_demonstration(item: Item, templates: prompts.PromptSet) -> Item:
+    analysis: records.Analysis = item.record
+    assert analysis.label is not None, "a judged critique has a label"
+    agrees = analysis.label.score == 1.0
+    said = "confirms the defect" if agrees else "does not confirm the defect"
+    body = f"A person who checked the solution {said} that the evaluation names."
+    comments = item.row.fields.get("human_comments")
+    if isinstance(comments, list) and comments:
+        body += "\n" + "\n".join(str(c) for c in comments)
+    user = prompts.fill(
+        templates.meta_verifier,
+        statement=analysis.statement,
+        proof=analysis.proof,
+        analysis=analysis.text,
+    )
+    text = parse.write_meta_analysis(body, analysis.label.score)
+    return _demonstration(item, "meta_verifier", analysis.problem_id, user, text)
+
+
+def _generator_demonstrations(
+    reader: _Reader, items: Sequence[Item], templates: prompts.PromptSet
+) -> list[Item]:
+    found = []
+    for item in items:
+        proof: records.Proof = item.record
+        if proof.label is None or proof.label.score < 1.0:
+            continue
+        body = f"A person who graded it accepted it, on the scale {proof.label.scale}."
+        try:
+            text = parse.write_generation(proof.text, parse.write_analysis(body, 1.0))
+        except ValueError as error:
+            reader.rejects.append(item.row.reject("format", str(error)))
+            continue
+        user = prompts.fill(templates.generator, statement=proof.statement)
+        found.append(_demonstration(item, "generator", proof.problem_id, user, text))
+    return found
+
+
+def require_disjoint(corpus: Corpus) -> None:
+    """ValueError where a cluster stands in a training file and in a held-out one."""
+    held = {i.cluster: name for name in HELD_OUT for i in corpus.files[name]}
+    for name in TRAINING:
+        for item in corpus.files[name]:
+            if item.cluster in held:
+                raise ValueError(
+                    f"{item.row.file}, line {item.row.line} ({item.row.id}) is in the training "
+                    f"file {name}, its problem also in {held[item.cluster]}"
+                )
+
+
+def require_enough(corpus: Corpus) -> Corpus:
+    """The corpus; ValueError where a file that every run needs is empty, with the reasons."""
+    for name in ("problems", "proofs", "demonstrations", "probe"):
+        if not corpus.files[name]:
+            raise ValueError(
+                f"the real data leave nothing for records/input/{name}.jsonl; left out were: "
+                f"{describe(corpus.rejects) or 'no rows at all'}"
+            )
+    return corpus
+
+
+def describe(rejects: Sequence[graded.Reject]) -> str:
+    """How many rows each rule left out of each file, with one example of a reason."""
+    counted: dict[tuple[str, str], list[graded.Reject]] = {}
+    for reject in rejects:
+        counted.setdefault((reject.file, reject.rule), []).append(reject)
+    return "\n".join(
+        f"{file}: {len(found)} {rule} (line {found[0].line}: {found[0].reason:.120})"
+        for (file, rule), found in sorted(counted.items())
+    )
+
+
+def within_limits(
+    corpus: Corpus,
+    config: RealConfig,
+    templates: prompts.PromptSet,
+    num_tokens: Callable[[str], int],
+) -> Corpus:
+    """The corpus without what is too long; `num_tokens` counts a text's, control tokens included.
+
+    ValueError as in `require_enough`.
+    """
+    kept: dict[str, list[Item]] = {}
+    rejects = list(corpus.rejects)
+    for name, items in corpus.files.items():
+        kept[name] = []
+        for item in items:
+            text, limit = _longest_text(item.record, config, templates)
+            # A token is a byte at least, so most texts need no counting.
+            size = 0 if len(text.encode()) + 8 <= limit else num_tokens(text)
+            if size <= limit:
+                kept[name].append(item)
+            else:
+                reason = f"{size} tokens in {name}, the limit is {limit}"
+                rejects.append(item.row.reject("too-long", reason))
+    return require_enough(Corpus(kept, rejects))
+
+
+def _longest_text(record: Any, config: RealConfig, templates: prompts.PromptSet) -> tuple[str, int]:
+    """What a stage makes of the record, its prompt or its whole conversation; and the limit."""
+    match record:
+        case records.Demonstration():
+            return record.user + record.assistant, config.max_example_tokens
+        case records.Analysis():
+            text = prompts.fill(
+                templates.meta_verifier,
+                statement=record.statement,
+                proof=record.proof,
+                analysis=record.text,
+            )
+        case records.Proof():
+            text = prompts.fill(templates.verifier, statement=record.statement, proof=record.text)
+        case _:
+            text = prompts.fill(templates.generator, statement=record.statement)
+    return text, config.max_prompt_tokens

@@ -1,0 +1,180 @@
+"""configs/olympiad.py and the input files that a run on real data writes first."""
+
+import functools
+import json
+import pathlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import pytest
+from etils import epath
+
+from mathv2_jax import records
+from mathv2_jax.cli import config as config_lib
+from mathv2_jax.cli import inputs, overrides, train
+from mathv2_jax.data import graded, sources
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = REPOSITORY / "configs" / "olympiad.py"
+REAL = inputs.RealConfig(
+    scales=graded.ScaleMap(pairs={"opc-5-of-7": ((0.0, 0.0), (1.0, 1.0))}),
+    num_probe=1,
+    num_test=1,
+    num_validation=1,
+    max_prompt_tokens=1500,
+)
+WORDS = ("let", "the", "sum", "of", "all", "odd", "primes", "below", "this", "one", "be", "even")
+
+
+def rows_of(kind: str, number: int, **fields: Any) -> list[dict[str, Any]]:
+    words = random.Random(kind)
+    statements = [" ".join(words.choices(WORDS, k=20)) for _ in range(number)]
+    return [dict(id=f"{kind}/{i}", problem=s, **fields) for i, s in enumerate(statements)]
+
+
+def write_folder(folder: pathlib.Path) -> epath.Path:
+    """The layout of the real data, with a row too long and one line that is no JSON."""
+    marks = dict(source="opc", proof="It is clear.", human_score=1, human_max=1, model="a/gemini-9")
+    critique = dict(analysis="<verification>false</verification> A gap.", analyst="GPT-5")
+    files = {
+        "graded/opc.jsonl": rows_of("opc", 4, **marks),
+        "graded/mathconverse.jsonl": [],
+        "graded/rprover.jsonl": [],
+        "graded/analyses_rprover.jsonl": rows_of(
+            "judged", 2, human_agrees_with_analyst=True, **marks, **critique
+        ),
+        "graded/analyses_opc.jsonl": rows_of("opc", 4, analysis="Good.", issues=[], **marks),
+        "problems/proof_pilot_pool.jsonl": rows_of("pool", 5),
+        "problems/proofbench.jsonl": rows_of("bench", 2),
+        "problems/usamo2025.jsonl": [],
+        "graded/deepseek_math_v2.jsonl": rows_of("expert", 1, **marks),
+    }
+    files["problems/proof_pilot_pool.jsonl"][2]["problem"] += " and then" * 2000
+    for name, rows in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with (folder / "graded/opc.jsonl").open("a") as file:
+        file.write('{"id": "opc/broken", \n')
+    return epath.Path(folder)
+
+
+def write_inputs(folder: epath.Path, workdir: epath.Path) -> dict[str, int]:
+    tokenizer = functools.partial(inputs.make_tokenizer, workdir, 420, (), 1000)
+    return inputs.write_real(workdir, folder, REAL, "olympiad", tokenizer)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[epath.Path, dict[str, int]]:
+    folder = write_folder(tmp_path_factory.mktemp("data"))
+    workdir = epath.Path(tmp_path_factory.mktemp("run"))
+    return workdir, write_inputs(folder, workdir)
+
+
+def contents(workdir: epath.Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in (workdir / "records" / "input").iterdir()}
+
+
+def test_every_input_file_of_the_world_is_written_and_counted(
+    written: tuple[epath.Path, dict[str, int]],
+) -> None:
+    workdir, counts = written
+    kinds = {
+        "problems": records.Problem,
+        "proofs": records.Proof,
+        "analyses": records.Analysis,
+        "demonstrations": records.Demonstration,
+        "probe": records.Proof,
+        "validation_problems": records.Problem,
+        "test_problems": records.Problem,
+        "test_proofs": records.Proof,
+        "test_analyses": records.Analysis,
+        "rejects": graded.Reject,
+    }
+    folder = workdir / "records" / "input"
+    assert counts == {n: len(sources.read(folder / f"{n}.jsonl", k)) for n, k in kinds.items()}
+    assert counts == {
+        "problems": 3,
+        "proofs": 2,
+        "analyses": 2,
+        "demonstrations": 2 + 2 + 2,
+        "probe": 1,
+        "validation_problems": 1,
+        "test_problems": 2,
+        "test_proofs": 1 + 1,
+        "test_analyses": 1,
+        "rejects": 1 + 1 + 1,
+    }
+
+
+def test_rejects_name_file_line_id_and_rule(written: tuple[epath.Path, dict[str, int]]) -> None:
+    rejects = sources.read(written[0] / "records" / "input" / "rejects.jsonl", graded.Reject)
+    named = {(r.file, r.line, r.id, r.rule) for r in rejects if r.rule != "held-out"}
+    assert named == {
+        ("graded/opc.jsonl", 5, "", "malformed"),
+        ("problems/proof_pilot_pool.jsonl", 3, "pool/2", "too-long"),
+    }
+
+
+def test_no_tokenizer_or_demonstration_ever_saw_the_writers_name(
+    written: tuple[epath.Path, dict[str, int]],
+) -> None:
+    texts = list(inputs.training_texts(written[0], 1000))
+    assert any("It is clear." in text for text in texts)
+    assert not [text for text in texts if "gemini" in text or "GPT" in text]
+
+
+def test_writing_again_after_an_interruption_gives_the_same_bytes(
+    written: tuple[epath.Path, dict[str, int]], tmp_path: pathlib.Path
+) -> None:
+    before = contents(written[0])
+    folder, workdir = write_folder(tmp_path / "data"), epath.Path(tmp_path / "run")
+    write_inputs(folder, workdir)
+    (workdir / "records" / "input" / "rejects.jsonl").unlink()
+    assert write_inputs(folder, workdir) == written[1]
+    assert contents(workdir) == before
+
+
+def test_the_config_runs_the_stages_of_quick_at_4096_tokens_or_more() -> None:
+    config = config_lib.build(overrides.load(str(CONFIG)), [("config.data", "DIR")])
+    quick = config_lib.build(overrides.load(str(CONFIG.with_name("quick.py"))))
+    assert [(s.name, type(s)) for s in config.stages] == [(s.name, type(s)) for s in quick.stages]
+    assert config.engine.prompt_buckets[-1] >= 4096
+    for stage in config.stages:
+        loop = getattr(stage, "rl", None) or getattr(stage, "sft", None)
+        assert loop is None or loop.row_length >= 4096
+    assert config.real is not None
+    assert set(config.real.scales.pairs) == set(graded.SCALES.values()) - {graded.FULL_MARKS}
+
+
+@pytest.fixture
+def compilation_cache() -> Iterator[None]:
+    """The cache folder as it was: a run sets its own."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.parametrize("missing", ["the folder", "problems/proofbench.jsonl", "config.data"])
+def test_missing_data_are_one_clear_line_and_exit_code_2(
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    compilation_cache: None,
+    missing: str,
+) -> None:
+    folder = tmp_path / "data"
+    if missing != "the folder":
+        write_folder(folder)
+    if missing.endswith(".jsonl"):
+        (folder / missing).unlink()
+    flags = [f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}"]
+    if missing != "config.data":
+        flags.append(f"--config.data={folder}")
+    assert train.main(["mathv2-train", *flags]) == train.BAD_INPUT
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert {"the folder": "no such folder"}.get(missing, missing) in said

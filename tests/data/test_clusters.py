@@ -1,0 +1,67 @@
+"""Problem clusters: layout never matters, small changes hardly, different problems stay apart."""
+
+import random
+import string
+
+import pytest
+
+from mathv2_jax.data import clusters
+
+SUM = (
+    "Let $a, b$ and $c$ be positive real numbers with $abc = 1$. Prove that "
+    r"\[ \frac{1}{a + b} + \frac{1}{b + c} + \frac{1}{c + a} \leq \frac{3}{2}. \]"
+)
+BOARD = (
+    "On a board of 2012 x 2012 cells some cells of one diagonal are marked, none in a corner. "
+    "Prove that every number in the lower right corner is even."
+)
+
+
+def letters(seed: int, number: int) -> str:
+    return "".join(random.Random(seed).choices(string.ascii_lowercase, k=number))
+
+
+def test_layout_case_and_compatibility_forms_do_not_make_another_cluster() -> None:
+    found = clusters.Clusters(0.8)
+    same = SUM.upper().replace(" ", "\n ").replace("$", r"\(").replace("1", "\uff11")
+    assert same != SUM
+    assert found.of(same) == found.of(SUM)
+
+
+def test_a_corrected_and_a_longer_statement_are_in_the_cluster_of_the_first() -> None:
+    found = clusters.Clusters(0.8)
+    first = found.of(SUM)
+    assert found.of(SUM.replace(r"\frac{3}{2}", r"\frac{5}{2}")) == first
+    assert found.of(SUM + " When does equality hold? (" + letters(0, 300) + ")") == first
+
+
+def test_other_problems_are_other_clusters() -> None:
+    found = clusters.Clusters(0.8)
+    assert len({found.of(SUM), found.of(BOARD), found.of(letters(1, 200))}) == 3
+
+
+@pytest.mark.parametrize(("shared", "together"), [(0.84, True), (0.76, False)])
+def test_the_share_of_the_shorter_statement_decides(shared: float, together: bool) -> None:
+    first, other = letters(2, 1007), letters(3, 1007)  # 1,000 shingles each
+    cut = round(1000 * shared) + clusters.SHINGLE - 1
+    found = clusters.Clusters(0.8)
+    assert (found.of(first) == found.of(first[:cut] + other[cut:])) is together
+
+
+def test_short_statements_have_only_exact_twins() -> None:
+    found = clusters.Clusters(0.8)
+    first = found.of("Solve x + y = 12.")
+    assert found.of("Solve x+y=12") == first
+    assert found.of("Solve x + y = 123.") != first
+
+
+def test_what_is_not_remembered_founds_no_cluster_for_near_statements() -> None:
+    found = clusters.Clusters(0.8)
+    first = found.of(SUM, remember=False)
+    assert found.of(SUM) == first
+    assert found.of(SUM + " Is the bound sharp?") != first
+
+
+def test_statements_without_letters_or_digits_stay_apart() -> None:
+    found = clusters.Clusters(0.8)
+    assert found.of("$$ + $$") != found.of("$$ - $$")
