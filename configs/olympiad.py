@@ -56,13 +56,13 @@ def _shrunk(stage: dict) -> dict:
     stage = dict(stage)
     for loop in ("sft", "rl"):
         if loop in stage:
-            stage[loop] = dict(stage[loop], steps=2, rows=1, row_length=PROMPT + ANSWER)
+            stage[loop] = dict(stage[loop], steps=3, rows=1, row_length=PROMPT + ANSWER)
     if "rl" in stage:
         stage["rl"].update(groups=2, samples=2)
     smaller = {
         "rejection": dict(allow_empty=True),
         "autolabel": dict(num_candidates=8, num_proofs=4),
-        "probe": dict(tolerance_se=1e6),  # two steps say nothing about drift
+        "probe": dict(tolerance_se=1e6),  # three steps say nothing about drift
         "answer": dict(num_autolabel=2),
     }
     return stage | smaller.get(stage["kind"], {})

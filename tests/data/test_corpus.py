@@ -132,6 +132,15 @@ def test_no_training_file_shares_a_problem_with_a_held_out_one(tmp_path: pathlib
     assert not learned & held
 
 
+def test_copies_of_held_out_problems_are_left_out_of_d_p(tmp_path: pathlib.Path) -> None:
+    rows = real_rows()
+    copies = [plain_row(f"copy-{n}", problem=problem(f"graded-{n}")) for n in range(8)]
+    rows["problems/proof_pilot_pool.jsonl"] += copies
+    found = make(tmp_path, rows)
+    assert rules(found, "problems/proof_pilot_pool.jsonl") == {"held-out": 2 + 1}
+    assert len(found.files["problems"]) == 10 + 5
+
+
 def test_labels_of_another_scale_are_left_out_without_a_map(tmp_path: pathlib.Path) -> None:
     rows = real_rows()
     reader = dict(source="mathconverse", human_max=6)
