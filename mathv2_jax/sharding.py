@@ -98,14 +98,19 @@ def _names(leaf: Any, where: str) -> tuple[str | None, ...]:
 def shardings_for(abstract_tree: Any, mesh: Mesh) -> Any:
     """NamedShardings for a tree of boxed (`nn.with_logical_partitioning`) abstract arrays.
 
-    Every leaf must carry logical axes, and each sharded dimension be divisible by its mesh axes;
-    the ValueError names the parameter.
+    Every leaf must carry a logical axis per dimension, and each sharded dimension be divisible by
+    its mesh axes; the ValueError names the parameter.
     """
 
     def resolve(path: Any, leaf: Any) -> NamedSharding:
         where = jax.tree_util.keystr(path, simple=True, separator="/")
-        spec = partition_spec(_names(leaf, where), where)
-        for size, entry in zip(leaf.value.shape, spec, strict=True):
+        names, shape = _names(leaf, where), leaf.value.shape
+        if len(names) != len(shape):
+            raise ValueError(
+                f"{where}: {len(names)} logical axes {names} for {len(shape)} dimensions {shape}"
+            )
+        spec = partition_spec(names, where)
+        for size, entry in zip(shape, spec, strict=True):
             over = (entry,) if isinstance(entry, str) else (entry or ())
             ways = math.prod(mesh.shape[a] for a in over)
             if size % ways:

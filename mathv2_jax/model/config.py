@@ -45,9 +45,9 @@ class ModelConfig:
     scan_unroll: bool = False
 
     def __post_init__(self):
-        for name in ("vocab_size", "width", "num_layers", "num_heads", "kv_latent_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} = {getattr(self, name)}: must be at least 1")
+        for name, least in self._smallest().items():
+            if getattr(self, name) < least:
+                raise ValueError(f"model.{name} = {getattr(self, name)}: must be at least {least}")
         if not 0 <= self.num_dense_layers <= self.num_layers:
             raise ValueError(
                 f"model.num_dense_layers = {self.num_dense_layers}: must lie between 0 and "
@@ -58,7 +58,7 @@ class ModelConfig:
                 f"model.experts_per_token = {self.experts_per_token}: must lie between 1 and "
                 f"num_experts = {self.num_experts}"
             )
-        if self.num_expert_groups < 1 or self.num_experts % self.num_expert_groups:
+        if self.num_experts % self.num_expert_groups:
             raise ValueError(
                 f"model.num_expert_groups = {self.num_expert_groups}: must divide "
                 f"num_experts = {self.num_experts}"
@@ -68,12 +68,31 @@ class ModelConfig:
                 f"model.expert_groups_per_token = {self.expert_groups_per_token}: must lie "
                 f"between 1 and num_expert_groups = {self.num_expert_groups}"
             )
+        reachable = self.expert_groups_per_token * (self.num_experts // self.num_expert_groups)
+        if self.num_sparse_layers and self.experts_per_token > reachable:
+            raise ValueError(
+                f"model.experts_per_token = {self.experts_per_token}: the "
+                f"expert_groups_per_token = {self.expert_groups_per_token} groups that a token may "
+                f"use have {reachable} experts"
+            )
         if self.head_rope_width % 2:
             raise ValueError(f"model.head_rope_width = {self.head_rope_width}: must be even")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise ValueError(
                 f"model.compute_dtype = {self.compute_dtype!r}: must be float32 or bfloat16"
             )
+
+    def _smallest(self) -> dict[str, int]:
+        """The least value of every count and width."""
+        positive = ("vocab_size", "width", "num_layers", "num_heads", "kv_latent_width")
+        positive += ("head_key_width", "head_value_width", "num_expert_groups", "logprob_chunk")
+        natural = ("q_latent_width", "head_rope_width", "num_shared_experts", "embedding_taps")
+        return {
+            **dict.fromkeys(positive, 1),
+            **dict.fromkeys(natural, 0),
+            "dense_width": int(self.num_dense_layers > 0),
+            "expert_width": int(self.num_sparse_layers > 0),
+        }
 
     @property
     def num_sparse_layers(self) -> int:

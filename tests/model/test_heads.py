@@ -29,7 +29,8 @@ def at_once(hidden_BTD, unembed_DV, targets_BT, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_chunks_give_the_log_softmax_and_the_entropy_at_a_temperature(inputs, chunk, temperature):
     got = heads.token_logprobs(*inputs, temperature=temperature, chunk=chunk)
-    logprob_BT, entropy_BT = at_once(*inputs, temperature)
+    hidden_BTD, unembed_DV, targets_BT = inputs
+    logprob_BT, entropy_BT = at_once(hidden_BTD, unembed_DV, targets_BT, temperature)
     np.testing.assert_allclose(got.logprob_BT, logprob_BT, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got.entropy_BT, entropy_BT, rtol=1e-5, atol=1e-5)
 

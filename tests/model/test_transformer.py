@@ -1,0 +1,346 @@
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mathv2_jax.model import cache, heads, transformer
+from mathv2_jax.model.config import ModelConfig
+
+ROWS, LENGTH = 3, 14  # the one shape that most tests here share
+
+DEEPSEEK_V3 = ModelConfig(
+    vocab_size=129_280,
+    width=7168,
+    num_layers=61,
+    num_dense_layers=3,
+    num_heads=128,
+    q_latent_width=1536,
+    kv_latent_width=512,
+    head_key_width=128,
+    head_rope_width=64,
+    head_value_width=128,
+    dense_width=18_432,
+    expert_width=2048,
+    num_experts=256,
+    experts_per_token=8,
+    num_expert_groups=8,
+    expert_groups_per_token=4,
+)
+
+
+class Rows(NamedTuple):
+    """What a pass reads, on the host: padding has segment 0, and is its own source."""
+
+    tokens_BT: np.ndarray
+    positions_BT: np.ndarray
+    segments_BT: np.ndarray
+    prefixes_BT: np.ndarray
+    sources_BT: np.ndarray
+
+    @property
+    def layout(self):
+        return cache.Layout(
+            *(jnp.asarray(x) for x in (self.positions_BT, self.segments_BT, self.prefixes_BT))
+        )
+
+
+def empty_rows():
+    blank = np.zeros((ROWS, LENGTH), np.int32)
+    own = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+    return Rows(blank, blank.copy(), blank.copy(), blank.copy(), own)
+
+
+def assert_close(got, wanted):
+    np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-5)
+
+
+def put(rows, row, start, tokens, *, segment, position=0, prefix=None, source=None):
+    """A sequence at a place in a row; `source` is the place of its first token's predecessor."""
+    at = np.arange(start, start + len(tokens))
+    rows.tokens_BT[row, at] = tokens
+    rows.positions_BT[row, at] = position + np.arange(len(tokens))
+    rows.segments_BT[row, at] = segment
+    rows.prefixes_BT[row, at] = segment if prefix is None else prefix
+    rows.sources_BT[row, at] = [start if source is None else source, *at[:-1]]
+
+
+def alone(*sequences):
+    """One right-padded sequence a row."""
+    rows = empty_rows()
+    for row, tokens in enumerate(sequences):
+        put(rows, row, 0, tokens, segment=1)
+    return rows
+
+
+def sharing_one_prompt(prompt, answers):
+    """A prompt and its answers, one after the other in the first row."""
+    rows, at = empty_rows(), len(prompt)
+    put(rows, 0, 0, prompt, segment=1)
+    for number, answer in enumerate(answers):
+        where = dict(position=len(prompt), prefix=1, source=len(prompt) - 1)
+        put(rows, 0, at, answer, segment=2 + number, **where)
+        at += len(answer)
+    return rows
+
+
+def run(model, rows, kept_LBTA=None, variables=None):
+    c = model.config
+    if kept_LBTA is None:
+        shape = (c.num_sparse_layers, *rows.tokens_BT.shape, c.experts_per_token)
+        kept_LBTA = jnp.full(shape, -1, jnp.int32)
+    tokens_BT, sources_BT = jnp.asarray(rows.tokens_BT), jnp.asarray(rows.sources_BT)
+    variables = model.variables if variables is None else variables
+    return model.run(variables, tokens_BT, rows.layout, sources_BT, kept_LBTA)
+
+
+def draw_tokens(seed, *lengths):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 40, n).astype(np.int32) for n in lengths]
+
+
+def test_packed_documents_are_as_each_alone(model):
+    documents = draw_tokens(0, 5, 3, 6)
+    packed, at = empty_rows(), 0
+    for number, document in enumerate(documents):
+        put(packed, 1, at, document, segment=number + 1)
+        at += len(document)
+    together = run(model, packed).hidden_BTD[1]
+    apart = run(model, alone(*documents)).hidden_BTD
+    wanted = np.concatenate([apart[i, : len(d)] for i, d in enumerate(documents)])
+    assert_close(together[:at], wanted)
+
+
+def test_answers_that_share_one_prompt_are_as_each_alone(model):
+    prompt, *answers = draw_tokens(1, 4, 3, 2, 5)
+    together = run(model, sharing_one_prompt(prompt, answers))
+    apart = run(model, alone(*(np.concatenate([prompt, a]) for a in answers))).hidden_BTD
+    wanted = [apart[0, :4]] + [apart[i, 4 : 4 + len(a)] for i, a in enumerate(answers)]
+    assert_close(together.hidden_BTD[0], np.concatenate(wanted))
+
+
+def test_what_stands_in_padding_changes_nothing(model):
+    rows = alone(*draw_tokens(2, 9, 9, 6))
+    real_BT = rows.segments_BT > 0
+    blank = run(model, rows)
+    noise_BT = np.random.default_rng(3).integers(1, 40, (ROWS, LENGTH))
+    filled = rows._replace(tokens_BT=np.where(real_BT, rows.tokens_BT, noise_BT).astype(np.int32))
+    noisy = run(model, filled)
+    assert_close(noisy.hidden_BTD[real_BT], blank.hidden_BTD[real_BT])
+    np.testing.assert_array_equal(noisy.routing.load_E, blank.routing.load_E)
+    counted = real_BT.sum() * model.config.experts_per_token
+    np.testing.assert_array_equal(blank.routing.load_E.sum(-1), counted)
+
+
+def test_the_number_of_padding_tokens_changes_nothing(full):
+    documents = draw_tokens(2, 9, 9)
+    hidden_BTD = run(full, alone(*documents)).hidden_BTD[:2, :9]
+    wanted_BTV = heads.logits(hidden_BTD, full.variables["params"]["unembed"])
+    forward = jax.jit(functools.partial(transformer.forward, full.config))
+    logits_BTV = forward(full.variables, jnp.asarray(np.stack(documents)))
+    np.testing.assert_allclose(logits_BTV, wanted_BTV, rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def reach(full):
+    """The size of d hidden[0, t] / d embedding of the token at s, for rows of distinct tokens."""
+
+    @jax.jit
+    def jacobian(embed_VD, tokens_BT, layout, sources_BT, mix_D):
+        def read(embed_VD):
+            params = {**full.variables["params"], "embed": embed_VD}
+            kept_LBTA = jnp.full((2, 1, LENGTH, 2), -1, jnp.int32)
+            variables = {**full.variables, "params": params}
+            out = full.run(variables, tokens_BT, layout, sources_BT, kept_LBTA)
+            return jnp.einsum("TD,D->T", out.hidden_BTD[0], mix_D)
+
+        slope_TVD = jax.jacrev(read)(embed_VD)
+        return jnp.abs(slope_TVD[:, tokens_BT[0]]).max(axis=-1)
+
+    def of(rows):
+        first = Rows(*(x[:1] for x in rows))
+        mix_D = jnp.asarray(np.random.default_rng(4).standard_normal(16), jnp.float32)
+        embed_VD = full.variables["params"]["embed"]
+        tokens_BT, sources_BT = jnp.asarray(first.tokens_BT), jnp.asarray(first.sources_BT)
+        return np.asarray(jacobian(embed_VD, tokens_BT, first.layout, sources_BT, mix_D))
+
+    return of
+
+
+def test_no_gradient_comes_from_later_tokens(reach):
+    slope_TS = reach(alone(np.arange(1, LENGTH + 1)))
+    assert (slope_TS[np.triu_indices(LENGTH, 1)] == 0).all()
+    assert (slope_TS[np.tril_indices(LENGTH)] > 1e-5).all()
+
+
+def test_gradients_stay_within_an_answer_and_its_prompt(reach):
+    prompt, *answers = np.split(np.arange(1, LENGTH), [4, 7, 9])  # and one token of padding
+    rows = sharing_one_prompt(prompt, answers)
+    slope_TS = reach(rows)
+    seen_TS = np.asarray(cache.visible(rows.layout))[0]
+    real = rows.segments_BT[0] > 0
+    assert (slope_TS[~seen_TS] == 0).all()
+    assert (slope_TS[seen_TS & real[:, None]] > 1e-5).all()
+
+
+def previous_of_next(rows_tokens, lengths_B, taps):
+    """The last tokens of each row, the nearest first, its first token repeated."""
+    back = np.maximum(lengths_B[:, None] - 1 - np.arange(taps)[None, :], 0)
+    return np.take_along_axis(rows_tokens, back, axis=1)
+
+
+def test_cached_decoding_token_by_token_equals_one_forward(model):
+    """Three prompts, two answers each, taught token by token on the prompts' latents."""
+    c, answers, steps = model.config, 2, 4
+    prompts, lengths_P = draw_tokens(5, 7, 1, 4), np.array([7, 1, 4])
+    lengths_B = np.repeat(lengths_P, answers)
+    answer_BN = np.stack(draw_tokens(6, *[steps] * (ROWS * answers)))
+    full_rows = [np.concatenate([prompts[b // answers], answer_BN[b]]) for b in range(6)]
+    halves = [run(model, alone(*full_rows[i : i + 3])) for i in (0, 3)]
+    wanted_BTD = np.concatenate([h.hidden_BTD for h in halves])
+    wanted_ids = np.concatenate([h.routing.experts_BTA for h in halves], axis=1)
+    tokens_BT = np.stack([np.pad(r, (0, LENGTH - len(r))) for r in full_rows])
+
+    prompt = run(model, alone(*prompts)).latents
+    prompt_PS = jnp.arange(LENGTH)[None, :] < jnp.asarray(lengths_P)[:, None]
+
+    def room(latents):
+        return jax.tree.map(
+            lambda x: jnp.full((x.shape[0], len(full_rows), steps, x.shape[-1]), 9.0), latents
+        )
+
+    @jax.jit
+    def decode(token_B1, at_B1, previous_B1W, own, step):
+        past = transformer.DecodeInputs(
+            cache.LayerCache(prompt.dense, own.dense),
+            cache.LayerCache(prompt.sparse, own.sparse),
+            cache.DecodeView(prompt_PS, jnp.arange(steps) < step),
+        )
+        ones_B1 = jnp.ones_like(token_B1)
+        out = transformer.apply(
+            c,
+            model.variables,
+            token_B1,
+            cache.Layout(at_B1, ones_B1, ones_B1),
+            past=past,
+            previous_BTW=previous_B1W,
+        )
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
+        own = jax.tree.map(lambda old, new: write(old, new, step), own, out.latents)
+        return out.hidden_BTD[:, 0], out.routing, own
+
+    own = transformer.Latents(room(prompt.dense), room(prompt.sparse))
+    for step in range(steps):
+        at_B1 = (lengths_B + step)[:, None]
+        previous = previous_of_next(tokens_BT, lengths_B + step, c.embedding_taps)
+        got_BD, routing, own = decode(
+            jnp.asarray(np.take_along_axis(tokens_BT, at_B1, 1)),
+            jnp.asarray(at_B1),
+            jnp.asarray(previous)[:, None],
+            own,
+            jnp.asarray(step),
+        )
+        wanted_BD = np.take_along_axis(wanted_BTD, at_B1[..., None], 1)[:, 0]
+        assert_close(got_BD, wanted_BD)
+        here = np.take_along_axis(wanted_ids, at_B1[None, :, :, None], 2)
+        np.testing.assert_array_equal(routing.experts_BTA, here)
+        assert routing.load_E.sum() == 6 * c.experts_per_token * c.num_sparse_layers
+
+
+def test_each_layer_replays_its_own_kept_routing(full):
+    rows = alone(*draw_tokens(7, LENGTH, 9, 12))
+    live = run(full, rows)
+    elsewhere = jax.tree.map(lambda b: b[::-1] * 8, full.variables["router"])
+    changed = {**full.variables, "router": elsewhere}
+    assert (
+        run(full, rows, variables=changed).routing.experts_BTA != live.routing.experts_BTA
+    ).any()
+    replayed = run(full, rows, live.routing.experts_BTA, changed)
+    np.testing.assert_array_equal(replayed.routing.experts_BTA, live.routing.experts_BTA)
+    assert_close(replayed.hidden_BTD, live.hidden_BTD)
+    assert (live.routing.experts_BTA[0] != live.routing.experts_BTA[1]).any()
+
+
+def test_unrolled_layers_equal_the_scan_on_the_same_variables(full):
+    config = dataclasses.replace(full.config, scan_unroll=not full.config.scan_unroll)
+    shapes = [
+        jax.tree.map(lambda x: x.shape, transformer.unboxed(transformer.boxed_abstract(c)))
+        for c in (config, full.config)
+    ]
+    assert shapes[0] == shapes[1]
+    rows = alone(*draw_tokens(8, LENGTH, 3, 12))
+    previous_BTW = cache.previous_tokens(
+        jnp.asarray(rows.tokens_BT), jnp.asarray(rows.sources_BT), config.embedding_taps
+    )
+    unrolled = jax.jit(functools.partial(transformer.apply, config))(
+        full.variables, jnp.asarray(rows.tokens_BT), rows.layout, previous_BTW=previous_BTW
+    )
+    chex.assert_trees_all_close(unrolled, run(full, rows), rtol=2e-4, atol=2e-5)
+
+
+def test_bfloat16_compute_keeps_parameters_gradients_and_logits_in_float32(full):
+    """And stays near the float32 model, on the float32 model's routing."""
+    config = dataclasses.replace(full.config, compute_dtype="bfloat16")
+    rows = alone(*draw_tokens(9, LENGTH, 8, 12))
+    exact = run(full, rows)
+    tokens_BT, sources_BT = jnp.asarray(rows.tokens_BT), jnp.asarray(rows.sources_BT)
+    previous_BTW = cache.previous_tokens(tokens_BT, sources_BT, config.embedding_taps)
+
+    def loss(params):
+        out = transformer.apply(
+            config,
+            {**full.variables, "params": params},
+            tokens_BT,
+            rows.layout,
+            kept_LBTA=exact.routing.experts_BTA,
+            previous_BTW=previous_BTW,
+        )
+        found = heads.token_logprobs(out.hidden_BTD, params["unembed"], tokens_BT, chunk=7)
+        return jnp.sum(found.logprob_BT), (out, found)
+
+    _, (out, found) = jax.jit(loss)(full.variables["params"])
+    assert out.hidden_BTD.dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves(out.latents)} == {jnp.dtype(jnp.bfloat16)}
+    assert out.routing.load_E.dtype == found.logprob_BT.dtype == found.entropy_BT.dtype == "float32"
+    grads, _ = jax.eval_shape(jax.grad(loss, has_aux=True), full.variables["params"])
+    assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}
+    real_BT = rows.segments_BT > 0
+    error = np.abs(np.asarray(out.hidden_BTD.astype(jnp.float32) - exact.hidden_BTD)[real_BT])
+    size = np.sqrt(np.mean(np.square(np.asarray(exact.hidden_BTD)[real_BT])))
+    assert 0 < error.mean() < 0.02 * size
+
+
+def test_fresh_matrices_have_variance_one_over_fan_in_and_layers_differ(full):
+    config = dataclasses.replace(full.config, width=64, expert_width=32, num_dense_layers=0)
+    key = jax.random.key(1, impl="rbg")  # compiles in a fraction of the default's time
+    params = jax.jit(functools.partial(transformer.init, config))(key)["params"]
+    attention, mlp = params["sparse"]["attention"], params["sparse"]["mlp"]
+    heads_in = config.num_heads * config.head_value_width
+    for matrix, fan_in in (
+        (attention["q_a"], 64),
+        (attention["q_b"], config.q_latent_width),
+        (attention["kv_a"], 64),
+        (attention["kv_b"], config.kv_latent_width),
+        (attention["o"], heads_in),
+        (mlp["router"], 64),
+        (mlp["experts_gate"], 64),
+        (mlp["experts_down"], 32),
+        (mlp["shared"]["down"], 2 * 32),
+        (params["unembed"], 64),
+    ):
+        assert abs(float(jnp.std(matrix)) * fan_in**0.5 - 1) < 4 / matrix.size**0.5
+    assert not np.allclose(attention["q_b"][0], attention["q_b"][1])
+    assert (np.asarray(attention["kv_a_norm"]["scale"]) == 1).all()
+    assert not np.asarray(params["verifier_head_kernel"]).any()
+
+
+def test_the_released_shape_has_the_parameters_it_is_known_for():
+    """671.03 B: the router's bias counted, this project's verifier head not."""
+    abstract = transformer.boxed_abstract(DEEPSEEK_V3)
+    verifier_head = 7168 * 3 + 3
+    assert transformer.num_parameters(abstract) - verifier_head == 671_026_419_200
+    assert transformer.num_parameters(abstract["router"]) == 58 * 256
