@@ -240,7 +240,7 @@ def _guarded_update(
     """Optimizer step and router bias step, undone as a whole where something is not finite."""
     grads, aux = total
     params, router = state.variables["params"], state.variables.get("router", {})
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(aux.loss) & jnp.isfinite(aux.head_loss)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer counts
         directions, optimizer_state = optimizer.update(grads, state.optimizer, params)
