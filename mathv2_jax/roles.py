@@ -236,7 +236,10 @@ def auto_label(
     rule: reward.AutoLabelRule,
     seed: Sequence[Any],
 ) -> list[AutoLabelled]:
-    """n analyses a proof, m meta-analyses for each that reports issues, and the rule's label."""
+    """n analyses a proof, m meta-analyses for each that reports issues, and the rule's label.
+
+    An issue-reporting analysis whose meta-votes are all lost is left out, as a lost analysis is.
+    """
     fields = [{"statement": p.statement, "proof": p.text} for p in proofs]
     analyses = ask(judge, roles.verifier, fields, rule.num_analyses, (*seed, "analyses"))
     reporting = [
@@ -247,15 +250,13 @@ def auto_label(
     ]
     meta_fields = [{**fields[at], "analysis": opinion.text} for at, opinion in reporting]
     metas = ask(judge, roles.meta_verifier, meta_fields, rule.num_meta, (*seed, "meta"))
-    confirmed = {
-        id(opinion): reward.is_valid(votes(found), rule)
-        for (_, opinion), found in zip(reporting, metas, strict=True)
-    }
+    heard = {id(o): votes(found) for (_, o), found in zip(reporting, metas, strict=True)}
     labelled = []
     for at, opinions in enumerate(analyses):
-        parsed = [o for o in opinions if o.score is not None]
-        scores = [o.score for o in parsed if o.score is not None]
-        valid = [confirmed.get(id(o), False) for o in parsed]
+        judged = [(o.score, heard.get(id(o))) for o in opinions if o.score is not None]
+        kept = [(score, found) for score, found in judged if score == 1.0 or found]
+        scores = [score for score, _ in kept]
+        valid = [bool(found) and reward.is_valid(found, rule) for _, found in kept]
         own = tuple(tuple(m) for (place, _), m in zip(reporting, metas, strict=True) if place == at)
         labelled.append(AutoLabelled(reward.auto_label(scores, valid, rule), tuple(opinions), own))
     return labelled

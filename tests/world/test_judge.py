@@ -10,9 +10,15 @@ from mathv2_jax.text import parse
 from mathv2_jax.world import judge, problems
 from mathv2_jax.world.judge import Fault, Issue
 
-STATEMENT = (
-    "Given: A. Rules: A implies B (1) B implies C (2) C implies D (3) E implies D (4) "
-    "B implies F (5). Show: D."
+
+def stated(rules, goal):
+    """A problem with the fact A and the given rules."""
+    found = tuple(problems.parse_rule(rule) for rule in rules)
+    return str(problems.WorldProblem(facts=("A",), rules=found, goal=goal))
+
+
+STATEMENT = stated(
+    ["A implies B", "B implies C", "C implies D", "E implies D", "B implies F"], goal="D"
 )
 NOT_GIVEN, SKIPPED, UNSUPPORTED = Fault.NOT_GIVEN, Fault.SKIPPED, Fault.UNSUPPORTED
 NO_GOAL = Issue(0, Fault.NO_GOAL)
@@ -53,7 +59,7 @@ def test_a_proof_is_judged_step_by_step(text, score, issues):
 
 
 def test_a_step_of_two_premises_skips_only_what_one_rule_gives():
-    statement = "Given: A. Rules: A implies B (1) B implies C (2) B and C imply D (3). Show: D."
+    statement = stated(["A implies B", "B implies C", "B and C imply D"], goal="D")
     last = "B and C imply D"
 
     def found(*steps):
@@ -98,7 +104,7 @@ def slow_issues(statement, steps):
     facts, rules, goal = re.fullmatch(
         r"Given: (.*)\. Rules: (.*)\. Show: (.)\.", statement
     ).groups()
-    given_rules = [text for text in re.split(r" \(\d+\) ?", rules) if text]
+    given_rules = [text for text in re.split(r" ?\(\d+\) ?", rules) if text]
 
     def halves(text):
         left, right = re.split(" imply | implies ", text)
