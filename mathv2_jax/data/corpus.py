@@ -148,8 +148,8 @@ class _Reader:
 def make_corpus(folder: epath.Path, config: RealConfig, templates: prompts.PromptSet) -> Corpus:
     """Everything but the limits on length (`within_limits`).
 
-    FileNotFoundError names a file that is missing. ValueError says why nothing is left of D_v, D_p
-    or the demonstrations, or that too few graded problems are left to hold some out.
+    FileNotFoundError names a file that is missing. ValueError says why nothing is left of a file
+    (`require_enough`), or that too few graded problems are left to hold some out.
     """
     reader = _Reader(folder, config)
 
@@ -204,7 +204,7 @@ def make_corpus(folder: epath.Path, config: RealConfig, templates: prompts.Promp
     }
     corpus = Corpus(files, reader.rejects)
     require_disjoint(corpus)
-    return require_enough(corpus)
+    return require_enough(corpus, config)
 
 
 def _once(reader: _Reader, items: Sequence[Item]) -> list[Item]:
@@ -348,13 +348,21 @@ def require_disjoint(corpus: Corpus) -> None:
                 )
 
 
-def require_enough(corpus: Corpus) -> Corpus:
-    """The corpus; ValueError where a file that every run needs is empty, with the reasons."""
-    for name in ("problems", "proofs", "demonstrations", "probe"):
+def require_enough(corpus: Corpus, config: RealConfig) -> Corpus:
+    """The corpus; ValueError where a file that a run needs is empty, with what was left out.
+
+    D_mv may be empty only where `config` names no files for it.
+    """
+    needed = ["problems", "proofs", "demonstrations", "probe"]
+    if config.judged_analyses:
+        needed.append("analyses")
+    for name in needed:
         if not corpus.files[name]:
             raise ValueError(
-                f"the real data leave nothing for records/input/{name}.jsonl; left out were: "
-                f"{describe(corpus.rejects) or 'no rows at all'}"
+                f"the real data leave nothing for records/input/{name}.jsonl; left out were:\n"
+                f"{describe(corpus.rejects) or 'no rows at all'}\n"
+                "scales are mapped by config.real.scales.pairs, and evaluation problems given up "
+                "to a training file by config.real.withdraw"
             )
     return corpus
 
@@ -393,7 +401,7 @@ def within_limits(
             else:
                 reason = f"{size} tokens in {name}, the limit is {limit}"
                 rejects.append(item.row.reject("too-long", reason))
-    return require_enough(Corpus(kept, rejects))
+    return require_enough(Corpus(kept, rejects), config)
 
 
 def _longest_text(record: Any, config: RealConfig, templates: prompts.PromptSet) -> tuple[str, int]:

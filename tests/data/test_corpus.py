@@ -195,9 +195,12 @@ def test_judged_critiques_of_evaluation_problems_are_left_out_unless_these_are_w
 ) -> None:
     rows = real_rows()
     rows["graded/analyses_rprover.jsonl"][0]["problem"] = problem("contest-1")
-    found = make(tmp_path, rows)
-    assert not found.files["analyses"]
-    assert rules(found, "graded/analyses_rprover.jsonl") == {"evaluation": 1}
+    with pytest.raises(
+        ValueError, match=r"input/analyses\.jsonl(?s:.*)rprover\.jsonl: 1 evaluation"
+    ):
+        make(tmp_path, rows)
+    without = make(tmp_path, rows, dataclasses.replace(SMALL, judged_analyses=()))
+    assert not without.files["analyses"]
 
     withdraw = dataclasses.replace(SMALL, withdraw=("graded/analyses_rprover.jsonl",))
     found = make(tmp_path, rows, withdraw)
