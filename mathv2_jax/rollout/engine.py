@@ -1,13 +1,13 @@
 """The engine: requests in, responses out, over compiled prefill and decode programs.
 
 An engine is bound to one parameter set. Requests are grouped by compiled shape (prompt bucket,
-answers a prompt, answer bucket) in their order, so which program answers a request depends on that
-request alone.
+answers a prompt, answer bucket, truncation, stop ids) in their order, so which program answers a
+request, and when it stops, depends on that request alone.
 """
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -47,6 +47,16 @@ def row_key(seed: int, index: int) -> np.ndarray:
     return np.random.SeedSequence([seed, index]).generate_state(2)
 
 
+class _Shape(NamedTuple):
+    """What requests that are answered in one call have in common."""
+
+    prompt: int
+    together: int
+    slots: int
+    truncate: bool
+    stop_ids: tuple[int, ...]
+
+
 class Engine:
     """Answers requests with the variables last given to `load`; see the module's text.
 
@@ -83,7 +93,7 @@ class Engine:
         ValueError before the first `load`. A request that no bucket holds comes back LOST.
         """
         answers: list[list[records.Response]] = [[] for _ in requests]
-        shapes: dict[tuple[int, int, int, bool], list[int]] = {}
+        shapes: dict[_Shape, list[int]] = {}
         for at, request in enumerate(requests):
             prompt = _bucket(len(request.prompt), self.limits.prompt_buckets)
             slots = _bucket(request.max_tokens, self.limits.answer_buckets)
@@ -100,17 +110,18 @@ class Engine:
                 answers[at] = [self._lost(request, i) for i in range(request.num_samples)]
                 continue
             together = min(request.num_samples, self.limits.rows)
-            shapes.setdefault((prompt, together, slots, request.top_p < 1.0), []).append(at)
-        for (prompt, together, slots, truncate), places in shapes.items():
+            stop_ids = tuple(sorted({self.tokenizer.eos_id, *request.stop_ids}))
+            shape = _Shape(prompt, together, slots, request.top_p < 1.0, stop_ids)
+            shapes.setdefault(shape, []).append(at)
+        for shape, places in shapes.items():
             jobs = [
                 (at, first)
                 for at in places
-                for first in range(0, requests[at].num_samples, together)
+                for first in range(0, requests[at].num_samples, shape.together)
             ]
-            per_call = self._prompts_per_call(together)
+            per_call = self._prompts_per_call(shape.together)
             for begin in range(0, len(jobs), per_call):
                 chunk = [(requests[at], first) for at, first in jobs[begin : begin + per_call]]
-                shape = (prompt, per_call, together, slots, truncate)
                 for (at, _), found in zip(
                     jobs[begin : begin + per_call], self._run(chunk, shape), strict=True
                 ):
@@ -165,12 +176,11 @@ class Engine:
             )
 
     def _run(
-        self, jobs: Sequence[tuple[records.Request, int]], shape: tuple[int, int, int, int, bool]
+        self, jobs: Sequence[tuple[records.Request, int]], shape: _Shape
     ) -> list[list[records.Response]]:
         """One compiled call; `jobs` are requests with the index of their first answer."""
-        bucket, number, together, slots, truncate = shape
-        ids, lengths = self._pad([r.prompt for r, _ in jobs], bucket, number)
-        stop_ids = sorted({self.tokenizer.eos_id, *(s for r, _ in jobs for s in r.stop_ids)})
+        together, number = shape.together, self._prompts_per_call(shape.together)
+        ids, lengths = self._pad([r.prompt for r, _ in jobs], shape.prompt, number)
         rows = sharding.batch_sharding(self.mesh)
         settings = _settings(jobs, number, together, rows)
         prefilled = self._call_prefill(ids, lengths)
@@ -180,9 +190,9 @@ class Engine:
                 prefilled,
                 jax.device_put(lengths, rows),
                 settings,
-                np.asarray(stop_ids, np.int32),
-                slots=slots,
-                truncate=truncate,
+                np.asarray(shape.stop_ids, np.int32),
+                slots=shape.slots,
+                truncate=shape.truncate,
             )
         host = jax.device_get(decoded)
         found: list[list[records.Response]] = []

@@ -1,0 +1,276 @@
+import functools
+
+import numpy as np
+import pytest
+
+from mathv2_jax import records
+from mathv2_jax.data import packing
+from mathv2_jax.rl import learner as learner_lib
+from mathv2_jax.rl import optimizer as optimizer_lib
+from mathv2_jax.rollout import engine as engine_lib
+
+SHORT = (3, 40, 41, 42, 7)
+SHORTEST = (3,)  # shorter than the embedding taps
+LONG = (3, 90, 17, 60, 61, 62, 100, 5, 11)
+
+
+def request(name="a", prompt=SHORT, num_samples=3, seed=1, **fields):
+    fields = dict(max_tokens=6) | fields
+    return records.Request(id=name, prompt=prompt, num_samples=num_samples, seed=seed, **fields)
+
+
+MIXED = [
+    request("a", temperature=0.7),
+    request("b", LONG, seed=2, max_tokens=10),
+    request("c", SHORTEST, seed=3, max_tokens=4, temperature=1.5),
+    request("d", seed=4, temperature=0.0),
+    request("e", LONG, max_tokens=10, temperature=0.7),
+    request("f", seed=6),
+]
+
+
+def said(responses):
+    """What decides whether two lists of responses are the same, up to rounding."""
+    return [(r.request_id, r.index, r.token_ids, r.text, r.finish) for r in responses]
+
+
+def logprobs(responses):
+    return np.concatenate([r.logprobs for r in responses])
+
+
+def swapped(variables, first, second):
+    """Variables that say the one token wherever they would have said the other."""
+    unembed_DV = np.array(variables["params"]["unembed"])
+    unembed_DV[:, [first, second]] = unembed_DV[:, [second, first]]
+    return variables | {"params": variables["params"] | {"unembed": unembed_DV}}
+
+
+@pytest.fixture(scope="module")
+def engine(make_engine):
+    return make_engine()
+
+
+@pytest.fixture(scope="module")
+def together(engine):
+    return engine.generate(MIXED)
+
+
+@pytest.fixture(scope="module")
+def greedy(engine):
+    """The two first tokens of the likeliest answer to SHORT, and all of it."""
+    (response,) = engine.generate([request(temperature=0.0)])[0][:1]
+    assert len(set(response.token_ids[:2])) == 2
+    return response
+
+
+# The sampler and the trainer.
+
+
+def test_the_samplers_log_probabilities_are_the_trainers_on_the_same_packed_tokens(
+    engine, config, programs, mesh, place, variables
+):
+    """Several answers share a prompt, prompts share a row, and the temperature is not 1."""
+    temperature = 0.7
+    requests = [
+        request("a", temperature=temperature),
+        request("b", LONG, seed=2, temperature=temperature, max_tokens=10),
+        request("c", SHORTEST, seed=3, temperature=temperature),
+    ]
+    items = [
+        packing.Item(
+            prompt=asked.prompt,
+            answers=tuple(
+                packing.Answer(
+                    tokens=r.token_ids,
+                    weights=[1.0] * len(r.token_ids),
+                    old_logprobs=r.logprobs,
+                )
+                for r in responses
+            ),
+        )
+        for asked, responses in zip(requests, engine.generate(requests), strict=True)
+    ]
+    (batch,) = packing.pack_all(items, 2, 48)
+    assert (batch.segments_BT.max(axis=1) > 4).any()  # some row holds two prompts
+    trunk = learner_lib.Trunk(config=config, kernels=programs.kernels)
+    learner = learner_lib.Learner(
+        trunk,
+        functools.partial(learner_lib.supervised, trunk),
+        optimizer_lib.make_optimizer(optimizer_lib.OptimizerConfig(learning_rate=1e-3)),
+        mesh,
+        router_bias_rate=0.0,
+        temperature=temperature,
+    )
+    trained_BT = np.asarray(learner.logprobs(place(variables), learner.put(batch)))
+    answered_BT = batch.weights_BT > 0
+    assert answered_BT.sum() == sum(len(a.tokens) for i in items for a in i.answers)
+    np.testing.assert_allclose(
+        trained_BT[answered_BT], batch.old_logprobs_BT[answered_BT], atol=1e-5
+    )
+
+
+# What an answer depends on.
+
+
+def test_answering_together_is_answering_one_at_a_time(engine, together):
+    for asked, responses in zip(MIXED, together, strict=True):
+        (alone,) = engine.generate([asked])
+        assert said(alone) == said(responses)
+        np.testing.assert_allclose(logprobs(alone), logprobs(responses), atol=1e-5)
+
+
+def test_the_order_of_the_requests_changes_no_answer(engine, together):
+    turned = engine.generate(MIXED[::-1])[::-1]
+    assert [said(r) for r in turned] == [said(r) for r in together]
+
+
+def test_an_answer_follows_its_index_however_many_are_asked_for(engine, together):
+    """Eleven answers need two calls of eight rows; the first three are those of asking three."""
+    (many,) = engine.generate([request("f", seed=6, num_samples=11)])
+    assert [r.index for r in many] == list(range(11))
+    assert said(many[:3]) == said(together[5])
+    assert len({r.token_ids for r in many}) == 11
+
+
+def test_only_seed_and_index_make_two_answers_to_a_prompt_differ(engine):
+    first, again, other = engine.generate([request(), request("b"), request("c", seed=2)])
+    assert [r.token_ids for r in first] == [r.token_ids for r in again]
+    assert len({r.token_ids for r in (*first, *other)}) == 6
+
+
+def test_greedy_answers_are_all_the_same(together):
+    assert len({r.token_ids for r in together[3]}) == 1
+
+
+def test_a_lower_limit_gives_the_beginning_of_the_same_answer(engine, together):
+    (short,) = engine.generate([request("f", seed=6, max_tokens=4)])
+    for cut, whole in zip(short, together[5], strict=True):
+        assert len(whole.token_ids) == 6 and whole.finish is records.Finish.LENGTH
+        assert cut.token_ids == whole.token_ids[:4] and cut.finish is records.Finish.LENGTH
+        np.testing.assert_allclose(cut.logprobs, whole.logprobs[:4], atol=1e-6)
+
+
+def test_a_requests_stop_ids_end_its_own_answers_and_no_neighbours(engine, together):
+    """Both requests are of one compiled shape, and answer alike but for the stop."""
+    stop = together[5][0].token_ids[2]
+    ended, free = engine.generate([request("f", seed=6, stop_ids=(stop,)), request("f", seed=6)])
+    assert said(free) == said(together[5])
+    assert ended[0].token_ids == free[0].token_ids[:3]
+    assert ended[0].finish is records.Finish.STOP
+
+
+def test_the_end_token_is_part_of_the_answer_and_of_its_log_probabilities(
+    make_engine, tokenizer, variables, greedy
+):
+    ends = make_engine(swapped(variables, greedy.token_ids[1], tokenizer.eos_id))
+    (response,) = ends.generate([request(temperature=0.0, num_samples=3)])[0][:1]
+    assert response.token_ids == (greedy.token_ids[0], tokenizer.eos_id)
+    assert response.finish is records.Finish.STOP
+    np.testing.assert_allclose(response.logprobs, greedy.logprobs[:2], atol=1e-5)
+    assert response.text == tokenizer.decode(greedy.token_ids[:1])
+
+
+# Requests that cannot be answered.
+
+
+@pytest.mark.parametrize(
+    "hopeless",
+    [
+        request("lost", prompt=tuple(range(20, 33)), num_samples=2),
+        request("lost", prompt=(), num_samples=2),
+        request("lost", max_tokens=11, num_samples=2),
+        request("lost", max_tokens=0, num_samples=2),
+    ],
+    ids=["prompt_too_long", "no_prompt", "limit_too_long", "no_limit"],
+)
+def test_a_request_that_no_bucket_holds_is_lost_and_no_other(engine, together, hopeless):
+    before, lost, after = engine.generate([MIXED[0], hopeless, MIXED[5]])
+    assert said(before) == said(together[0]) and said(after) == said(together[5])
+    assert [(r.index, r.finish, r.token_ids, r.final_text) for r in lost] == [
+        (i, records.Finish.LOST, (), None) for i in range(2)
+    ]
+
+
+def test_an_engine_without_variables_says_what_to_call(programs, tokenizer, mesh):
+    empty = engine_lib.Engine(programs, tokenizer, engine_lib.EngineConfig(), mesh)
+    with pytest.raises(ValueError, match="call load before the first request"):
+        empty.generate([request()])
+
+
+# Variables and the head.
+
+
+def test_loaded_variables_answer_from_then_on_under_their_name(
+    make_engine, variables, greedy, together
+):
+    changing = make_engine(version="rl@1")
+    (before,) = changing.generate([MIXED[3]])
+    first, other = greedy.token_ids[0], 200
+    assert other not in greedy.token_ids
+    changing.load(swapped(variables, first, other), "rl@2")
+    (after,) = changing.generate([MIXED[3]])
+    assert said(before) == said(together[3])
+    assert {r.parameter_version for r in before} == {"rl@1"}
+    assert {r.parameter_version for r in after} == {"rl@2"}
+    assert {r.token_ids[0] for r in after} == {other}
+
+
+def test_first_opinions_are_the_head_on_a_plain_passes_last_state(engine, states, variables):
+    """More prompts than one call holds, of both buckets, in the order of asking."""
+    prompts = [LONG[: 1 + n % 9] + (n,) for n in range(12)]
+    opinions_N3 = engine.first_opinions(prompts)
+    params = variables["params"]
+    for prompt, opinion_3 in zip(prompts, opinions_N3, strict=True):
+        hidden_D = states(prompt)[-1]
+        logits_3 = hidden_D @ params["verifier_head_kernel"] + params["verifier_head_bias"]
+        expected_3 = np.exp(logits_3) / np.exp(logits_3).sum()
+        np.testing.assert_allclose(opinion_3, expected_3, atol=1e-5)
+    assert np.ptp(opinions_N3, axis=0).min() > 0.01
+
+
+def test_an_opinion_on_a_prompt_that_no_bucket_holds_is_an_error(engine):
+    with pytest.raises(ValueError, match="prompt 1 has 13 tokens: the longest bucket is 12"):
+        engine.first_opinions([SHORT, range(13)])
+
+
+# Thinking.
+
+
+def test_without_the_end_of_thinking_there_is_no_final_text(make_engine, greedy):
+    (response,) = make_engine(think=True).generate([request(temperature=0.0)])[0][:1]
+    assert response.token_ids == greedy.token_ids
+    assert response.final_text is None
+    assert response.thinking_text == response.text == greedy.text
+
+
+def test_thinking_and_final_text_part_at_the_end_of_thinking(
+    make_engine, tokenizer, variables, greedy
+):
+    given = swapped(variables, greedy.token_ids[1], tokenizer.end_think_id)
+    asked = [request(temperature=0.0)]
+    (response,) = make_engine(given, think=True).generate(asked)[0][:1]
+    first, end, *rest = response.token_ids
+    assert end == tokenizer.end_think_id and end not in rest
+    assert response.thinking_text == tokenizer.decode([first])
+    assert response.final_text == tokenizer.decode(rest)
+    (plain,) = make_engine(given).generate(asked)[0][:1]
+    assert plain.token_ids == response.token_ids
+    assert plain.final_text == plain.text and plain.thinking_text == ""
+
+
+# Settings.
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(rows=0), "engine.rows = 0: must be at least 1"),
+        (dict(prompt_buckets=()), r"prompt_buckets = \(\): must be positive and ascending"),
+        (dict(answer_buckets=(8, 8)), r"answer_buckets = \(8, 8\): must be positive"),
+        (dict(answer_buckets=(0, 8)), r"answer_buckets = \(0, 8\): must be positive"),
+        (dict(prompt_buckets=(16, 8)), r"prompt_buckets = \(16, 8\): must be positive"),
+    ],
+)
+def test_a_bad_setting_is_named_with_its_rule(fields, message):
+    with pytest.raises(ValueError, match=message):
+        engine_lib.EngineConfig(**fields)
