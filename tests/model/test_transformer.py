@@ -145,6 +145,22 @@ def test_the_number_of_padding_tokens_changes_nothing(full):
     np.testing.assert_allclose(logits_BTV, wanted_BTV, rtol=1e-3, atol=1e-4)
 
 
+def test_taps_add_the_scaled_embeddings_of_the_previous_tokens(full):
+    """As if each token of the row had an embedding of its own, with the sum written into it."""
+    (tokens,) = draw_tokens(10, LENGTH)
+    params = full.variables["params"]
+    embed_VD, taps_WD = np.asarray(params["embed"]), np.asarray(params["taps"])
+    summed_TD = embed_VD[tokens].copy()
+    for t in range(LENGTH):
+        for w in range(full.config.embedding_taps):
+            summed_TD[t] += taps_WD[w] * embed_VD[tokens[max(t - 1 - w, 0)]]
+    written = params["embed"].at[:LENGTH].set(jnp.asarray(summed_TD))
+    untapped = {**params, "embed": written, "taps": jnp.zeros_like(params["taps"])}
+    rows = alone(np.arange(LENGTH, dtype=np.int32))
+    wanted = run(full, rows, variables={**full.variables, "params": untapped})
+    assert_close(run(full, alone(tokens)).hidden_BTD[0], wanted.hidden_BTD[0])
+
+
 @pytest.fixture(scope="module")
 def reach(full):
     """The size of d hidden[0, t] / d embedding of the token at s, for rows of distinct tokens."""
