@@ -136,7 +136,7 @@ def test_an_analysis_is_valid_by_a_strict_majority(votes, confirm_at, valid):
         # and 1 stands where nobody's issue was confirmed.
         ([0.0, 0.5, 1.0, 0.0], [False, False, False, False], 2, 1.0),
         ([1.0, 1.0], [False, False], 2, 1.0),
-        ([1.0, 1.0], [True, True], 2, 1.0),  # an analysis that names nothing confirms no issue
+        ([1.0, 1.0], [True, False], 2, 1.0),  # an analysis that names nothing confirms no issue
         # A proof with fewer than k parsed analyses is undecided.
         ([1.0], [False], 2, None),
         ([0.0], [True], 2, None),

@@ -290,6 +290,14 @@ def test_an_analysis_line_repeats_its_step_and_cites():
     ]
 
 
+def test_a_citation_names_the_first_place_a_premise_comes_from():
+    problem = problems.parse_statement(STATEMENT)
+    steps = judge.parse_proof(proof("A implies B", "E implies B", "B implies F", "E implies A"))
+    again = (*steps, *judge.parse_proof(proof("A implies B")))
+    sources = [lookup.source for lookup in judge.look_up(problem, again)]
+    assert sources == ["the facts", "nothing", "step 1", "nothing", "the facts"]
+
+
 def test_the_exact_judge_reads_whole_analyses():
     exact = judge.ExactJudge()
     named = parse.write_analysis(analysis("not a given rule", OK), 0.0)
