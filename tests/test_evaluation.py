@@ -277,6 +277,8 @@ def test_parts_may_be_made_in_any_order_or_left_out(house, test_set):
     again = parts(house, test_set, *script)
     places = random.Random(0).sample(range(len(again)), 6)
     assert [again[place]() for place in places] == [whole[place] for place in places]
+    first, second = ([s.score for s in part] for part in whole[:2])
+    assert first != second  # parts do not share their noise
     other = [part() for part in parts(house, test_set, *script, seed=1)]
     assert [s.score for part in other for s in part] != [s.score for part in whole for s in part]
 

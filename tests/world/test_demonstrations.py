@@ -10,6 +10,7 @@ from mathv2_jax.world.demonstrations import WriterRates
 from mathv2_jax.world.judge import Fault
 
 STATED = WriterRates()
+VARIED = WriterRates(overlook=0.3, invent_flawed=0.6, invent_sound=0.6, redraw=0.4)
 FLAWLESS = WriterRates(**{f.name: 0.0 for f in dataclasses.fields(WriterRates)})
 WORLDS = [
     problems.Dials(),
@@ -116,11 +117,12 @@ def test_an_analyst_that_never_errs_says_exactly_what_the_judge_says():
         assert (found.quality, found.missed) == (1.0, ())
 
 
-def test_an_analyst_errs_as_often_as_stated():
+@pytest.mark.parametrize("rates", [STATED, VARIED])  # rare faults, and frequent ones
+def test_an_analyst_errs_as_often_as_stated(rates):
     real = overlooked = 0
     could, did = {True: 0, False: 0}, {True: 0, False: 0}
     redrawn, number = 0, 2000
-    for _, verdict, body, score, found in analysed(STATED, number):
+    for _, verdict, body, score, found in analysed(rates, number):
         named, understood = judge.read_issues(body)
         assert understood
         real += len(verdict.issues)
@@ -130,10 +132,10 @@ def test_an_analyst_errs_as_often_as_stated():
             could[bool(verdict.issues)] += 1
             did[bool(verdict.issues)] += bool(found.false)
         redrawn += score != judge.score_from(named)
-    assert share_is(overlooked, real, STATED.overlook)
-    assert share_is(did[True], could[True], STATED.invent_flawed)
-    assert share_is(did[False], could[False], STATED.invent_sound)
-    assert share_is(redrawn, number, STATED.redraw)
+    assert share_is(overlooked, real, rates.overlook)
+    assert share_is(did[True], could[True], rates.invent_flawed)
+    assert share_is(did[False], could[False], rates.invent_sound)
+    assert share_is(redrawn, number, rates.redraw)
 
 
 def test_an_invented_issue_stands_at_a_step_that_is_not_at_fault():
@@ -174,8 +176,6 @@ def test_an_analyst_is_given_well_formed_proofs_only():
 
 # Meta-analyses.
 
-VARIED = WriterRates(overlook=0.3, invent_flawed=0.6, invent_sound=0.6, redraw=0.4)
-
 
 def test_a_meta_analyst_that_never_errs_rates_as_the_judge_does():
     rng, seen = random.Random(0), set()
@@ -191,6 +191,16 @@ def test_a_meta_analyst_that_never_errs_rates_as_the_judge_does():
         assert (last == "The score follows") == found.score_follows
         seen.add((bool(found.named), quality))
     assert seen == {(True, 0.0), (True, 0.5), (True, 1.0), (False, 0.5), (False, 1.0)}
+
+
+def test_a_meta_analyst_lowers_an_analysis_that_misdescribes_a_real_issue():
+    rules = tuple(problems.Rule((a,), b) for a, b in ("AB", "BC", "CD"))
+    statement = str(problems.WorldProblem(facts=("A",), rules=rules, goal="D"))
+    skips = judge.write_proof([rules[0], rules[2]])
+    body = "Step 1: holds\nStep 2: has no support\nGoal: reached"  # it skips a step
+    found = judge.judge_analysis(statement, skips, body, 0.0)
+    assert (found.false, found.score_follows, found.quality) == ((), True, 0.5)
+    assert demonstrations.write_meta_body(random.Random(0), found, FLAWLESS)[1] == 0.5
 
 
 def test_a_meta_analyst_errs_as_often_as_stated():
