@@ -25,9 +25,12 @@ from mathv2_jax.rl import grpo
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a checkpoint must hold to go on: float32, sharded like the parameters."""
+    """Everything that a checkpoint must hold to go on: float32, sharded like the parameters.
 
-    step: jax.Array
+    A pytree: the same class holds the state's arrays, their shapes or their shardings.
+    """
+
+    step: Any  # int32 []
     variables: transformer.Variables
     optimizer: optax.OptState
 
@@ -166,7 +169,7 @@ class Learner:
         self.mesh = mesh
         self._optimizer = optimizer
         boxed = transformer.boxed_abstract(trunk.config, trunk.kernels)
-        self._variables_sharding = sharding.shardings_for(boxed, mesh)
+        self._where = _state_shardings(boxed, optimizer, mesh)
         gradient = jax.value_and_grad(loss, has_aux=True)
 
         def accumulate(total: Any, variables: Any, batch: Any, reference: Any) -> Any:
@@ -178,19 +181,19 @@ class Learner:
 
         update = functools.partial(_guarded_update, optimizer, router_bias_rate)
         self._accumulate = jax.jit(accumulate)
-        self._update = jax.jit(update, donate_argnums=0)
+        # The state comes back laid out as it came in, or the next step would compile anew.
+        everywhere = sharding.replicated(mesh)
+        self._update = jax.jit(update, donate_argnums=0, out_shardings=(self._where, everywhere))
         self._logprobs = jax.jit(logprobs)
 
     def start(self, variables: transformer.Variables) -> TrainState:
         """Step 0 on copies of `variables`, laid out for the mesh, with a fresh optimizer."""
-        variables = jax.tree.map(jnp.copy, jax.device_put(variables, self._variables_sharding))
-        everywhere = sharding.replicated(self.mesh)
+        where = self._where
+        variables = jax.tree.map(jnp.copy, jax.device_put(variables, where.variables))
         with jax.set_mesh(self.mesh):
-            optimizer = jax.jit(self._optimizer.init)(variables["params"])
-        optimizer = jax.tree.map(
-            lambda x: x if x.ndim else jax.device_put(x, everywhere), optimizer
-        )
-        step = jax.device_put(jnp.zeros((), jnp.int32), everywhere)
+            init = jax.jit(self._optimizer.init, out_shardings=where.optimizer)
+            optimizer = init(variables["params"])
+        step = jax.device_put(jnp.zeros((), jnp.int32), where.step)
         return TrainState(step, variables, optimizer)
 
     def logprobs(self, variables: transformer.Variables, batch: packing.Batch) -> jax.Array:
@@ -230,6 +233,22 @@ def put_batch(batch: packing.Batch, mesh: Mesh) -> packing.Batch:
     return jax.device_put(batch, where)
 
 
+def _state_shardings(boxed: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """A TrainState of shardings: the optimizer's moments lie where their parameters do."""
+    everywhere = sharding.replicated(mesh)
+    variables = sharding.shardings_for(boxed, mesh)
+    state = jax.eval_shape(optimizer.init, transformer.unboxed(boxed)["params"])
+    moments = optax.tree.map_params(
+        optimizer,
+        lambda leaf, where: leaf if isinstance(leaf, optax.MaskedNode) else where,
+        state,
+        variables["params"],
+        transform_non_params=lambda _: everywhere,
+        is_leaf=lambda leaf: isinstance(leaf, optax.MaskedNode),
+    )
+    return TrainState(everywhere, variables, moments)
+
+
 def _guarded_update(
     optimizer: optax.GradientTransformation,
     bias_rate: float,
@@ -239,18 +258,18 @@ def _guarded_update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Optimizer step and router bias step, undone as a whole where something is not finite."""
     grads, aux = total
-    params, router = state.variables["params"], state.variables.get("router", {})
+    params = state.variables["params"]
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(aux.loss) & jnp.isfinite(aux.head_loss)
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer counts
         directions, optimizer_state = optimizer.update(grads, state.optimizer, params)
     updates = jax.tree.map(lambda d: -learning_rate * d, directions)
-    new_router = jax.tree.map(lambda b: moe.updated_bias(b, aux.load_LE, bias_rate), router)
-    fresh = TrainState(
-        state.step,
-        {**state.variables, "params": optax.apply_updates(params, updates), "router": new_router},
-        optimizer_state,
-    )
+    variables = {**state.variables, "params": optax.apply_updates(params, updates)}
+    if "router" in variables:  # a model without sparse layers has none
+        variables["router"] = jax.tree.map(
+            lambda bias_LE: moe.updated_bias(bias_LE, aux.load_LE, bias_rate), variables["router"]
+        )
+    fresh = TrainState(state.step, variables, optimizer_state)
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), fresh, state)
     mean_load = jnp.maximum(jnp.mean(aux.load_LE, axis=-1), 1.0) if aux.load_LE.size else 1.0
     peak = jnp.max(jnp.max(aux.load_LE, axis=-1) / mean_load) if aux.load_LE.size else jnp.ones(())

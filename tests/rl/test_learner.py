@@ -1,5 +1,6 @@
 """The train step on a tiny model: one packed batch of groups, compiled once for each learner."""
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ def policy_learner(mesh):
     )
 
 
-def draw_variables():
+def draw_variables(config=MODEL):
     """Every array drawn: no norm scale is one, no router bias and no head is zero."""
     draw = np.random.default_rng(3)
 
@@ -97,7 +98,7 @@ def draw_variables():
         centre = 1.0 if path[-1].key == "scale" else 0.0
         return (centre + 0.4 * draw.normal(size=leaf.shape)).astype(np.float32)
 
-    shapes = transformer.unboxed(transformer.boxed_abstract(MODEL))
+    shapes = transformer.unboxed(transformer.boxed_abstract(config))
     return jax.tree_util.tree_map_with_path(one, shapes)
 
 
@@ -357,7 +358,9 @@ def test_a_state_is_consumed_by_its_step_and_the_variables_it_began_with_are_not
     variables = jax.device_put(single.variables, jax.devices()[0])
     state = single.learner.start(variables)
     params = jax.tree.leaves((state.variables, state.optimizer))
-    single.step(state=state)
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    state, _ = single.step(state=state)
+    assert jax.tree.map(lambda x: x.sharding, state) == layout
     assert all(x.is_deleted() for x in params)
     chex.assert_trees_all_equal(jax.device_get(variables), single.variables)
 
@@ -368,7 +371,10 @@ def test_a_step_on_eight_devices_is_the_step_on_one(single, stepped):
     state = spread.learner.start(single.variables)
     assert len(state.variables["params"]["unembed"].sharding.device_set) == 8
     assert not state.variables["params"]["unembed"].sharding.is_fully_replicated
-    after = spread.step_on_host(state=state)
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    state, metrics = spread.step(state=state)
+    assert jax.tree.map(lambda x: x.sharding, state) == layout  # or the next step compiles anew
+    after = on_host(state, metrics)
     for name in ("loss", "gradient_norm", "head_loss", "kl", "entropy", "ratio"):
         assert float(after.metrics[name]) == pytest.approx(
             float(stepped.metrics[name]), rel=1e-5
@@ -380,18 +386,20 @@ def test_a_step_on_eight_devices_is_the_step_on_one(single, stepped):
 
 
 def test_supervised_training_learns_a_short_text_by_heart_its_end_included():
-    """The end token is the padding token here: it is learnt as any other."""
+    """The end token is the padding token here: it is learnt as any other. No layer is sparse."""
     end, text = 0, [5, 9, 5, 2, 9, 9, 7]
     answer = packing.Answer(tokens=[*text, end], weights=[1.0] * 8)
     (batch,) = packing.pack_all([packing.Item(prompt=(1, 2), answers=(answer,))], 1, 12)
+    dense = dataclasses.replace(MODEL, num_dense_layers=MODEL.num_layers)
+    trunk = learner_lib.Trunk(config=dense, kernels=transformer.Kernels())
     learner = learner_lib.Learner(
-        TRUNK,
-        functools.partial(learner_lib.supervised, TRUNK),
+        trunk,
+        functools.partial(learner_lib.supervised, trunk),
         optimizer_lib.make_optimizer(optimizer_lib.OptimizerConfig(learning_rate=RATE)),
         sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1]),
         router_bias_rate=0.001,
     )
-    state, losses, batch = learner.start(draw_variables()), [], learner.put(batch)
+    state, losses, batch = learner.start(draw_variables(dense)), [], learner.put(batch)
     logprob_BT = np.asarray(learner.logprobs(state.variables, batch))
     for _ in range(60):
         state, metrics = learner.step(state, [batch], [None], RATE)
