@@ -41,6 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.data = ""
     c.world = dict(
         dials=dict(depth=(2, 4), distractors=(2, 4)),
+        num_drills=4_000,
         num_demonstrations=24_000,
         refine_share=0.0,
         num_problems=3_000,
@@ -51,13 +52,14 @@ def get_config() -> ml_collections.ConfigDict:
     c.model = model()
     c.roles = dict(
         templates="world",
-        generator=dict(max_tokens=80),
-        verifier=dict(max_tokens=32),
-        meta_verifier=dict(max_tokens=32),
+        generator=dict(max_tokens=112),
+        verifier=dict(max_tokens=64),
+        meta_verifier=dict(max_tokens=24),
     )
-    c.engine = dict(rows=128, prompt_buckets=(64, 96, 128), answer_buckets=(32, 80))
+    c.engine = dict(rows=128, prompt_buckets=(64, 96, 128), answer_buckets=(24, 64, 112))
     rl = dict(groups=16, samples=8, rows=16, row_length=320, optimizer=adam(3e-4, warmup_steps=3))
-    cold = dict(steps=1_000, rows=8, row_length=256, optimizer=adam(2e-3, final_share=0.1))
+    drills = dict(steps=300, rows=4, row_length=256, optimizer=adam(2e-3))
+    cold = dict(steps=900, rows=8, row_length=256, optimizer=adam(2e-3, final_share=0.1))
     again = dict(steps=60, rows=8, row_length=256, optimizer=adam(3e-4))
     label = dict(rule=dict(num_analyses=4, num_meta=1, num_valid=2), num_candidates=256)
     generator_rl = rl | dict(row_length=480)
@@ -79,7 +81,11 @@ def get_config() -> ml_collections.ConfigDict:
         )
 
     stages = {
-        "sft": dict(kind="sft", sft=cold),
+        "rule-drills": dict(kind="sft", demonstrations="rule_drills", sft=drills),
+        "source-drills": dict(
+            kind="sft", init="rule-drills", demonstrations="source_drills", sft=drills
+        ),
+        "sft": dict(kind="sft", init="source-drills", sft=cold),
         "before": dict(kind="answer", verifier="sft", generator="sft"),
         "verifier-0": verifier("sft", None, 0.0),
         "meta": dict(

@@ -13,6 +13,7 @@ STEPS = 4
 def get_config() -> ml_collections.ConfigDict:
     c = quick.get_config()
     c.world.update(
+        num_drills=100,
         num_demonstrations=300,
         num_problems=60,
         num_graded_proofs=60,

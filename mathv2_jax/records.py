@@ -132,13 +132,18 @@ class Analysis:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Demonstration:
-    """One supervised conversation: the user's text and the assistant's, for `role`."""
+    """One supervised conversation: the user's text and the assistant's, for `role`.
+
+    `learned` are the character spans of the assistant's text that are learned, ascending, where
+    that is not the whole of it.
+    """
 
     id: str
     role: str
     problem_id: str
     user: str
     assistant: str
+    learned: tuple[tuple[int, int], ...] = ()
     source: str = ""
     parents: tuple[str, ...] = ()
 
@@ -266,7 +271,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{where} must be a list, it is {value!r:.80}")
-        return tuple(_convert(args[0], item, where) for item in value)
+        kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+        if len(kinds) != len(value):
+            raise ValueError(f"{where} must have {len(kinds)} entries, it is {value!r:.80}")
+        return tuple(_convert(k, item, where) for k, item in zip(kinds, value, strict=True))
     if origin is Mapping:
         if not isinstance(value, dict):
             raise ValueError(f"{where} must be an object, it is {value!r:.80}")

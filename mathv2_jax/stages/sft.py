@@ -54,18 +54,29 @@ def supervised_item(
     *,
     think: bool,
 ) -> packing.Item:
-    """A conversation as one item; with a prompt weight the prompt is learned too."""
+    """A conversation as one item; with a prompt weight the prompt is learned too.
+
+    Where only spans of the answer are learned, the rest of it, and its end, weigh nothing.
+    """
     user = tokenizer_lib.Message("user", demonstration.user)
     prompt = tokenizer.encode([user], think=think)
-    answer = [*tokenizer.encode_text(demonstration.assistant), tokenizer.eos_id]
-    if think:
-        answer.insert(0, tokenizer.end_think_id)
-    weights = [1.0] * len(answer)
+    whole = demonstration.assistant
+    answer = [tokenizer.end_think_id] if think else []
+    weights = [0.0 if demonstration.learned else 1.0] * len(answer)
+    at = 0
+    for start, end in (*demonstration.learned, (len(whole), len(whole))):
+        for text, weight in ((whole[at:start], 0.0), (whole[start:end], 1.0)):
+            ids = tokenizer.encode_text(text)
+            answer += ids
+            weights += [weight if demonstration.learned else 1.0] * len(ids)
+        at = end
+    answer.append(tokenizer.eos_id)
+    weights.append(0.0 if demonstration.learned else 1.0)
     if prompt_weight:
-        whole = packing.Answer(
+        both = packing.Answer(
             tokens=[*prompt, *answer], weights=[prompt_weight] * len(prompt) + weights
         )
-        return packing.Item(prompt=(), answers=(whole,))
+        return packing.Item(prompt=(), answers=(both,))
     return packing.Item(prompt=prompt, answers=(packing.Answer(tokens=answer, weights=weights),))
 
 

@@ -29,8 +29,9 @@ class WorldConfig:
     writers: demonstrations.WriterRates = dataclasses.field(
         default_factory=demonstrations.WriterRates
     )
+    num_drills: int = 6_000
+    drill_lines: int = 6
     num_demonstrations: int = 24_000
-    drill_share: float = 0.3
     refine_share: float = 0.1
     num_problems: int = 4_000
     num_graded_proofs: int = 3_000
@@ -45,7 +46,7 @@ class WorldConfig:
             value = getattr(self, field.name)
             if field.name.startswith("num_") and value < 1:
                 raise ValueError(f"world.{field.name} = {value}: must be at least 1")
-        for name in ("drill_share", "refine_share", "label_error"):
+        for name in ("refine_share", "label_error"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"world.{name} = {getattr(self, name)}: must lie in [0, 1)")
 
@@ -57,6 +58,8 @@ class Corpus:
     problems: tuple[records.Problem, ...]  # D_p
     proofs: tuple[records.Proof, ...]  # D_v
     analyses: tuple[records.Analysis, ...]  # D_mv
+    rule_drills: tuple[records.Demonstration, ...]
+    source_drills: tuple[records.Demonstration, ...]
     demonstrations: tuple[records.Demonstration, ...]
     probe: tuple[records.Proof, ...]
     validation_problems: tuple[records.Problem, ...]
@@ -203,30 +206,43 @@ def plain_problems(
     return [record for _, record in _distinct(_Author(config, seed, split, 3), number)]
 
 
+def make_drills(config: WorldConfig, seed: int, *, sources: bool) -> list[records.Demonstration]:
+    """Exercises in looking things up, for a model that starts from nothing: given rules recited in
+    any order with their citations. Only these are learned, since nothing else is decided."""
+    author = _Author(config, seed, "train", 6 if sources else 5)
+    made: list[records.Demonstration] = []
+    for problem, record in author.stream():
+        if len(made) == config.num_drills:
+            return made
+        text, learned = demonstrations.write_recital(
+            author.rng, problem, config.drill_lines, sources=sources
+        )
+        user = f"{record.statement}\nRecite."
+        made.append(
+            dataclasses.replace(
+                _demonstration("drill", record, user, text, (record.id,)), learned=learned
+            )
+        )
+    raise AssertionError("the author's stream of problems has no end")
+
+
 def make_demonstrations(
     config: WorldConfig, seed: int, templates: prompts.PromptSet
 ) -> list[records.Demonstration]:
-    """Conversations for the cold start: drills (half of them recitations), else the three roles in
-    turn, some of the first role's as refinements."""
+    """Conversations for the cold start: the three roles in turn, some of the generator's as
+    refinements."""
     author = _Author(config, seed, "train", 4)
-    made = []
-    for index, (problem, record) in enumerate(author.stream()):
-        if index == config.num_demonstrations:
+    made: list[records.Demonstration] = []
+    for problem, record in author.stream():
+        if len(made) == config.num_demonstrations:
             return made
-        draw = author.rng.random() / max(config.drill_share, 1e-9)
-        if draw < 0.5:
-            made.append(_recitation(author, problem, record))
-            continue
-        proof, drill = author.proof(problem, record), draw < 1.0
-        if drill:
-            text = demonstrations.write_drill(author.rng, problem)
-            proof = dataclasses.replace(proof, text=text, source="world-drill")
+        proof = author.proof(problem, record)
         analysis = author.analysis(proof)
-        if not drill and index % 3 == 0:
-            demonstration = _generation(author, templates, problem, record, proof, analysis)
-        elif drill or index % 3 == 1:
+        if len(made) % 3 == 0:
+            made.append(_generation(author, templates, problem, record, proof, analysis))
+        elif len(made) % 3 == 1:
             user = prompts.fill(templates.verifier, statement=proof.statement, proof=proof.text)
-            demonstration = ("verifier", user, analysis.text, (proof.id,))
+            made.append(_demonstration("verifier", record, user, analysis.text, (proof.id,)))
         else:
             body, quality = demonstrations.write_meta_body(
                 author.rng, true_quality(analysis), config.writers
@@ -238,38 +254,21 @@ def make_demonstrations(
                 analysis=analysis.text,
             )
             text = parse.write_meta_analysis(body, quality)
-            demonstration = ("meta_verifier", user, text, (analysis.id,))
-        role, user, assistant, parents = demonstration
-        made.append(
-            records.Demonstration(
-                id=records.content_id("demonstration", user, assistant),
-                role=role,
-                problem_id=record.id,
-                user=user,
-                assistant=assistant,
-                source=proof.source,
-                parents=parents,
-            )
-        )
+            made.append(_demonstration("meta_verifier", record, user, text, (analysis.id,)))
     raise AssertionError("the author's stream of problems has no end")
 
 
-def _recitation(
-    author: _Author, problem: problems.WorldProblem, record: records.Problem
+def _demonstration(
+    role: str, record: records.Problem, user: str, assistant: str, parents: tuple[str, ...]
 ) -> records.Demonstration:
-    """A drill in copying: the rules with their numbers, in their order or in another."""
-    numbered = [f"{rule} ({n})" for n, rule in enumerate(problem.rules, start=1)]
-    if author.rng.random() < 0.5:
-        author.rng.shuffle(numbered)
-    user, assistant = f"{record.statement}\nRepeat the rules.", "\n".join(numbered)
     return records.Demonstration(
         id=records.content_id("demonstration", user, assistant),
-        role="reciter",
+        role=role,
         problem_id=record.id,
         user=user,
         assistant=assistant,
-        source="world-drill",
-        parents=(record.id,),
+        source="world-drill" if role == "drill" else "world-writer",
+        parents=parents,
     )
 
 
@@ -280,23 +279,19 @@ def _generation(
     record: records.Problem,
     proof: records.Proof,
     analysis: records.Analysis,
-) -> tuple[str, str, str, tuple[str, ...]]:
+) -> records.Demonstration:
     """A generator's demonstration: a first proof, or the repair of a flawed one."""
     flawed = parse.parse_analysis(analysis.text)
     if author.rng.random() >= author.config.refine_share or flawed is None or flawed.score == 1:
         user = prompts.fill(templates.generator, statement=record.statement)
-        return (
-            "generator",
-            user,
-            parse.write_generation(proof.text, analysis.text),
-            (record.id,),
-        )
+        text = parse.write_generation(proof.text, analysis.text)
+        return _demonstration("generator", record, user, text, (record.id,))
     user = prompts.fill(
         templates.refine, statement=record.statement, proof=proof.text, analysis=analysis.text
     )
     better = author.proof(problem, record)
     text = parse.write_generation(better.text, author.analysis(better).text)
-    return "refiner", user, text, (proof.id, analysis.id)
+    return _demonstration("refiner", record, user, text, (proof.id, analysis.id))
 
 
 def make_corpus(config: WorldConfig, seed: int, templates: prompts.PromptSet) -> Corpus:
@@ -307,6 +302,8 @@ def make_corpus(config: WorldConfig, seed: int, templates: prompts.PromptSet) ->
         analyses=tuple(
             graded_analyses(config, seed, "train", config.num_graded_analyses, labelled=True)
         ),
+        rule_drills=tuple(make_drills(config, seed, sources=False)),
+        source_drills=tuple(make_drills(config, seed, sources=True)),
         demonstrations=tuple(make_demonstrations(config, seed, templates)),
         probe=tuple(graded_proofs(config, seed, "probe", config.num_probe, labelled=True)),
         validation_problems=tuple(

@@ -64,19 +64,32 @@ def write_proof(rng: random.Random, problem: problems.WorldProblem, rates: Write
     return judge.write_proof(steps)
 
 
-def write_drill(rng: random.Random, problem: problems.WorldProblem) -> str:
-    """An exercise sheet for a verifier: 6 to 10 steps in no order, most of them given rules.
+def write_recital(
+    rng: random.Random, problem: problems.WorldProblem, num_lines: int, *, sources: bool
+) -> tuple[str, tuple[tuple[int, int], ...]]:
+    """Given rules as the lines of an analysis, up to their citations; the spans to be learned.
 
-    A model that starts from nothing must first learn to look things up; a sheet asks it a dozen
-    times where a proof asks a few. (A pretrained model needs none.)
+    Those are the rules' numbers and, with `sources`, where the premises come from. A model of a
+    few layers learns to look things up only where that is all that is asked of it; it then does
+    so in whatever it writes. (A pretrained model needs no drill.)
     """
-    letters = sorted({a for r in problem.rules for a in (*r.premises, r.conclusion)})
     steps: Steps = []
-    for _ in range(rng.randint(6, 10)):
-        premise, conclusion = rng.sample(letters, 2)
-        false = problems.Rule((premise,), conclusion)
-        steps.append(rng.choice(problem.rules) if rng.random() < 0.75 else false)
-    return judge.write_proof(steps)
+    known = set(problem.facts)
+    for _ in range(num_lines):
+        supported = [r for r in problem.rules if known.issuperset(r.premises)]
+        steps.append(rng.choice(supported if rng.random() < 0.5 else problem.rules))
+        known.add(steps[-1].conclusion)
+    text, spans = "", []
+    lines = zip(steps, judge.look_up(problem, tuple(steps)), strict=True)
+    for number, (step, cited) in enumerate(lines, start=1):
+        rule, source = f" ({cited.rule})", f" from {cited.source}"
+        text += f"Step {number}: {step}{rule}"
+        spans.append((len(text) - len(rule), len(text)))
+        if sources:
+            text += f" and {cited.premise}{source}"
+            spans.append((len(text) - len(source), len(text)))
+        text += "\n"
+    return text.rstrip("\n"), tuple(spans)
 
 
 def _with_detour(rng: random.Random, problem: problems.WorldProblem, steps: Steps) -> Steps:
@@ -185,18 +198,18 @@ def _fitting(
 ) -> judge.Lookup:
     """Citations that say what the line claims: the true ones wherever these do."""
     if fault is judge.Fault.NOT_GIVEN:
-        return judge.Lookup(None, true.source)
+        return true._replace(rule=None)
     any_rule = rng.randint(1, len(problem.rules))
     rule = any_rule if true.rule is None else true.rule
     if fault is judge.Fault.UNSUPPORTED:
-        return judge.Lookup(rule, judge.NOTHING)
+        return true._replace(rule=rule, source=judge.NOTHING)
     if fault is judge.Fault.SKIPPED:
         fits = true.source.startswith("(")
-        return judge.Lookup(rule, true.source if fits else f"({any_rule})")
+        return true._replace(rule=rule, source=true.source if fits else f"({any_rule})")
     if true.source == judge.NOTHING or true.source.startswith("("):
         place = rng.randrange(number)
-        return judge.Lookup(rule, f"step {place}" if place else judge.FACTS)
-    return judge.Lookup(rule, true.source)
+        return true._replace(rule=rule, source=f"step {place}" if place else judge.FACTS)
+    return true._replace(rule=rule)
 
 
 def _invented(rng: random.Random, num_steps: int, taken: set[int]) -> list[judge.Issue]:

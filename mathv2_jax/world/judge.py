@@ -2,7 +2,7 @@
 
 A proof is lines `Step 1: A implies F`. An analysis gives one line a step, which repeats it, looks
 up the rule and where its premise comes from, and then says what it found,
-`Step 1: A implies F (4) from the facts: holds`, and one line for the goal,
+`Step 1: A implies F (4) and A from the facts: holds`, and one line for the goal,
 `Goal C, shown C: reached`. With E = the facts and all earlier conclusions (also of bad steps, so
 that an error counts once), a step is at fault when its rule is not given, when a premise is not in
 E but follows from E by one given rule (a skipped step), or when it has no support at all.
@@ -138,10 +138,13 @@ class Lookup(NamedTuple):
     """What a step's line cites: the rule's number, and where the weakest premise comes from."""
 
     rule: int | None
+    premise: str
     source: str
 
     def __str__(self) -> str:
-        return " (none)" if self.rule is None else f" ({self.rule}) from {self.source}"
+        if self.rule is None:
+            return " (none)"
+        return f" ({self.rule}) and {self.premise} from {self.source}"
 
 
 FACTS, NOTHING = "the facts", "nothing"
@@ -153,11 +156,14 @@ def look_up(problem: problems.WorldProblem, steps: tuple[problems.Rule, ...]) ->
     found = []
     for number, step in enumerate(steps, start=1):
         rule = problem.rules.index(step) + 1 if step in problem.rules else None
-        sources = [
-            origin[p] if p in origin else _one_step(problem, origin, p) for p in step.premises
-        ]
-        weakest = max(sources, key=lambda s: (s == NOTHING, s.startswith("("), s != FACTS))
-        found.append(Lookup(rule, weakest))
+        sources = {p: origin.get(p) or _one_step(problem, origin, p) for p in step.premises}
+
+        def weakness(premise: str, sources: Mapping[str, str] = sources) -> tuple[bool, ...]:
+            source = sources[premise]
+            return source == NOTHING, source.startswith("("), source != FACTS
+
+        weakest = max(step.premises, key=weakness)
+        found.append(Lookup(rule, weakest, sources[weakest]))
         origin.setdefault(step.conclusion, f"step {number}")
     return found
 
@@ -188,7 +194,7 @@ def write_analysis_body(
 
 _FINDINGS = "|".join([HOLDS, *(f.value for f in Fault if f is not Fault.NO_GOAL)])
 _SOURCE = rf"(?:{FACTS}|{NOTHING}|step \d+|\(\d+\))"
-_CITATION = rf"(?: [A-Za-z ]+ \((?:none|\d+)\)(?: from {_SOURCE})?:)?"
+_CITATION = rf"(?: [A-Za-z ]+ \((?:none|\d+)\)(?: and [A-Z] from {_SOURCE})?:)?"
 _LINE = re.compile(rf"Step (?P<step>[1-9][0-9]?):{_CITATION} (?P<finding>{_FINDINGS})")
 _GOAL_LINE = re.compile(
     rf"Goal(?: [A-Z], shown [A-Z])?: (?P<finding>{REACHED}|{Fault.NO_GOAL.value})"

@@ -1,6 +1,6 @@
 """Problems of the proof world: Horn clauses over letters, a fact or two, and a goal, in English.
 
-`Given: A. Rules: A implies F (1) F and B imply C (2). Show: C.` Finding a proof is a search among
+`Given: A. Rules: (1) A implies F (2) F and B imply C. Show: C.` Finding a proof is a search among
 distractors, checking one is a look-up, so there is a gap between writing and checking.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 _STATEMENT = re.compile(
     r"Given: (?P<facts>[A-Z](?: and [A-Z])*)\. Rules: (?P<rules>[^:]*)\. Show: (?P<goal>[A-Z])\."
 )
-_NUMBERED = re.compile(r"([A-Z][A-Za-z ]*) \(\d+\)")
+_NUMBERED = re.compile(r"\(\d+\) ([A-Z][A-Za-z ]*[A-Z])")
 _RULE = re.compile(r"(?P<premises>[A-Z](?: and [A-Z])*) impl(?:y|ies) (?P<conclusion>[A-Z])")
 
 
@@ -82,7 +82,7 @@ class WorldProblem:
     chain: tuple[Rule, ...] = ()
 
     def __str__(self) -> str:
-        rules = " ".join(f"{rule} ({n})" for n, rule in enumerate(self.rules, start=1))
+        rules = " ".join(f"({n}) {rule}" for n, rule in enumerate(self.rules, start=1))
         return f"Given: {' and '.join(self.facts)}. Rules: {rules}. Show: {self.goal}."
 
 
