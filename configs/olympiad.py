@@ -47,7 +47,10 @@ def get_config() -> ml_collections.ConfigDict:
     limit = dict(max_tokens=ANSWER)
     c.roles = dict(templates="olympiad", generator=limit, verifier=limit, meta_verifier=limit)
     c.engine = dict(rows=8, prompt_buckets=(1024, 2048, PROMPT), answer_buckets=(ANSWER,))
-    c.stage = {name: _shrunk(stage) for name, stage in c.stage.to_dict().items()}
+    drills = ("rule-drills", "source-drills")  # the proof world's
+    c.stages = tuple(name for name in c.stages if name not in drills)
+    c.stage = {name: _shrunk(c.stage[name].to_dict()) for name in c.stages}
+    c.stage.sft.init = "fresh"
     c.runtime.save_every = 2
     return c
 

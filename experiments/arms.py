@@ -1,0 +1,105 @@
+"""Compare what several arms of a run answered to the same held-out items, pooled over seeds.
+
+    python experiments/arms.py --workdirs=runs/world-0,runs/world-1,runs/world-2 \
+        --arms=after-fixed,after-loop,after-score --out=result.json
+
+An arm is an answer stage of runs in the embedded world; the first one is what the others are
+compared with. The exact judge measures the written records, nothing is sampled. Differences are
+paired by item within a seed; pooled over k seeds they are means of the seeds' differences with
+standard error sqrt(sum se^2) / k, so they speak about these seeds' runs.
+"""
+
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import app, flags
+
+from mathv2_jax import evaluation, records, storage
+from mathv2_jax.data import sources
+from mathv2_jax.world import judge
+
+_WORKDIRS = flags.DEFINE_list("workdirs", None, "One workdir a seed.", required=True)
+_ARMS = flags.DEFINE_list("arms", None, "Answer stages; the first is the baseline.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Where the figures go, as JSON.")
+
+Measured = Mapping[str, evaluation.Ratio]
+
+
+def measure_arm(workdir: str, stage: str) -> Measured:
+    """The metrics of an answer stage; ValueError where it wrote nothing."""
+    folder = pathlib.Path(workdir) / "records" / stage
+    lines = list(storage.Parts(folder).read())
+    if not lines:
+        raise ValueError(f"{folder} holds no answers: did the stage {stage!r} run?")
+    samples = sources.parse_lines(lines, records.Sample, str(folder))
+    return evaluation.measure(samples, judge.ExactJudge())
+
+
+def pooled(means: Sequence[float], errors: Sequence[float]) -> dict[str, Any]:
+    """The mean of the seeds' figures and its standard error; None where a seed has none."""
+    if not means or any(math.isnan(x) for x in (*means, *errors)):
+        return {"mean": None, "se": None}
+    count = len(means)
+    return {"mean": sum(means) / count, "se": math.sqrt(sum(e * e for e in errors)) / count}
+
+
+def compare(seeds: Sequence[Mapping[str, Measured]], arms: Sequence[str]) -> dict[str, Any]:
+    """By metric: every arm's level, and its difference from the first arm, by seed and pooled."""
+    result: dict[str, Any] = {}
+    for metric in evaluation.METRICS:
+        rows: dict[str, Any] = {}
+        for arm in arms:
+            found = [seed[arm][metric] for seed in seeds]
+            base = [seed[arms[0]][metric] for seed in seeds]
+            gaps = [f.mean - b.mean for f, b in zip(found, base, strict=True)]
+            errors = [evaluation.difference_se(b, f) for f, b in zip(found, base, strict=True)]
+            rows[arm] = {
+                "level": pooled([f.mean for f in found], [f.se for f in found]),
+                "seeds": [_figure(f.mean) for f in found],
+                "n": sum(f.n for f in found),
+                "difference": pooled(gaps, errors),
+                "seed_differences": [
+                    {"mean": _figure(g), "se": _figure(e)}
+                    for g, e in zip(gaps, errors, strict=True)
+                ],
+            }
+        result[metric] = rows
+    return result
+
+
+def _figure(x: float) -> float | None:
+    return None if math.isnan(x) else x
+
+
+def render(result: Mapping[str, Any], arms: Sequence[str]) -> str:
+    """Levels, and differences from the first arm with the number of their standard errors."""
+    lines = [f"{'':24}" + "".join(f"{arm:>32}" for arm in arms)]
+    for metric, rows in result.items():
+        cells = []
+        for arm in arms:
+            level, gap = rows[arm]["level"], rows[arm]["difference"]
+            text = "-" if level["mean"] is None else f"{level['mean']:.3f} ±{level['se']:.3f}"
+            if arm != arms[0] and gap["mean"] is not None and gap["se"]:
+                text += f" ({gap['mean']:+.3f}, {gap['mean'] / gap['se']:+.1f} se)"
+            cells.append(f"{text:>32}")
+        lines.append(f"{metric:24}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments {argv[1:]}")
+    seeds = [{arm: measure_arm(w, arm) for arm in _ARMS.value} for w in _WORKDIRS.value]
+    result = compare(seeds, _ARMS.value)
+    print(render(result, _ARMS.value))
+    if _OUT.value:
+        body = {"arms": _ARMS.value, "seeds": len(seeds), "metrics": result}
+        storage.write_whole(_OUT.value, (json.dumps(body, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    sys.exit(app.run(main))
