@@ -13,6 +13,7 @@ from mathv2_jax.text import parse, prompts
 from mathv2_jax.world import corpus, judge, problems
 
 CONFIG = corpus.WorldConfig(
+    num_drills=90,
     num_demonstrations=600,
     num_problems=60,
     num_graded_proofs=50,
@@ -86,6 +87,8 @@ def test_there_is_as_much_of_each_kind_as_stated(made):
         problems=60,
         proofs=50,
         analyses=40,
+        rule_drills=90,
+        source_drills=90,
         demonstrations=600,
         probe=30,
         validation_problems=20,
@@ -94,7 +97,7 @@ def test_there_is_as_much_of_each_kind_as_stated(made):
         test_analyses=25,
     )
     for field in dataclasses.fields(made):
-        if field.name != "demonstrations":
+        if not field.name.endswith(("demonstrations", "drills")):
             assert len({r.id for r in getattr(made, field.name)}) == sizes[field.name]
 
 
@@ -143,7 +146,14 @@ def statements(records_):
 
 def test_no_held_out_problem_has_a_renamed_twin_elsewhere(made):
     kinds = {
-        "train": (made.problems, made.proofs, made.analyses, made.demonstrations),
+        "train": (
+            made.problems,
+            made.proofs,
+            made.analyses,
+            made.rule_drills,
+            made.source_drills,
+            made.demonstrations,
+        ),
         "probe": (made.probe,),
         "validation": (made.validation_problems,),
         "test": (made.test_problems, made.test_proofs, made.test_analyses),
@@ -189,7 +199,6 @@ ASKED = {
     "refiner": "Improve it.",
     "verifier": "Evaluate it.",
     "meta_verifier": "Rate the evaluation.",
-    "reciter": "Repeat the rules.",
 }
 
 
@@ -197,40 +206,37 @@ def test_every_demonstration_is_in_the_format_of_its_role(made):
     seen = set()
     for demonstration in made.demonstrations:
         assert demonstration.user.endswith(ASKED[demonstration.role])
-        if demonstration.role != "reciter":
-            assert READERS[demonstration.role](demonstration.assistant) is not None
+        assert demonstration.learned == ()  # the whole answer
+        assert READERS[demonstration.role](demonstration.assistant) is not None
         seen.add(demonstration.role)
     assert seen == set(ASKED)
 
 
-def test_a_recitation_repeats_every_rule_with_its_number(made):
-    for demonstration in made.demonstrations:
-        if demonstration.role == "reciter":
-            (statement,) = statements([demonstration])
-            recited = {
-                int(re.search(r"\((\d+)\)", line)[1]): re.sub(r" ?\(\d+\) ?", "", line)
-                for line in demonstration.assistant.split("\n")
-            }
-            rules = problems.parse_statement(statement).rules
-            assert recited == {n: str(rule) for n, rule in enumerate(rules, start=1)}
-
-
-def test_drills_have_their_share_and_half_of_them_are_recitations(made):
-    drills = [d.role for d in made.demonstrations if d.source == "world-drill"]
-    assert share_is(len(drills), 600, CONFIG.drill_share)
-    assert share_is(drills.count("reciter"), len(drills), 0.5)
-    assert set(drills) == {"reciter", "verifier"}
-
-
-def test_without_drills_the_roles_take_turns():
-    config = dataclasses.replace(CONFIG, num_demonstrations=90, drill_share=0.0, refine_share=0.5)
+def test_the_roles_take_turns():
+    config = dataclasses.replace(CONFIG, num_demonstrations=90, refine_share=0.5)
     roles = [d.role for d in corpus.make_demonstrations(config, 0, TEMPLATES)]
     assert set(roles[::3]) == {"generator", "refiner"}
     assert set(roles[1::3]) == {"verifier"} and set(roles[2::3]) == {"meta_verifier"}
 
 
+@pytest.mark.parametrize("sources", [False, True])
+def test_a_drill_recites_given_rules_and_learns_their_citations_only(made, sources):
+    for drill in made.source_drills if sources else made.rule_drills:
+        (statement,) = statements([drill])
+        rules = [str(rule) for rule in problems.parse_statement(statement).rules]
+        assert drill.user == f"{statement}\nRecite." and drill.source == "world-drill"
+        lines = drill.assistant.split("\n")
+        assert len(lines) == CONFIG.drill_lines
+        assert all(line.split(" (")[0].split(": ")[1] in rules for line in lines)
+        learned = [drill.assistant[start:end] for start, end in drill.learned]
+        numbers = learned[::2] if sources else learned
+        assert numbers == [re.search(r" \(\d+\)", line)[0] for line in lines]
+        if sources:
+            assert learned[1::2] == [re.search(r" from .*", line)[0] for line in lines]
+
+
 def test_a_refinement_starts_from_a_proof_whose_analysis_finds_fault():
-    config = dataclasses.replace(CONFIG, num_demonstrations=300, drill_share=0.0, refine_share=0.9)
+    config = dataclasses.replace(CONFIG, num_demonstrations=300, refine_share=0.9)
     refined = 0
     for demonstration in corpus.make_demonstrations(config, 0, TEMPLATES):
         if demonstration.role == "refiner":
@@ -249,7 +255,8 @@ def test_a_refinement_starts_from_a_proof_whose_analysis_finds_fault():
     [
         (dict(num_test=0), "world.num_test = 0"),
         (dict(num_graded_proofs=-1), "world.num_graded_proofs = -1"),
-        (dict(drill_share=1.0), "world.drill_share = 1.0"),
+        (dict(num_drills=0), "world.num_drills = 0"),
+        (dict(refine_share=1.0), "world.refine_share = 1.0"),
         (dict(label_error=-0.1), "world.label_error = -0.1"),
     ],
 )

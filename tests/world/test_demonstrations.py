@@ -84,15 +84,43 @@ def test_a_chain_of_one_step_can_be_written_about():
             assert verdict.steps is not None
 
 
-def test_a_drill_holds_well_formed_steps_most_of_them_given():
-    rng, given, number = random.Random(0), 0, 0
-    for _ in range(300):
+# Recitals.
+
+
+def recitals(sources, number=200):
+    rng = random.Random(0)
+    for _ in range(number):
         problem = problems.make_problem(rng, WORLDS[0])
-        steps = judge.parse_proof(demonstrations.write_drill(rng, problem))
-        assert steps is not None and 6 <= len(steps) <= 10
-        given += sum(step in problem.rules for step in steps)
-        number += len(steps)
-    assert given / number > 0.75  # three quarters by intent, and some of the rest by chance
+        text, spans = demonstrations.write_recital(rng, problem, 6, sources=sources)
+        yield problem, text, spans
+
+
+@pytest.mark.parametrize("sources", [False, True])
+def test_a_recital_is_learned_at_its_citations_and_nowhere_else(sources):
+    for _, text, spans in recitals(sources):
+        cited = r" \(\d+\)(?= and )| from .+" if sources else r" \(\d+\)"
+        assert spans == tuple(match.span() for match in re.finditer(cited, text))
+
+
+def test_a_recital_cites_what_an_independent_look_up_finds():
+    line = re.compile(r"Step (\d+): (.+) \((\d+)\) and ([A-Z]) from (.+)")
+    seen = set()
+    for problem, text, _ in recitals(sources=True):
+        known = dict.fromkeys(problem.facts, "the facts")
+        for number, row in enumerate(text.split("\n"), start=1):
+            step, rule, rule_number, premise, source = line.fullmatch(row).groups()
+            used = problem.rules[int(rule_number) - 1]
+            assert (int(step), rule) == (number, str(used)) and premise in used.premises
+            one_step = [
+                f"({n})"
+                for n, r in enumerate(problem.rules, start=1)
+                if r.conclusion == premise and known.keys() >= set(r.premises)
+            ]
+            expected = known.get(premise) or (one_step or ["nothing"])[0]
+            assert source == expected
+            known.setdefault(used.conclusion, f"step {number}")
+            seen.add(source.split()[0][:1])
+    assert seen == {"t", "s", "(", "n"}  # facts, earlier steps, rules, nothing
 
 
 # Analyses.
@@ -148,16 +176,17 @@ def test_an_invented_issue_stands_at_a_step_that_is_not_at_fault():
 
 def test_what_an_analysis_cites_fits_what_it_claims():
     rates = WriterRates(overlook=0.5, invent_flawed=0.8, invent_sound=0.8)
-    line = re.compile(r"Step \d+: ([A-Za-z ]+) \((none|\d+)\)(?: from (.+))?: (.+)")
+    line = re.compile(r"Step \d+: ([A-Za-z ]+) \((none|\d+)\)(?: and ([A-Z]) from (.+))?: (.+)")
     for problem, verdict, body, _, _ in analysed(rates, 300):
         lines = body.split("\n")
         assert len(lines) == len(verdict.steps) + 1
         for number, (text, step) in enumerate(zip(lines[:-1], verdict.steps, strict=True), 1):
-            repeated, rule, source, finding = line.fullmatch(text).groups()
+            repeated, rule, premise, source, finding = line.fullmatch(text).groups()
             assert repeated == str(step)
             if finding == "not a given rule":
-                assert (rule, source) == ("none", None)
+                assert (rule, premise, source) == ("none", None, None)
                 continue
+            assert premise in step.premises
             assert 1 <= int(rule) <= len(problem.rules)
             if finding == "has no support":
                 assert source == "nothing"

@@ -268,7 +268,7 @@ def test_a_written_analysis_is_read_back_whatever_it_cites():
         lookups = judge.look_up(problem, steps)
         body = judge.write_analysis_body(problem, steps, lookups, issues)
         assert judge.read_issues(body) == (tuple(sorted(issues)), True)
-        nowhere = [judge.Lookup(None, judge.NOTHING)] * len(steps)
+        nowhere = [judge.Lookup(None, "", judge.NOTHING)] * len(steps)
         other = judge.write_analysis_body(problem, steps, nowhere, issues)
         assert judge.read_issues(other) == (tuple(sorted(issues)), True)
         verdict = judge.judge_analysis(
@@ -283,8 +283,8 @@ def test_an_analysis_line_repeats_its_step_and_cites():
     issues = judge.judge_steps(problem, steps)
     body = judge.write_analysis_body(problem, steps, judge.look_up(problem, steps), issues)
     assert body.split("\n") == [
-        "Step 1: A implies B (1) from the facts: holds",
-        "Step 2: C implies D (3) from (2): skips a step",
+        "Step 1: A implies B (1) and A from the facts: holds",
+        "Step 2: C implies D (3) and C from (2): skips a step",
         "Step 3: E implies A (none): not a given rule",
         "Goal D, shown A: missing",
     ]
