@@ -39,14 +39,6 @@ def measure_arm(workdir: str, stage: str) -> Measured:
     return evaluation.measure(samples, judge.ExactJudge())
 
 
-def pooled(means: Sequence[float], errors: Sequence[float]) -> dict[str, Any]:
-    """The mean of the seeds' figures and its standard error; None where a seed has none."""
-    if not means or any(math.isnan(x) for x in (*means, *errors)):
-        return {"mean": None, "se": None}
-    count = len(means)
-    return {"mean": sum(means) / count, "se": math.sqrt(sum(e * e for e in errors)) / count}
-
-
 def compare(seeds: Sequence[Mapping[str, Measured]], arms: Sequence[str]) -> dict[str, Any]:
     """By metric: every arm's level, and its difference from the first arm, by seed and pooled."""
     result: dict[str, Any] = {}
@@ -58,10 +50,10 @@ def compare(seeds: Sequence[Mapping[str, Measured]], arms: Sequence[str]) -> dic
             gaps = [f.mean - b.mean for f, b in zip(found, base, strict=True)]
             errors = [evaluation.difference_se(b, f) for f, b in zip(found, base, strict=True)]
             rows[arm] = {
-                "level": pooled([f.mean for f in found], [f.se for f in found]),
+                "level": evaluation.pooled([f.mean for f in found], [f.se for f in found]),
                 "seeds": [_figure(f.mean) for f in found],
                 "n": sum(f.n for f in found),
-                "difference": pooled(gaps, errors),
+                "difference": evaluation.pooled(gaps, errors),
                 "seed_differences": [
                     {"mean": _figure(g), "se": _figure(e)}
                     for g, e in zip(gaps, errors, strict=True)

@@ -288,3 +288,15 @@ def compare(before: Mapping[str, Ratio], after: Mapping[str, Ratio]) -> dict[str
         }
         for name in METRICS
     }
+
+
+def pooled(means: Sequence[float], errors: Sequence[float]) -> dict[str, float | None]:
+    """Over k runs, JSON-able: the mean of their means, with standard error sqrt(sum se^2) / k.
+
+    It speaks about these runs: what differs between them is no part of the error. None without
+    runs, and where one of them has no figure.
+    """
+    if not means or any(math.isnan(x) for x in (*means, *errors)):
+        return {"mean": None, "se": None}
+    count = len(means)
+    return {"mean": sum(means) / count, "se": math.sqrt(sum(e * e for e in errors)) / count}

@@ -31,8 +31,8 @@ def render(summary: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
         for name, title in _TITLES.items():
             row = summary["metrics"][name]
             lines.append(
-                f"{title:50} {_cell(row['before'])} {_cell(row['after'])} "
-                f"{_cell(row['difference'])} {row['after']['n']:>6}"
+                f"{title:50} {cell(row['before'])} {cell(row['after'])} "
+                f"{cell(row['difference'])} {row['after']['n']:>6}"
             )
     total = sum(seconds.values())
     shown = "  ".join(f"{name} {metrics.duration(value)}" for name, value in seconds.items())
@@ -40,7 +40,8 @@ def render(summary: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
     return "\n".join(lines)
 
 
-def _cell(figure: Mapping[str, Any]) -> str:
+def cell(figure: Mapping[str, Any]) -> str:
+    """`mean` and `se` of a figure, 15 characters wide."""
     if figure["mean"] is None:
         return f"{'-':>15}"
     spread = "" if figure["se"] is None else f" ±{figure['se']:.3f}"
