@@ -1,20 +1,26 @@
-"""configs/quick.py shrunk until nothing is learned: every stage in seconds, for tests and tools.
+"""configs/quick.py shrunk to seconds a stage, for tests and tools.
 
-mathv2-train --config=configs/smoke.py --workdir=runs/smoke
+    mathv2-train --config=configs/smoke.py --workdir=runs/smoke
+
+The world is at its easiest and the cold start just long enough for the formats: most answers can
+be read, and rewards differ inside a group, so every stage has something to do. Nothing else is
+learned.
 """
 
 import ml_collections
 
 from configs import quick
 
-STEPS = 4
+SUPERVISED_STEPS = {"rule-drills": 3, "source-drills": 3, "sft": 90, "rejection-1": 4}
+RL_STEPS = 3
 
 
 def get_config() -> ml_collections.ConfigDict:
     c = quick.get_config()
     c.world.update(
-        num_drills=100,
-        num_demonstrations=300,
+        dials=dict(depth=(1, 2), distractors=(1, 2)),
+        num_drills=40,
+        num_demonstrations=1_200,
         num_problems=60,
         num_graded_proofs=60,
         num_graded_analyses=40,
@@ -22,20 +28,24 @@ def get_config() -> ml_collections.ConfigDict:
         num_validation=8,
         num_test=24,
     )
-    c.model.update(width=32, num_layers=3, dense_width=32, expert_width=16, num_experts=4)
-    c.engine = dict(rows=32, prompt_buckets=(144,), answer_buckets=(96,))
-    c.stage = {name: _shrunk(stage) for name, stage in c.stage.to_dict().items()}
+    c.model.update(width=32, num_layers=2, kv_latent_width=32, dense_width=64)
+    c.model.update(head_key_width=16, head_rope_width=8, head_value_width=16)
+    c.model.update(expert_width=16, num_experts=4)
+    c.engine = dict(rows=32, prompt_buckets=(128,), answer_buckets=(72,))
+    c.roles.generator.max_tokens = 72
+    c.stage = {name: _shrunk(name, stage) for name, stage in c.stage.to_dict().items()}
     c.runtime.save_every = 2
     return c
 
 
-def _shrunk(stage: dict) -> dict:
+def _shrunk(name: str, stage: dict) -> dict:
     stage = dict(stage)
-    for loop in ("sft", "rl"):
-        if loop in stage:
-            stage[loop] = dict(stage[loop], steps=STEPS)
+    if "sft" in stage:
+        rate = dict(learning_rate=1e-2, final_share=0.1)
+        stage["sft"] = dict(stage["sft"], rows=8, row_length=256, optimizer=rate)
+        stage["sft"]["steps"] = SUPERVISED_STEPS[name]
     if "rl" in stage:
-        stage["rl"].update(groups=4, samples=4, rows=4, row_length=512)
+        stage["rl"] = dict(stage["rl"], steps=RL_STEPS, groups=4, samples=4, rows=4, row_length=384)
     smaller = {
         "rejection": dict(allow_empty=True),
         "autolabel": dict(num_candidates=16, num_proofs=8),

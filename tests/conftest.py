@@ -1,10 +1,13 @@
 """Every test runs on eight virtual CPU devices, with JAX at its strictest."""
 
 import os
+import pathlib
 
 import hypothesis
 import jax
 import pytest
+
+from tests import smoke
 
 # A test's examples are the same in every run, and the first call of a jitted function may be slow.
 hypothesis.settings.register_profile("house", derandomize=True, deadline=None)
@@ -27,3 +30,9 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_numpy_rank_promotion", "raise")
     jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session")
+def smoke_workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """What configs/smoke.py leaves; read-only."""
+    return smoke.finished(tmp_path_factory)

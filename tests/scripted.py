@@ -26,6 +26,9 @@ _CUES = (PROVE, VERIFY, META)
 _SAID, _AGAIN, _WIDTH = len(_CUES), len(_CUES) + 1, 16
 _NEVER = -60.0
 
+LIMITS = engine.EngineConfig(rows=16, prompt_buckets=(320,), answer_buckets=(4,))
+Script = Mapping[str, Mapping[str, float]]
+
 _SAMPLING = roles.Sampling(max_tokens=4)
 ROLES = roles.make_roles(
     roles.RolesConfig(
@@ -42,8 +45,8 @@ class House:
     tokenizer: tokenizer_lib.SentencePieceTokenizer
     programs: decode.Programs
 
-    def engine(self, script: Mapping[str, Mapping[str, float]]) -> engine.Engine:
-        """Answers a prompt that ends in a key with one of its texts, at their probabilities."""
+    def variables(self, script: Script) -> transformer.Variables:
+        """A model that answers a prompt that ends in a key with one of its texts, at their odds."""
         config = self.programs.config
         embed = np.zeros((config.vocab_size, _WIDTH), np.float32)
         unembed = np.full((_WIDTH, config.vocab_size), _NEVER, np.float32)
@@ -66,10 +69,13 @@ class House:
             taps=jnp.asarray(taps),
             final_norm={"scale": jnp.ones(_WIDTH)},
         )
-        limits = engine.EngineConfig(rows=16, prompt_buckets=(320,), answer_buckets=(4,))
+        return {**fresh, "params": params}
+
+    def engine(self, script: Script) -> engine.Engine:
+        """An engine that plays such a model."""
         mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-        made = engine.Engine(self.programs, self.tokenizer, limits, mesh)
-        made.load({**fresh, "params": params}, "script@0")
+        made = engine.Engine(self.programs, self.tokenizer, LIMITS, mesh)
+        made.load(self.variables(script), "script@0")
         return made
 
     def _id(self, text: str) -> int:

@@ -136,5 +136,5 @@ def measure(groups: Sequence[Group], lost_alarm: float, stage: str) -> dict[str,
     }
 
 
-def _mean(values: Sequence[float]) -> float:
+def _mean(values: Sequence[float | int]) -> float:
     return float(np.mean(values)) if values else 0.0

@@ -1,0 +1,198 @@
+"""From config files to dataclasses, and what may change when a run goes on."""
+
+import copy
+import pathlib
+
+import jax
+import pytest
+
+from mathv2_jax.cli import config as config_lib
+from mathv2_jax.cli import overrides
+from mathv2_jax.model import transformer
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
+MODELS = sorted((REPOSITORY / "configs" / "models").glob("*.py"))
+SWEEPS = sorted((REPOSITORY / "configs" / "sweeps").glob("*.py"))
+
+
+def smoke(*changes: tuple[str, str]) -> config_lib.RunConfig:
+    file = overrides.load(str(REPOSITORY / "configs" / "smoke.py"))
+    return config_lib.build(file, [(f"config.{path}", value) for path, value in changes])
+
+
+# Every config of the repository.
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *MODELS], ids=lambda path: path.stem)
+def test_a_config_builds_and_its_model_evaluates(path):
+    real = [("config.data", "DIR")] if path.stem == "olympiad" else []
+    config = config_lib.build(overrides.load(str(path)), real)
+    boxed = transformer.boxed_abstract(config.model, transformer.Kernels())
+    params = transformer.unboxed(boxed)["params"]
+    assert params["embed"].shape == (config.model.vocab_size, config.model.width)
+    assert all(leaf.size for leaf in jax.tree.leaves(params))
+    named = {s.name for s in config.stages}
+    assert {config.before, config.after} <= named
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_override_of_a_sweep_builds(path):
+    module: dict = {}
+    exec(compile(path.read_text(), path.name, "exec"), module)
+    file = overrides.load(str(REPOSITORY / module["CONFIG"]))
+    for entry in module["get_sweep"]().values():
+        rest, found = overrides.split([f"--{override}" for override in entry])
+        assert not rest
+        config_lib.build(file, found)
+
+
+# Values.
+
+
+def test_an_override_reaches_a_nested_field_and_one_that_the_file_leaves_unset():
+    config = smoke(
+        ("world.dials.two_premises", "0.5"),
+        ("stage.verifier-0.rl.grpo.kl_coefficient", "0.25"),
+        ("engine.prompt_buckets", "(64, 128)"),
+        ("router_bias_rate", "0"),
+    )
+    (stage,) = [s for s in config.stages if s.name == "verifier-0"]
+    assert config.world.dials.two_premises == 0.5
+    assert stage.rl.grpo.kl_coefficient == 0.25
+    assert config.engine.prompt_buckets == (64, 128)
+    assert config.router_bias_rate == 0.0 and isinstance(config.router_bias_rate, float)
+
+
+def test_a_part_of_the_recipe_is_an_override():
+    config = smoke(("stages", "rule-drills, source-drills,sft,before"))
+    assert [s.name for s in config.stages] == ["rule-drills", "source-drills", "sft", "before"]
+
+
+def test_the_models_vocabulary_is_the_tokenizers():
+    assert smoke(("tokenizer.vocab_size", "500")).model.vocab_size == 500
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        ("sed", "1", r"config has no field 'sed'; did you mean config\.seed\?"),
+        (
+            "model.widht",
+            "8",
+            r"config\.model has no field 'widht'; did you mean config\.model\.width",
+        ),
+        (
+            "stage.sft.sft.stesp",
+            "8",
+            r"stage\.sft\.sft has no field .stesp.; did you mean config\.stage\.sft\.sft\.steps",
+        ),
+        ("model.qqqqq", "8", r"config\.model has no field 'qqqqq'; it has \["),
+        ("stages", "sft,befor", r"config\.stages lists 'befor'.*did you mean 'before'\?"),
+        ("stage.sft.kind", "sftt", r"config\.stage\.sft\.kind = 'sftt'.*did you mean 'sft'\?"),
+        (
+            "stage.sft.name",
+            "other",
+            r"config\.stage\.sft\.name = 'other': a stage's name is its key",
+        ),
+        ("stage", "3", r"config\.stage must hold the stages by name"),
+        ("stage.new.init", "sft", r"config\.stage\.new must have a field 'kind'"),
+        ("seed", "x", r"config\.seed must be of type int, it is 'x'"),
+        ("seed", "True", r"config\.seed must be of type int, it is True"),
+        ("seed", "1.0", r"config\.seed must be of type int, it is 1.0"),
+        ("router_bias_rate", "True", r"config\.router_bias_rate must be of type float"),
+        ("engine.prompt_buckets", "64", r"config\.engine\.prompt_buckets must be a sequence"),
+        ("world.dials.depth", "(1, 2, 3)", r"config\.world\.dials\.depth must have 2 entries"),
+        (
+            "engine.prompt_buckets",
+            "(64, 'a')",
+            r"config\.engine\.prompt_buckets must be of type int",
+        ),
+        ("stage.meta.mixture", "3", r"config\.stage\.meta\.mixture must be a mapping"),
+        ("model", "3", r"config\.model must hold the fields of ModelConfig"),
+        ("data", "DIR", r"one of the two; config\.data is 'DIR'"),
+        ("world", "None", r"one of the two; config\.data is ''"),
+        ("stages", "before,sft", r"stage 'before' uses 'sft', which is no stage before it"),
+    ],
+)
+def test_a_bad_setting_is_named_by_its_full_path(path, value, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        smoke((path, value))
+
+
+def test_a_required_field_that_is_not_given_is_named():
+    file = overrides.load(str(REPOSITORY / "configs" / "smoke.py"))
+    del file.stage.sft.sft.rows
+    with pytest.raises(ValueError, match=r"config\.stage\.sft\.sft\.rows must be given"):
+        config_lib.build(file)
+
+
+def test_a_typo_in_a_stage_that_is_not_listed_is_found_too():
+    with pytest.raises(ValueError, match=r"config\.stage\.after has no field 'verifer'"):
+        smoke(("stages", "rule-drills,source-drills,sft"), ("stage.after.verifer", "sft"))
+
+
+# What may change when a run goes on.
+
+
+def require_same(*changes, done=(), saved=()):
+    config_lib.require_same(
+        config_lib.identity(smoke(*saved)), config_lib.identity(smoke(*changes)), done
+    )
+
+
+def test_the_same_config_and_other_runtime_fields_may_go_on():
+    require_same(("runtime.save_every", "7"), ("runtime.lost_alarm", "0.5"), done=("sft",))
+    assert config_lib.runtime(smoke(("runtime.save_every", "7")))["save_every"] == 7
+    assert "runtime" not in config_lib.identity(smoke())
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        ("seed", "1", "seed was 0, now 1"),
+        ("model.width", "64", "model.width was 32, now 64"),
+        ("world.dials.two_premises", "0.5", "world.dials.two_premises was 0.0, now 0.5"),
+        ("roles.verifier.max_tokens", "9", "roles.verifier.max_tokens was 64, now 9"),
+        ("router_bias_rate", "0", "router_bias_rate was 0.001, now 0.0"),
+    ],
+)
+def test_what_is_computed_may_not_change(path, value, complaint):
+    with pytest.raises(ValueError, match=f"begun with another config: {complaint}"):
+        require_same((path, value))
+
+
+def test_a_stage_takes_other_steps_until_it_has_finished():
+    change = ("stage.sft.sft.steps", "500")
+    require_same(change, done=("rule-drills",))
+    with pytest.raises(ValueError, match=r"stages\[2\].sft.steps was 90, now 500"):
+        require_same(change, done=("rule-drills", "source-drills", "sft"))
+
+
+def test_nothing_else_of_a_stage_that_has_not_finished_may_change():
+    with pytest.raises(ValueError, match=r"stages\[4\].rl.groups was 4, now 8"):
+        require_same(("stage.verifier-0.rl.groups", "8"))
+    with pytest.raises(ValueError, match=r"optimizer.learning_rate was"):
+        require_same(("stage.verifier-0.rl.optimizer.learning_rate", "0.5"))
+
+
+def test_stages_are_added_at_the_end_and_never_taken_away_or_put_between():
+    short, long = (
+        "rule-drills,source-drills,sft,before",
+        "rule-drills,source-drills,sft,before,meta",
+    )
+    first = [("before", "before"), ("after", "before")]
+    require_same(("stages", long), *first, saved=[("stages", short), *first], done=("sft",))
+    with pytest.raises(ValueError, match="begun with other stages"):
+        require_same(("stages", short), *first, saved=[("stages", long), *first])
+    between = "rule-drills,source-drills,sft,meta,before"
+    with pytest.raises(ValueError, match=r"begun with other stages: stages\[3\]"):
+        require_same(("stages", between), *first, saved=[("stages", short), *first])
+
+
+def test_an_identity_is_plain_data_that_says_each_stages_kind():
+    found = config_lib.identity(smoke())
+    again = copy.deepcopy(found)
+    config_lib.require_same(found, again, ())
+    kinds = {s["name"]: s["kind"] for s in found["stages"]}
+    assert (kinds["sft"], kinds["meta"], kinds["probe-1"]) == ("sft", "rl", "probe")

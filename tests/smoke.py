@@ -1,0 +1,52 @@
+"""configs/smoke.py, run once by subprocess for all tests that look at its files."""
+
+import contextlib
+import fcntl
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs" / "smoke.py"
+
+
+def command(workdir: pathlib.Path, *overrides: str) -> list[str]:
+    """The command line of a run in `workdir` whose programs the tests' cache holds."""
+    return [
+        sys.executable,
+        "-m",
+        "mathv2_jax.cli.train",
+        f"--config={CONFIG}",
+        f"--workdir={workdir}",
+        f"--compilation_cache={os.environ['JAX_COMPILATION_CACHE_DIR']}",
+        *overrides,
+    ]
+
+
+def run(arguments: Sequence[str]) -> str:
+    """What a run prints; its errors, too, where it does not end well."""
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout
+
+
+def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The workdir of the finished run, which no test changes; made once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    workdir = shared / "smoke"
+    with _alone(shared / "smoke.lock"):
+        if not (workdir / "summary.json").exists():
+            (shared / "smoke.log").write_text(run(command(workdir)))
+    return workdir
+
+
+@contextlib.contextmanager
+def _alone(path: pathlib.Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

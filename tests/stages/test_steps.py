@@ -1,0 +1,70 @@
+"""The loop that all training stages share, where a step goes wrong."""
+
+import jax
+import numpy as np
+import pytest
+
+from mathv2_jax import records
+from mathv2_jax.rl import optimizer
+from mathv2_jax.stages import run as run_lib
+from mathv2_jax.stages import sft, steps
+
+TAUGHT = [
+    records.Demonstration(
+        id=f"d{n}", role="generator", problem_id="p", user="Prove it.", assistant="I do not know."
+    )
+    for n in range(3)
+]
+
+
+def config(rate, num_steps=4):
+    adam = optimizer.OptimizerConfig(learning_rate=rate)
+    return sft.SftConfig(steps=num_steps, rows=1, row_length=16, optimizer=adam)
+
+
+def test_a_step_that_is_not_finite_ends_the_run_with_its_batch_and_the_last_good_state(make_run):
+    run = make_run(start={})
+    with pytest.raises(
+        steps.NotFiniteError, match=r"cold, step 2: .*not finite.*inspect/cold-"
+    ) as e:
+        sft.train(run, "cold", "start", config(1e38), TAUGHT)  # one step, and nothing is finite
+    assert "The state before this step is kept" in str(e.value)
+    folder = run.workdir / "inspect" / "cold-000002"
+    saved = {path.name: np.load(path) for path in folder.iterdir()}
+    tokens_BT, weights_BT = saved["0-tokens_BT.npy"], saved["0-weights_BT.npy"]
+    assert tokens_BT.shape == (1, 16) and weights_BT.sum() > 0
+    assert "I do not know." in run.tokenizer.decode(tokens_BT[weights_BT > 0].tolist()[:-1])
+    with run.checkpoints("cold") as kept:
+        assert kept.latest_step() == 1
+    with pytest.raises(ValueError, match="stage 'cold' has left no variables"):
+        run.variables("cold")
+
+
+def test_a_stage_that_is_asked_to_stop_saves_and_goes_on_to_the_same_end(make_run):
+    run = make_run(start={})
+    stops = iter([False, False, True])
+    run.should_stop = lambda: next(stops, False)
+    with pytest.raises(run_lib.Preempted):
+        sft.train(run, "stopped", "start", config(1e-2), TAUGHT)
+    with run.checkpoints("stopped") as kept:
+        assert kept.latest_step() == 2
+    sft.train(run, "stopped", "start", config(1e-2), TAUGHT)
+    # The same name draws the same data; a fresh folder holds the run that nothing interrupted.
+    first = run.variables("stopped")
+    (run.workdir / "checkpoints").rename(run.workdir / "elsewhere")
+    (run.workdir / "elsewhere" / "start").rename(run.workdir / "start")
+    (run.workdir / "checkpoints").mkdir()
+    (run.workdir / "start").rename(run.workdir / "checkpoints" / "start")
+    sft.train(run, "stopped", "start", config(1e-2), TAUGHT)
+    jax.tree.map(np.testing.assert_array_equal, run.variables("stopped"), first)
+
+
+def test_conversations_that_no_row_holds_are_counted_or_refused(caplog):
+    steps.report_left_out("s", 0, 5, 16)
+    assert not caplog.text
+    steps.report_left_out("s", 2, 5, 16)
+    assert "2 of 5 items are longer than 16 tokens" in caplog.text
+    with pytest.raises(ValueError, match="none of 5 items fits rows of 16"):
+        steps.report_left_out("s", 5, 5, 16)
+    with pytest.raises(ValueError, match="its source is empty"):
+        steps.report_left_out("s", 0, 0, 16)
