@@ -1,24 +1,49 @@
 """What a stage measures, step by step: a progress line, TensorBoard, and JSON lines.
 
 The JSON lines are a function of the run alone. Whatever depends on the clock goes to
-`timing.json`, and to TensorBoard, only.
+`timing.json`, and to TensorBoard, only. What a run waits for is said while it waits.
 """
 
 import collections
 import dataclasses
 import json
 import math
+import re
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, SupportsFloat
 
 import tensorboardX
 from etils import epath
+from jax import monitoring
 
 from mathv2_jax import storage
 
 TIMING_SCHEMA = 1
 TIME_PREFIX = "time/"  # scalars of this prefix depend on the clock
+
+# On a progress line: the short name, and the digits behind the point (None: one digit and an
+# exponent). Lines of 120 columns hold all of them.
+_SHORT: dict[str, tuple[str, int | None]] = {
+    "reward": ("rew", 2),
+    "reward/score": ("score", 2),
+    "reward/proof": ("proof", 2),
+    "reward/self": ("self", 2),
+    "reward/meta": ("meta", 2),
+    "entropy": ("ent", 2),
+    "kl": ("kl", None),
+    "zero_signal": ("zero", 2),
+    "length": ("len", 0),
+    "outcome/parsed": ("ok", 2),
+    "outcome/length": ("cut", 2),
+    "outcome/lost": ("lost", 2),
+    "loss": ("loss", 3),
+    "gradient_norm": ("grad", 3),
+}
+_FAILURES = ("outcome/length", "outcome/lost")  # shown where there are any
+_COMPONENT = "reward/"
+_COMPILING = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +51,21 @@ class MetricsConfig:
     """How a stage reports; every field is a runtime one."""
 
     flush_every: int = 50  # steps; a checkpoint flushes too
-    shown: tuple[str, ...] = ("loss", "reward", "health")  # scalars on the progress line
+    # Scalars on the progress line of a step with a reward, and of one without.
+    shown: tuple[str, ...] = (
+        "reward",
+        "reward/score",
+        "reward/proof",
+        "reward/self",
+        "reward/meta",
+        "entropy",
+        "kl",
+        "zero_signal",
+        "length",
+        "outcome/parsed",
+        *_FAILURES,
+    )
+    shown_supervised: tuple[str, ...] = ("loss", "gradient_norm")
     tensorboard: bool = True
 
     def __post_init__(self):
@@ -156,15 +195,79 @@ class MetricWriter:
                 self._board.add_scalar(TIME_PREFIX + "tokens_per_second", rate, step)
         total = "" if self._total_steps is None else f"/{self._total_steps}"
         words = [f"{self._stage} {step}{total}"]
-        words += [f"{name} {values[name]:.4g}" for name in self._config.shown if name in values]
-        if rate is not None:
-            words.append(f"{rate:,.0f} tokens/s")
+        config = self._config
+        figures = _figures(values, config.shown if "reward" in values else config.shown_supervised)
+        words += [figures] if figures else []
+        pace_words = [] if rate is None else [f"{_rounded(rate)} tok/s"]
         if self._first is None:
             self._first = step, now  # its own time is mostly compilation: not counted
         elif self._total_steps is not None:
             pace = (now - self._first[1]) / (step - self._first[0])
-            words.append(f"{duration(pace * max(self._total_steps - step, 0))} left")
+            pace_words.append(f"{duration(pace * max(self._total_steps - step, 0))} left")
+        words += [" ".join(pace_words)] if pace_words else []
         print("  ".join(words), flush=True)
+
+
+class CompileTime:
+    """A context manager in which JAX's compiling (or loading of compiled programs) is timed.
+
+    `seconds` is the sum so far. A program that takes more than `patience` seconds is named while
+    it is waited for, again each time its wait has doubled, and at its end.
+    """
+
+    def __init__(self, patience: float = 5.0):
+        self.seconds = 0.0
+        self._patience = patience
+        self._running: dict[int, threading.Event] = {}  # by the thread that compiles
+
+    def __enter__(self) -> "CompileTime":
+        monitoring.register_scalar_listener(self._begin)
+        monitoring.register_event_duration_secs_listener(self._end)
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        monitoring.unregister_scalar_listener(self._begin)
+        monitoring.unregister_event_duration_listener(self._end)
+        for done in self._running.values():
+            done.set()
+
+    def _begin(self, event: str, value: float | int, **kwargs: Any) -> None:
+        if event == _COMPILING:
+            done = self._running[threading.get_ident()] = threading.Event()
+            watch = (kwargs.get("fun_name", "a program"), done)
+            threading.Thread(target=self._watch, args=watch, daemon=True).start()
+
+    def _end(self, event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event == _COMPILING:
+            done = self._running.pop(threading.get_ident(), None)
+            if done is not None:
+                done.set()
+            self.seconds += duration_secs
+            if duration_secs > self._patience:
+                name = kwargs.get("fun_name", "a program")
+                print(f"compiled {name} in {duration(duration_secs)}", flush=True)
+
+    def _watch(self, name: str, done: threading.Event) -> None:
+        began, patience = time.monotonic(), self._patience
+        while not done.wait(patience):
+            waited = time.monotonic() - began
+            print(f"compiling {name}: {duration(waited)} so far", flush=True)
+            patience = waited
+
+
+class PartProgress:
+    """Says how many of a stage's `total` parts are done, at most every `every` seconds."""
+
+    def __init__(self, stage: str, total: int, every: float = 10.0):
+        self._stage, self._total, self._every = stage, total, every
+        self._said = time.monotonic()
+
+    def done(self, number: int) -> None:
+        """`number` parts are done by now."""
+        now = time.monotonic()
+        if now - self._said >= self._every:
+            self._said = now
+            print(f"{self._stage}: {number} of {self._total} parts", flush=True)
 
 
 def read(workdir: epath.PathLike, stage: str) -> Iterator[dict[str, Any]]:
@@ -207,6 +310,35 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}m{whole % 60:02d}s"
     return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def _figures(values: Mapping[str, float], shown: tuple[str, ...]) -> str:
+    """Reward and its components, a wider gap, and the rest."""
+    present = [n for n in shown if n in values and not (n in _FAILURES and values[n] == 0.0)]
+    rewards = [n for n in present if f"{n}/".startswith(_COMPONENT)]
+    groups = (rewards, [n for n in present if n not in rewards])
+    return "  ".join(
+        " ".join(f"{_SHORT.get(n, (n, 0))[0]} {_figure(n, values[n])}" for n in group)
+        for group in groups
+        if group
+    )
+
+
+def _figure(name: str, value: float) -> str:
+    """As few characters as will do: .49, 112, 3e-4."""
+    if name not in _SHORT:
+        return f"{value:.4g}"
+    digits = _SHORT[name][1]
+    if digits is None:
+        return "0" if value == 0.0 else re.sub(r"e([+-])0", r"e\1", f"{value:.0e}")
+    return re.sub(r"^(-?)0\.", r"\1.", f"{value:.{digits}f}")
+
+
+def _rounded(rate: float) -> str:
+    """940, 2.4k, 31k."""
+    if rate < 999.5:
+        return f"{rate:.0f}"
+    return f"{rate / 1000:.1f}k" if rate < 9_950 else f"{rate / 1000:,.0f}k"
 
 
 def _plain(value: float) -> float | str:

@@ -2,7 +2,10 @@ import json
 import math
 import re
 import struct
+import threading
+import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -126,18 +129,80 @@ def test_a_scalar_may_not_take_the_name_of_a_column(tmp_path, name):
 # Progress.
 
 
+def shown(tmp_path, capsys, scalars, **config):
+    config = metrics.MetricsConfig(tensorboard=False, **config)
+    metrics.MetricWriter(tmp_path, "rl", total_steps=10, config=config).write(0, scalars)
+    return capsys.readouterr().out.removesuffix("\n")
+
+
 def test_a_progress_line_shows_what_is_asked_for(tmp_path, capsys):
-    config = metrics.MetricsConfig(tensorboard=False, shown=("reward", "kl", "loss"))
-    writer = metrics.MetricWriter(tmp_path, "rl", total_steps=10, config=config)
-    writer.write(0, {"loss": 1.23456789, "reward": 0.5, "hidden": 7.0})
-    writer.write(1, {"loss": 12345.678, "reward": 0.5, "tokens": 1000.0})
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == "rl 0/10  reward 0.5  loss 1.235"  # no pace is known yet
-    assert re.fullmatch(
-        r"rl 1/10  reward 0\.5  loss 1\.235e\+04  [\d,]+ tokens/s  \d+s left", second
-    )
-    metrics.MetricWriter(tmp_path, "sft", config=config).write(3, {})
+    scalars = {"loss": 1.23456789, "reward": 0.5, "hidden": 7.0, "mine": 12345.678}
+    line = shown(tmp_path, capsys, scalars, shown=("reward", "mine", "loss", "absent"))
+    assert line == "rl 0/10  rew .50  mine 1.235e+04 loss 1.235"
+    metrics.MetricWriter(tmp_path, "sft", config=QUIET).write(3, {})
     assert capsys.readouterr().out == "sft 3\n"
+
+
+HEALTHY = {"outcome/parsed": 1.0, "outcome/unparseable": 0.0, "outcome/length": 0.0}
+HEALTHY |= {"outcome/lost": 0.0, "lost_votes": 0.0, "left_group": 0.0}
+REWARDS = {"reward": 0.4923, "reward/format": 1.0, "reward/proof": 0.4478, "reward/self": 0.878}
+REWARDS |= {"reward/meta": 0.9, "reward/honesty": 0.79}
+UPDATE = {"loss": 3.9e-9, "gradient_norm": 0.066, "entropy": 0.2984, "kl": 1.24e-4}
+RL = {**REWARDS, **HEALTHY, **UPDATE, "zero_signal": 0.1875, "length": 112.4}
+
+
+def test_a_step_with_a_reward_shows_its_components_and_its_health(tmp_path, capsys):
+    assert shown(tmp_path, capsys, RL) == (
+        "rl 0/10  rew .49 proof .45 self .88 meta .90  ent .30 kl 1e-4 zero .19 len 112 ok 1.00"
+    )
+
+
+def test_answers_that_were_cut_or_lost_are_shown_where_there_are_any(tmp_path, capsys):
+    some = {"outcome/parsed": 0.9, "outcome/length": 0.07, "outcome/lost": 0.03}
+    assert shown(tmp_path, capsys, RL | some).endswith("ok .90 cut .07 lost .03")
+
+
+def test_a_supervised_step_shows_loss_and_gradient_norm(tmp_path, capsys):
+    scalars = {"loss": 0.38496, "gradient_norm": 1.7102, "head_loss": 0.0, "learning_rate": 1e-3}
+    assert shown(tmp_path, capsys, scalars) == "rl 0/10  loss .385 grad 1.710"
+
+
+def test_the_longest_line_of_a_healthy_step_fits_120_columns(tmp_path, capsys, monkeypatch):
+    clock = iter([0.0, 100.0, 147.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    config = metrics.MetricsConfig(tensorboard=False)
+    writer = metrics.MetricWriter(tmp_path, "generator-1", total_steps=40, config=config)
+    for step in (10, 11):
+        writer.write(step, RL | {"tokens": 57_400.0})
+    line = capsys.readouterr().out.splitlines()[1]
+    assert line.endswith("  1.2k tok/s 22m43s left")
+    assert len(line) <= 120
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("kl", 0.0, "kl 0"),
+        ("kl", 2.6e-12, "kl 3e-12"),
+        ("kl", -0.03, "kl -3e-2"),
+        ("kl", 14.0, "kl 1e+1"),
+        ("kl", math.nan, "kl nan"),
+        ("entropy", -0.25, "ent -.25"),
+        ("entropy", 10.04, "ent 10.04"),
+        ("length", 0.4, "len 0"),
+    ],
+)
+def test_figures_are_short(tmp_path, capsys, name, value, text):
+    assert shown(tmp_path, capsys, {"reward": 0.0, name: value}) == f"rl 0/10  rew .00  {text}"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text"), [(999.0, "999"), (1000.0, "1.0k"), (9949.0, "9.9k"), (31_415.0, "31k")]
+)
+def test_tokens_a_second_are_short(tmp_path, capsys, monkeypatch, tokens, text):
+    clock = iter([0.0, 1.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    assert shown(tmp_path, capsys, {"tokens": tokens}) == f"rl 0/10  {text} tok/s"
 
 
 def test_the_time_left_follows_the_pace_of_all_steps_but_the_first(tmp_path, capsys, monkeypatch):
@@ -148,9 +213,9 @@ def test_the_time_left_follows_the_pace_of_all_steps_but_the_first(tmp_path, cap
     for step in (4, 5, 7):
         writer.write(step, {"tokens": 60.0})
     assert capsys.readouterr().out.splitlines() == [
-        "rl 4/27  1 tokens/s",
-        "rl 5/27  6 tokens/s  3m40s left",
-        "rl 7/27  2 tokens/s  4m27s left",
+        "rl 4/27  1 tok/s",
+        "rl 5/27  6 tok/s 3m40s left",
+        "rl 7/27  2 tok/s 4m27s left",
     ]
 
 
@@ -209,6 +274,57 @@ def test_a_timing_file_that_cannot_be_read_is_named(tmp_path, text):
     (tmp_path / "timing.json").write_text(text)
     with pytest.raises(ValueError, match="timing.json cannot be read .*delete it"):
         metrics.write_timing(tmp_path, "sft", {"seconds": 1.0})
+
+
+# What a run waits for.
+
+
+def compile_fresh(name, depth=1):
+    """Compile a function that JAX has not seen, named `name`."""
+
+    def function(x):
+        for _ in range(depth):
+            x = jnp.sin(x) @ x
+        return x
+
+    function.__name__ = name
+    jax.jit(function).lower(jnp.ones((4, 4))).compile()
+
+
+def test_compiling_is_timed_apart_from_everything_else(capsys):
+    with metrics.CompileTime() as compiling:
+        before = compiling.seconds
+        time.sleep(0.2)
+        assert compiling.seconds == before
+        began = time.monotonic()
+        compile_fresh("timed")
+        assert 0.0 < compiling.seconds <= time.monotonic() - began
+    seconds = compiling.seconds
+    compile_fresh("not_timed", depth=2)
+    assert compiling.seconds == seconds
+    assert capsys.readouterr().out == ""  # nothing took long
+
+
+def test_a_program_that_takes_long_to_compile_is_named_while_it_is_waited_for(capsys):
+    before = set(threading.enumerate())
+    with metrics.CompileTime(patience=1e-4):
+        compile_fresh("deep", depth=20)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=1.0)
+        assert not thread.is_alive()  # nobody waits any more
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 25  # each wait is twice the last
+    assert lines[0] == "compiling jit(deep): 0s so far"
+    assert sum(bool(re.fullmatch(r"compiled jit\(deep\) in \d+s", line)) for line in lines) == 1
+
+
+def test_parts_are_reported_no_more_often_than_asked(capsys, monkeypatch):
+    clock = iter([0.0, 4.0, 11.0, 19.0, 21.5])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    progress = metrics.PartProgress("before", 9)
+    for number in (1, 2, 3, 4):
+        progress.done(number)
+    assert capsys.readouterr().out.splitlines() == ["before: 2 of 9 parts", "before: 4 of 9 parts"]
 
 
 # TensorBoard.

@@ -18,8 +18,11 @@ _TITLES = {
 }
 
 
-def render(summary: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
-    """Metrics before and after with standard errors and n; then where the time went."""
+def render(summary: Mapping[str, Any], seconds: Mapping[str, float], compile_seconds: float) -> str:
+    """Metrics before and after with standard errors and n; then where the time went.
+
+    `seconds` are by stage and hold the `compile_seconds`.
+    """
     lines: list[str] = []
     if summary["metrics"] is None:
         lines.append("no exact judge for this data: the stages' own figures are in summary.json")
@@ -36,7 +39,8 @@ def render(summary: Mapping[str, Any], seconds: Mapping[str, float]) -> str:
             )
     total = sum(seconds.values())
     shown = "  ".join(f"{name} {metrics.duration(value)}" for name, value in seconds.items())
-    lines += ["", f"time {metrics.duration(total)}:  {shown}"]
+    compiling = f"of which {metrics.duration(compile_seconds)} compiling"
+    lines += ["", f"time {metrics.duration(total)}, {compiling}:  {shown}"]
     return "\n".join(lines)
 
 

@@ -97,13 +97,13 @@ def train(config: config_lib.RunConfig, workdir: epath.Path, cache: str | None) 
             summary = json.loads(storage.read_bytes(workdir / "summary.json"))
             if set(summary["stages"]) == {s.name for s in config.stages}:
                 print(f"this run is finished; nothing was changed. {workdir / 'summary.json'}:")
-                print(table.render(summary, run_seconds(workdir)))
+                print(table.render(summary, *run_seconds(workdir)))
                 return FINISHED
         figures = iterate.run_all(run, config.stages)
         summary = summarise(run, config, figures)
         body = json.dumps(summary, indent=1, sort_keys=True) + "\n"
         storage.write_whole(workdir / "summary.json", body.encode())
-        print(table.render(summary, run_seconds(workdir)))
+        print(table.render(summary, *run_seconds(workdir)))
     return FINISHED
 
 
@@ -200,14 +200,16 @@ def summarise(
     }
 
 
-def run_seconds(workdir: epath.Path) -> Mapping[str, float]:
-    """Seconds by stage, from timing.json."""
+def run_seconds(workdir: epath.Path) -> tuple[Mapping[str, float], float]:
+    """Seconds by stage, and how many of them all went into compiling, from timing.json."""
     sections = json.loads(storage.read_bytes(workdir / "timing.json"))["sections"]
-    return {
-        name.removeprefix("stage/"): values["seconds"]
+    stages = {
+        name.removeprefix("stage/"): values
         for name, values in sections.items()
         if name.startswith("stage/") or name == "input"
     }
+    compiling = sum(values.get("compile_seconds", 0.0) for values in stages.values())
+    return {name: values["seconds"] for name, values in stages.items()}, compiling
 
 
 def _stop_on_sigterm(lease: storage.Lease) -> Callable[[], bool]:

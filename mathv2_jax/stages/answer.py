@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
-from mathv2_jax import evaluation, records, reward, storage
+from mathv2_jax import evaluation, metrics, records, reward, storage
 from mathv2_jax.stages import run as run_lib
 
 
@@ -41,13 +41,14 @@ def run_stage(run: run_lib.Run, stage: AnswerStage) -> dict[str, float]:
     parts = run.parts(stage.name)
     written = {storage.part_step(name) for name in parts.names()}
     seed = run.seed_for("test set")
-    for number, make in enumerate(
-        evaluation.answers(players, test_set(run, stage), stage.name, seed), start=1
-    ):
+    made = list(evaluation.answers(players, test_set(run, stage), stage.name, seed))
+    progress = metrics.PartProgress(stage.name, len(made))
+    for number, make in enumerate(made, start=1):
         run.check_stop(lambda: None)
         if number not in written:
             parts.write_part(storage.part_name(number), records.to_lines(make()))
             parts.commit(number)
+        progress.done(number)
     samples = run.samples(stage.name)
     proofs = run.input("test_proofs", records.Proof)
     return {"answers": float(len(samples)), **agreement(samples, proofs)}

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from mathv2_jax import records, reward, roles, storage
+from mathv2_jax import metrics, records, reward, roles, storage
 from mathv2_jax.stages import run as run_lib
 
 CHUNK = 64  # proofs a part
@@ -74,6 +74,7 @@ def run_stage(run: run_lib.Run, stage: AutolabelStage) -> dict[str, float]:
     parts = run.parts(stage.name)
     found: list[tuple[records.Proof, roles.AutoLabelled]] = []
     chunks = [candidates[i : i + CHUNK] for i in range(0, len(candidates), CHUNK)]
+    progress = metrics.PartProgress(stage.name, len(chunks))
     for number, chunk in enumerate(chunks, start=1):
         run.check_stop(lambda: None)
         seed = (run.seed, stage.name, number)
@@ -81,6 +82,7 @@ def run_stage(run: run_lib.Run, stage: AutolabelStage) -> dict[str, float]:
         found.extend(zip(chunk, labelled, strict=True))
         written = [s for p, v in zip(chunk, labelled, strict=True) for s in _samples(stage, p, v)]
         parts.write_part(storage.part_name(number), records.to_lines(written))
+        progress.done(number)
     found.sort(key=lambda pair: -pair[1].disagreement)
     decided = [(p, v) for p, v in found if v.label is not None][: stage.num_proofs]
     undecided = [(p, v) for p, v in found if v.label is None]

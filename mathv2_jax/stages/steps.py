@@ -83,6 +83,8 @@ class Loop:
 
     def remaining(self) -> Iterator[int]:
         """The steps still to take, counted from 0; stops early where the run is asked to."""
+        if self._step < self.num_steps:
+            print(f"{self.name}: first step, compiling its programs or loading them", flush=True)
         while self._step < self.num_steps:
             self.run.check_stop(self._save)
             yield self._step

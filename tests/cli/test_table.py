@@ -1,0 +1,45 @@
+from etils import epath
+
+from mathv2_jax import evaluation, metrics
+from mathv2_jax.cli import table, train
+
+SIDE = {"mean": 0.25, "se": 0.0123, "n": 1200}
+ROW = {"before": SIDE, "after": SIDE, "difference": {"mean": -0.5, "se": None}}
+EMPTY = {"mean": None, "se": None, "n": 0}
+
+
+def summary(**changed):
+    return {"metrics": {name: ROW for name in evaluation.METRICS} | changed}
+
+
+def test_a_metric_is_a_row_of_before_after_change_and_n():
+    lines = table.render(summary(), {"sft": 1.0}, 0.0).splitlines()
+    assert lines[0].split()[-4:] == ["before", "after", "change", "n"]
+    rows = lines[1 : 1 + len(evaluation.METRICS)]
+    for row in rows:
+        assert row.split()[-6:] == ["0.250", "±0.012", "0.250", "±0.012", "-0.500", "1200"]
+        assert row.index("1200") == lines[0].index("     n") + 2
+    assert len(set(rows)) == len(evaluation.METRICS)  # each has its own title
+
+
+def test_a_metric_without_items_has_no_figures():
+    row = {"before": EMPTY, "after": EMPTY, "difference": EMPTY}
+    text = table.render(summary(meta_accuracy=row), {"sft": 1.0}, 0.0)
+    (line,) = (line for line in text.splitlines() if line.startswith("meta-verifier"))
+    assert line.split()[-4:] == ["-", "-", "-", "0"]
+
+
+def test_data_without_an_exact_judge_say_so():
+    text = table.render({"metrics": None}, {"sft": 1.0}, 0.0)
+    assert text.startswith("no exact judge for this data")
+
+
+def test_the_time_is_split_by_stage_and_compiling_is_told_apart(tmp_path):
+    times = {"seconds": 190.0, "compile_seconds": 40.0}
+    metrics.write_timing(tmp_path, "input", {"seconds": 14.0})
+    metrics.write_timing(tmp_path, "stage/sft", times)
+    metrics.write_timing(tmp_path, "sft", {"seconds": 150.0})  # the loop inside the stage
+    metrics.write_timing(tmp_path, "stage/before", {"seconds": 60.0, "compile_seconds": 25.0})
+    text = table.render({"metrics": None}, *train.run_seconds(epath.Path(tmp_path)))
+    expected = "time 4m24s, of which 1m05s compiling:  input 14s  before 1m00s  sft 3m10s"
+    assert text.splitlines()[-1] == expected
