@@ -97,13 +97,13 @@ def train(config: config_lib.RunConfig, workdir: epath.Path, cache: str | None) 
             summary = json.loads(storage.read_bytes(workdir / "summary.json"))
             if set(summary["stages"]) == {s.name for s in config.stages}:
                 print(f"this run is finished; nothing was changed. {workdir / 'summary.json'}:")
-                print(table.render(summary, *run_seconds(workdir)))
+                print(table.render(summary, *run_seconds(workdir, config.stages)))
                 return FINISHED
         figures = iterate.run_all(run, config.stages)
         summary = summarise(run, config, figures)
         body = json.dumps(summary, indent=1, sort_keys=True) + "\n"
         storage.write_whole(workdir / "summary.json", body.encode())
-        print(table.render(summary, *run_seconds(workdir)))
+        print(table.render(summary, *run_seconds(workdir, config.stages)))
     return FINISHED
 
 
@@ -200,16 +200,15 @@ def summarise(
     }
 
 
-def run_seconds(workdir: epath.Path) -> tuple[Mapping[str, float], float]:
+def run_seconds(
+    workdir: epath.Path, stages: Sequence[iterate.Stage]
+) -> tuple[Mapping[str, float], float]:
     """Seconds by stage, and how many of them all went into compiling, from timing.json."""
     sections = json.loads(storage.read_bytes(workdir / "timing.json"))["sections"]
-    stages = {
-        name.removeprefix("stage/"): values
-        for name, values in sections.items()
-        if name.startswith("stage/") or name == "input"
-    }
-    compiling = sum(values.get("compile_seconds", 0.0) for values in stages.values())
-    return {name: values["seconds"] for name, values in stages.items()}, compiling
+    places = {"input": "input", **{s.name: f"stage/{s.name}" for s in stages}}
+    found = {name: sections[place] for name, place in places.items() if place in sections}
+    compiling = sum(values.get("compile_seconds", 0.0) for values in found.values())
+    return {name: values["seconds"] for name, values in found.items()}, compiling
 
 
 def _stop_on_sigterm(lease: storage.Lease) -> Callable[[], bool]:

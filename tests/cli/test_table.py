@@ -2,6 +2,8 @@ from etils import epath
 
 from mathv2_jax import evaluation, metrics
 from mathv2_jax.cli import table, train
+from mathv2_jax.rl import optimizer
+from mathv2_jax.stages import answer, sft
 
 SIDE = {"mean": 0.25, "se": 0.0123, "n": 1200}
 ROW = {"before": SIDE, "after": SIDE, "difference": {"mean": -0.5, "se": None}}
@@ -34,12 +36,20 @@ def test_data_without_an_exact_judge_say_so():
     assert text.startswith("no exact judge for this data")
 
 
-def test_the_time_is_split_by_stage_and_compiling_is_told_apart(tmp_path):
-    times = {"seconds": 190.0, "compile_seconds": 40.0}
+def test_the_time_is_split_by_stage_in_their_order_and_compiling_is_told_apart(tmp_path):
     metrics.write_timing(tmp_path, "input", {"seconds": 14.0})
-    metrics.write_timing(tmp_path, "stage/sft", times)
+    metrics.write_timing(tmp_path, "stage/sft", {"seconds": 190.0, "compile_seconds": 40.0})
     metrics.write_timing(tmp_path, "sft", {"seconds": 150.0})  # the loop inside the stage
     metrics.write_timing(tmp_path, "stage/before", {"seconds": 60.0, "compile_seconds": 25.0})
-    text = table.render({"metrics": None}, *train.run_seconds(epath.Path(tmp_path)))
-    expected = "time 4m24s, of which 1m05s compiling:  input 14s  before 1m00s  sft 3m10s"
-    assert text.splitlines()[-1] == expected
+    sft_config = sft.SftConfig(
+        steps=1, rows=1, row_length=8, optimizer=optimizer.OptimizerConfig(learning_rate=1.0)
+    )
+    stages = (
+        sft.SftStage(name="sft", sft=sft_config),
+        answer.AnswerStage(name="before", verifier="sft", generator="sft"),
+        answer.AnswerStage(name="after", verifier="sft", generator="sft"),  # not run yet
+    )
+    times = train.run_seconds(epath.Path(tmp_path), stages)
+    assert table.render({"metrics": None}, *times).splitlines()[-1] == (
+        "time 4m24s, of which 1m05s compiling:  input 14s  sft 3m10s  before 1m00s"
+    )
