@@ -18,7 +18,7 @@ RL_STEPS = 3
 def get_config() -> ml_collections.ConfigDict:
     c = quick.get_config()
     c.world.update(
-        dials=dict(depth=(1, 2), distractors=(1, 2)),
+        dials=dict(num_letters=12, depth=(1, 2), distractors=(1, 2)),
         num_drills=40,
         num_demonstrations=1_200,
         num_problems=60,
