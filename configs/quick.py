@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.seed = 0
     c.data = ""
     c.world = dict(
-        dials=dict(depth=(2, 4), distractors=(2, 4)),
+        dials=dict(num_letters=10, depth=(2, 3), distractors=(2, 3)),
         num_drills=4_000,
         num_demonstrations=24_000,
         refine_share=0.0,
@@ -56,13 +56,12 @@ def get_config() -> ml_collections.ConfigDict:
         verifier=dict(max_tokens=64),
         meta_verifier=dict(max_tokens=24),
     )
-    c.engine = dict(rows=128, prompt_buckets=(64, 96, 128), answer_buckets=(24, 64, 112))
-    rl = dict(groups=16, samples=8, rows=16, row_length=320, optimizer=adam(3e-4, warmup_steps=3))
+    c.engine = dict(rows=128, prompt_buckets=(80, 168), answer_buckets=(24, 64, 112))
+    rl = dict(groups=16, samples=8, rows=8, row_length=480, optimizer=adam(5e-4, warmup_steps=3))
     drills = dict(steps=300, rows=4, row_length=256, optimizer=adam(2e-3))
-    cold = dict(steps=900, rows=8, row_length=256, optimizer=adam(2e-3, final_share=0.1))
+    cold = dict(steps=1_100, rows=8, row_length=256, optimizer=adam(2e-3, final_share=0.1))
     again = dict(steps=60, rows=8, row_length=256, optimizer=adam(3e-4))
     label = dict(rule=dict(num_analyses=4, num_meta=1, num_valid=2), num_candidates=256)
-    generator_rl = rl | dict(row_length=480)
 
     def verifier(init: str, judge: str | None, meta: float, **more) -> dict:
         mixture = dict(verifier=1.0, **({"meta_verifier": meta} if meta else {}))
@@ -77,7 +76,7 @@ def get_config() -> ml_collections.ConfigDict:
             init=verifier,
             judge=verifier,
             mixture=mixture,
-            rl=generator_rl | dict(steps=30),
+            rl=rl | dict(steps=30),
         )
 
     stages = {

@@ -172,15 +172,16 @@ class Learner:
         self._where = _state_shardings(boxed, optimizer, mesh)
         gradient = jax.value_and_grad(loss, has_aux=True)
 
-        def accumulate(total: Any, variables: Any, batch: Any, reference: Any) -> Any:
+        def gradients(variables: Any, batch: Any, reference: Any) -> Any:
             (_, aux), grads = gradient(variables["params"], variables, batch, reference)
-            return (grads, aux) if total is None else jax.tree.map(jnp.add, total, (grads, aux))
+            return grads, aux
 
         def logprobs(variables: Any, batch: Any) -> jax.Array:
             return trunk.logprobs(variables["params"], variables, batch, temperature)[0].logprob_BT
 
         update = functools.partial(_guarded_update, optimizer, router_bias_rate)
-        self._accumulate = jax.jit(accumulate)
+        self._gradients = jax.jit(gradients)
+        self._add = jax.jit(functools.partial(jax.tree.map, jnp.add))
         # The state comes back laid out as it came in, or the next step would compile anew.
         everywhere = sharding.replicated(mesh)
         self._update = jax.jit(update, donate_argnums=0, out_shardings=(self._where, everywhere))
@@ -219,7 +220,8 @@ class Learner:
         total = None
         with jax.set_mesh(self.mesh):
             for batch, reference in zip(batches, references, strict=True):
-                total = self._accumulate(total, state.variables, batch, reference)
+                found = self._gradients(state.variables, batch, reference)
+                total = found if total is None else self._add(total, found)
             return self._update(state, total, jnp.float32(learning_rate))
 
 

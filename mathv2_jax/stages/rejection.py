@@ -38,17 +38,17 @@ class RejectionStage:
 
 
 def best_responses(run: run_lib.Run, stage: RejectionStage) -> list[records.Demonstration]:
-    """The chosen responses as demonstrations, in the order in which they were sampled."""
+    """The chosen responses as demonstrations: groups in the order in which they were sampled, of
+    each the best first, ties in the order of sampling."""
     chosen = []
     for source in stage.samples_from:
-        taken: dict[tuple[int, str], int] = {}
+        groups: dict[tuple[int, str], list[records.Sample]] = {}
         for sample in run.samples(source):
-            total = sample.rewards.get("total")
-            group = (sample.step, sample.id.rsplit("/", 1)[0])
-            if total is None or total < stage.min_reward or taken.get(group, 0) >= stage.per_group:
-                continue
-            taken[group] = taken.get(group, 0) + 1
-            chosen.append(_demonstration(run.roles.named(sample.role), sample))
+            if sample.rewards.get("total", 0.0) >= stage.min_reward:
+                groups.setdefault((sample.step, sample.id.rsplit("/", 1)[0]), []).append(sample)
+        for group in groups.values():
+            best = sorted(group, key=lambda sample: -sample.rewards["total"])[: stage.per_group]
+            chosen += [_demonstration(run.roles.named(sample.role), sample) for sample in best]
     return chosen
 
 
