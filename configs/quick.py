@@ -52,21 +52,26 @@ def get_config() -> ml_collections.ConfigDict:
     c.model = model()
     c.roles = dict(
         templates="world",
-        generator=dict(max_tokens=112),
-        verifier=dict(max_tokens=64),
-        meta_verifier=dict(max_tokens=24),
+        generator=dict(max_tokens=80),
+        verifier=dict(max_tokens=56),
+        meta_verifier=dict(max_tokens=20),
     )
-    c.engine = dict(rows=128, prompt_buckets=(80, 168), answer_buckets=(24, 64, 112))
+    c.engine = dict(rows=128, prompt_buckets=(72, 128), answer_buckets=(20, 56, 80))
     rl = dict(groups=16, samples=8, rows=8, row_length=480, optimizer=adam(5e-4, warmup_steps=3))
     drills = dict(steps=300, rows=4, row_length=256, optimizer=adam(2e-3))
-    cold = dict(steps=1_100, rows=8, row_length=256, optimizer=adam(2e-3, final_share=0.1))
+    cold = dict(steps=1_000, rows=8, row_length=256, optimizer=adam(2e-3, final_share=0.1))
     again = dict(steps=60, rows=8, row_length=256, optimizer=adam(3e-4))
-    label = dict(rule=dict(num_analyses=4, num_meta=1, num_valid=2), num_candidates=256)
+    rule = dict(num_analyses=4, num_meta=1, num_valid=2)
 
     def verifier(init: str, judge: str | None, meta: float, **more) -> dict:
         mixture = dict(verifier=1.0, **({"meta_verifier": meta} if meta else {}))
         return dict(
             kind="rl", init=init, judge=judge, mixture=mixture, rl=rl | dict(steps=30), **more
+        )
+
+    def answer(verifier: str, generator: str) -> dict:
+        return dict(
+            kind="answer", verifier=verifier, generator=generator, num_autolabel=1_000, rule=rule
         )
 
     def generator(verifier: str) -> dict:
@@ -76,7 +81,7 @@ def get_config() -> ml_collections.ConfigDict:
             init=verifier,
             judge=verifier,
             mixture=mixture,
-            rl=rl | dict(steps=30),
+            rl=rl | dict(steps=20),
         )
 
     stages = {
@@ -85,7 +90,7 @@ def get_config() -> ml_collections.ConfigDict:
             kind="sft", init="rule-drills", demonstrations="source_drills", sft=drills
         ),
         "sft": dict(kind="sft", init="source-drills", sft=cold),
-        "before": dict(kind="answer", verifier="sft", generator="sft"),
+        "before": answer("sft", "sft"),
         "verifier-0": verifier("sft", None, 0.0),
         "meta": dict(
             kind="rl", init="sft", mixture=dict(meta_verifier=1.0), rl=rl | dict(steps=15)
@@ -94,7 +99,12 @@ def get_config() -> ml_collections.ConfigDict:
         "probe-1": dict(kind="probe", verifier="verifier-1"),
         "generator-1": generator("verifier-1"),
         "autolabel-1": dict(
-            kind="autolabel", proofs_from="generator-1", judge="verifier-1", num_proofs=192, **label
+            kind="autolabel",
+            proofs_from="generator-1",
+            judge="verifier-1",
+            num_candidates=256,
+            num_proofs=192,
+            rule=rule,
         ),
         "rejection-1": dict(
             kind="rejection",
@@ -106,7 +116,7 @@ def get_config() -> ml_collections.ConfigDict:
         "verifier-2": verifier("rejection-1", "verifier-1", 0.33, proofs=("proofs", "autolabel-1")),
         "probe-2": dict(kind="probe", verifier="verifier-2", predecessor="probe-1"),
         "generator-2": generator("verifier-2"),
-        "after": dict(kind="answer", verifier="verifier-2", generator="generator-2"),
+        "after": answer("verifier-2", "generator-2"),
     }
     c.stages = tuple(stages)  # the recipe: which stages run, in this order
     c.stage = stages

@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
         return dict(stage[name], rl=dict(stage[name]["rl"], steps=GENERATOR_STEPS), **changes)
 
     def answer(verifier: str, generator: str) -> dict:
-        return dict(kind="answer", verifier=verifier, generator=generator)
+        return dict(stage["after"], verifier=verifier, generator=generator)
 
     stage["generator-1"] = longer("generator-1")
     stage["loop-2"] = longer("generator-2")

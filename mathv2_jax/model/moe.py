@@ -48,14 +48,16 @@ def sorted_blocks(
     ids_NA: Int[Array, "N A"],
     weights_NA: Float[Array, "N A"],
     experts: ExpertWeights,
-    block: int = 64,
+    block: int | None = None,
 ) -> Float[Array, "N D"]:
     """Assignments grouped by expert, each group padded to whole blocks, one product a block.
 
     For CPUs, where `lax.ragged_dot` costs as much as every expert on every row. Memory holds one
-    copy of an expert per block, so it is for small experts.
+    copy of an expert per block, so it is for small experts. `block` None: 16 to 64 rows, by the
+    mean group.
     """
     num_experts, num_tokens, per_token = experts.gate_EDF.shape[0], *ids_NA.shape
+    block = block or min(64, max(16, ids_NA.size // (4 * num_experts)))
     flat_M = ids_NA.reshape(-1)
     one_hot_ME = (flat_M[:, None] == jnp.arange(num_experts)[None, :]).astype(jnp.int32)
     running_ME = jnp.cumsum(one_hot_ME, axis=0)
