@@ -25,7 +25,7 @@ from mathv2_jax.cli import inputs, table
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.model import transformer
 from mathv2_jax.rl import learner
-from mathv2_jax.stages import iterate, steps
+from mathv2_jax.stages import iterate, probe, steps
 from mathv2_jax.stages import run as run_lib
 from mathv2_jax.text import tokenizer as tokenizer_lib
 from mathv2_jax.world import judge as world_judge
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     except run_lib.Preempted:
         logging.warning("preempted; the same command goes on from here")
         return PREEMPTED
-    except steps.NotFiniteError as error:
+    except (steps.NotFiniteError, probe.DriftError) as error:
         print(f"mathv2-train: {error}", file=sys.stderr)
         return FAILED
     except (ValueError, FileNotFoundError, flags.Error) as error:

@@ -8,6 +8,7 @@ from mathv2_jax import metrics, records, reward, roles, storage
 from mathv2_jax.stages import run as run_lib
 
 CHUNK = 64  # proofs a part
+UNDECIDED = "-undecided"  # the folder of records beside the stage's own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,8 +16,8 @@ class AutolabelStage:
     """Labels up to `num_proofs` of the newest distinct proofs in the records of `proofs_from`.
 
     All of the newest `num_candidates` are analysed n times; those whose analyses disagree most
-    come first (ours: the variance of the parsed scores). The undecided go to the records as
-    proofs without a label, for humans.
+    come first (ours: the variance of the parsed scores). The undecided are for humans: proofs
+    without a label, in the records of `NAME-undecided`.
     """
 
     name: str
@@ -100,7 +101,9 @@ def run_stage(run: run_lib.Run, stage: AutolabelStage) -> dict[str, float]:
         for proof, verdict in decided
         if verdict.label is not None
     ]
-    proofs += [proof for proof, _ in undecided]
+    waiting = run.parts(f"{stage.name}{UNDECIDED}")
+    waiting.write_part(storage.part_name(1), records.to_lines([proof for proof, _ in undecided]))
+    waiting.commit(1)
     last = len(chunks) + 1
     parts.write_part(storage.part_name(last), records.to_lines(proofs))
     parts.commit(last)

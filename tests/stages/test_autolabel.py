@@ -71,6 +71,7 @@ def labelled(make_run):
     write(run, [written(f"Proof {n}.") for n in range(30)])
     figures = autolabel.run_stage(run, stage())
     proofs = run.stage_records("label", records.Proof)
+    proofs += run.stage_records("label-undecided", records.Proof)
     scores = {}
     for s in run.samples("label"):
         if s.role == roles.VERIFIER and s.score is not None:
@@ -91,7 +92,7 @@ def test_the_hardest_to_verify_are_labelled_first_and_only_so_many(labelled):
     assert {p.label.rater for p in found} == {"judge"}
 
 
-def test_the_undecided_are_all_written_down_without_a_label(labelled):
+def test_the_undecided_are_all_written_to_a_file_of_their_own(labelled):
     figures, proofs, _ = labelled
     undecided = [p for p in proofs if p.label is None]
     assert len(undecided) == figures["undecided"] > 0
