@@ -16,15 +16,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from mathv2_jax import evaluation, records, storage
 from mathv2_jax.data import sources
 from mathv2_jax.world import judge
 
-_WORKDIRS = flags.DEFINE_list("workdirs", None, "One workdir a seed.", required=True)
-_ARMS = flags.DEFINE_list("arms", None, "Answer stages; the first is the baseline.", required=True)
-_OUT = flags.DEFINE_string("out", None, "Where the figures go, as JSON.")
+FINISHED, BAD_INPUT = 0, 2
 
 Measured = Mapping[str, evaluation.Ratio]
 
@@ -82,16 +80,34 @@ def render(result: Mapping[str, Any], arms: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments {argv[1:]}")
-    seeds = [{arm: measure_arm(w, arm) for arm in _ARMS.value} for w in _WORKDIRS.value]
-    result = compare(seeds, _ARMS.value)
-    print(render(result, _ARMS.value))
-    if _OUT.value:
-        body = {"arms": _ARMS.value, "seeds": len(seeds), "metrics": result}
-        storage.write_whole(_OUT.value, (json.dumps(body, indent=1) + "\n").encode())
+def make_flags() -> flags.FlagValues:
+    """This program's own, since other programs have flags of these names."""
+    made = flags.FlagValues()
+    flags.DEFINE_list("workdirs", None, "One workdir a seed.", flag_values=made)
+    flags.DEFINE_list("arms", None, "Answer stages; the first: baseline.", flag_values=made)
+    flags.DEFINE_string("out", None, "Where the figures go, as JSON.", flag_values=made)
+    return made
+
+
+def main(argv: Sequence[str]) -> int:
+    """Usage and input errors are one line and exit code 2."""
+    asked = make_flags()
+    try:
+        asked(argv)
+        if not asked.workdirs or not asked.arms:
+            raise ValueError("--workdirs=DIR,... and --arms=STAGE,... must be given")
+        arms = asked.arms
+        seeds = [{arm: measure_arm(w, arm) for arm in arms} for w in asked.workdirs]
+    except (ValueError, flags.Error) as error:
+        print(f"arms.py: {error}", file=sys.stderr)
+        return BAD_INPUT
+    result = compare(seeds, arms)
+    print(render(result, arms))
+    if asked.out:
+        body = {"arms": arms, "seeds": len(seeds), "metrics": result}
+        storage.write_whole(asked.out, (json.dumps(body, indent=1) + "\n").encode())
+    return FINISHED
 
 
 if __name__ == "__main__":
-    sys.exit(app.run(main))
+    sys.exit(main(sys.argv))
