@@ -140,7 +140,9 @@ def test_writing_again_after_an_interruption_gives_the_same_bytes(
 def test_the_config_runs_the_stages_of_quick_at_4096_tokens_or_more() -> None:
     config = config_lib.build(overrides.load(str(CONFIG)), [("config.data", "DIR")])
     quick = config_lib.build(overrides.load(str(CONFIG.with_name("quick.py"))))
-    assert [(s.name, type(s)) for s in config.stages] == [(s.name, type(s)) for s in quick.stages]
+    drills = ("rule-drills", "source-drills")  # exercises of the proof world
+    shared = [(s.name, type(s)) for s in quick.stages if s.name not in drills]
+    assert [(s.name, type(s)) for s in config.stages] == shared
     assert config.engine.prompt_buckets[-1] >= 4096
     for stage in config.stages:
         loop = getattr(stage, "rl", None) or getattr(stage, "sft", None)
