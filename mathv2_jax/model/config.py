@@ -14,6 +14,12 @@ class ModelConfig:
     each token to `experts_per_token` of `num_experts` experts of `expert_width`, beside
     `num_shared_experts` that see every token.
 
+    YaRN stretches rotation beyond `yarn_original_length` positions by `yarn_factor` (1: plain
+    rotation); `yarn_mscale_all_dim` corrects the softmax scale. `max_position` is what a context
+    may hold. `index_topk` > 0 makes attention sparse (DSA): each token attends to that many, picked
+    by an indexer of `index_heads` heads of `index_head_width`. `num_mtp_layers` extra layers predict
+    the tokens after the next.
+
     `embedding_taps` (ours; 0 in every released model) adds to each token's embedding those of its
     previous tokens, scaled channel by channel: a model of a few layers then learns to look things
     up in a tenth of the steps.
@@ -37,10 +43,24 @@ class ModelConfig:
     num_expert_groups: int = 1
     expert_groups_per_token: int = 1
     routed_scaling: float = 2.5
+    normalize_expert_weights: bool = True
     rope_theta: float = 10_000.0
+    yarn_factor: float = 1.0
+    yarn_original_length: int = 4096
+    yarn_beta_fast: float = 32.0
+    yarn_beta_slow: float = 1.0
+    yarn_mscale: float = 1.0
+    yarn_mscale_all_dim: float = 1.0
+    max_position: int = 4096
+    index_topk: int = 0
+    index_heads: int = 0
+    index_head_width: int = 0
+    num_mtp_layers: int = 0
     norm_eps: float = 1e-6
     embedding_taps: int = 0
+    param_dtype: str = "float32"
     compute_dtype: str = "float32"
+    remat: str = "none"
     logprob_chunk: int = 256
     scan_unroll: bool = False
 
