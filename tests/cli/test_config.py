@@ -12,7 +12,6 @@ from mathv2_jax.model import transformer
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
-MODELS = sorted((REPOSITORY / "configs" / "models").glob("*.py"))
 SWEEPS = sorted((REPOSITORY / "configs" / "sweeps").glob("*.py"))
 
 
@@ -24,7 +23,7 @@ def smoke(*changes: tuple[str, str]) -> config_lib.RunConfig:
 # Every config of the repository.
 
 
-@pytest.mark.parametrize("path", [*CONFIGS, *MODELS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_builds_and_its_model_evaluates(path):
     real = [("config.data", "DIR")] if path.stem == "olympiad" else []
     config = config_lib.build(overrides.load(str(path)), real)
