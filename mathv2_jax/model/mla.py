@@ -14,6 +14,8 @@ from mathv2_jax.model import layers, rope
 from mathv2_jax.model.config import ModelConfig
 
 MASKED = -1e30
+# The norms inside MLA keep this one whatever `norm_eps` says, in DeepSeek's code and elsewhere.
+LATENT_NORM_EPS = 1e-6
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, cache_lib.Layout, float], jax.Array]
 
@@ -47,7 +49,7 @@ class LatentAttention(nn.Module):
             self.q_a_DQ = layers.weight(
                 self, "q_a", (c.width, c.q_latent_width), ("embed", "q_latent"), c.width
             )
-            self.q_norm = layers.RMSNorm(c.norm_eps, name="q_a_norm")
+            self.q_norm = layers.RMSNorm(LATENT_NORM_EPS, name="q_a_norm")
             q_in, q_axis = c.q_latent_width, "q_latent"
         self.q_b_QHK = layers.weight(
             self, "q_b", (q_in, c.num_heads, key_width), (q_axis, "heads", "head_width"), q_in
@@ -59,7 +61,7 @@ class LatentAttention(nn.Module):
             ("embed", "kv_latent"),
             c.width,
         )
-        self.kv_norm = layers.RMSNorm(c.norm_eps, name="kv_a_norm")
+        self.kv_norm = layers.RMSNorm(LATENT_NORM_EPS, name="kv_a_norm")
         self.kv_b_CHK = layers.weight(
             self,
             "kv_b",
@@ -77,8 +79,9 @@ class LatentAttention(nn.Module):
 
     @property
     def scale(self) -> float:
-        """1 / sqrt of the full key width."""
-        return (self.config.head_key_width + self.config.head_rope_width) ** -0.5
+        """1 / sqrt of the full key width, corrected where YaRN stretches the context."""
+        c = self.config
+        return (c.head_key_width + c.head_rope_width) ** -0.5 * rope.softmax_correction(c)
 
     def _queries(
         self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]
@@ -90,7 +93,7 @@ class LatentAttention(nn.Module):
         q_BTHK = jnp.einsum("BTQ,QHK->BTHK", q_in_BTQ, self.q_b_QHK.astype(dtype))
         q_BTHK = sharding.constrain(q_BTHK, "batch", "time", "heads", "head_width")
         nope, turned = jnp.split(q_BTHK, [c.head_key_width], axis=-1)
-        return nope, rope.rotate(turned, positions_BT, c.rope_theta)
+        return nope, rope.rotate(turned, positions_BT, rope.rotation(c))
 
     def _latents(
         self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]
@@ -98,7 +101,7 @@ class LatentAttention(nn.Module):
         c = self.config
         both_BTC = x_BTD @ self.kv_a_DC.astype(x_BTD.dtype)
         latent_BTC, key_BTR = jnp.split(both_BTC, [c.kv_latent_width], axis=-1)
-        key_BTR = rope.rotate(key_BTR[:, :, None, :], positions_BT, c.rope_theta)[:, :, 0]
+        key_BTR = rope.rotate(key_BTR[:, :, None, :], positions_BT, rope.rotation(c))[:, :, 0]
         return cache_lib.LatentPair(self.kv_norm(latent_BTC), key_BTR)
 
     def expanded(

@@ -168,7 +168,8 @@ class SparseMlp(nn.Module):
             kept_NA = kept_BTA.reshape(ids_NA.shape)
             ids_NA = jnp.where(kept_NA >= 0, kept_NA, ids_NA)
         weight_NA = jnp.take_along_axis(score_NE, ids_NA, axis=1)
-        weight_NA = weight_NA / (jnp.sum(weight_NA, axis=1, keepdims=True) + 1e-20)
+        if c.normalize_expert_weights:
+            weight_NA = weight_NA / (jnp.sum(weight_NA, axis=1, keepdims=True) + 1e-20)
         stacked = ExpertWeights(
             gate_EDF.astype(dtype), up_EDF.astype(dtype), down_EFD.astype(dtype)
         )

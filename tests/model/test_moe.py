@@ -173,6 +173,21 @@ def test_the_live_choice_stands_where_nothing_was_kept(sparse):
     np.testing.assert_allclose(out_BTD, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_expert_weights_are_raw_scores_where_the_config_says_so(sparse):
+    config, variables, _ = sparse
+    raw = dataclasses.replace(config, normalize_expert_weights=False, num_shared_experts=0)
+    x_BTD, real_BT = inputs(config)
+    module = moe.SparseMlp(raw, moe.every_expert)
+    got_BTD, routing = module.apply(variables, x_BTD, real_BT, None)
+    p, x_ND = variables["params"], x_BTD.reshape(10, -1)
+    score_NE = 1 / (1 + np.exp(-np.asarray(x_ND, np.float64) @ np.asarray(p["router"])))
+    ids_NA = np.asarray(routing.experts_BTA).reshape(10, 2)
+    weight_NA = config.routed_scaling * np.take_along_axis(score_NE, ids_NA, 1)
+    experts = moe.ExpertWeights(p["experts_gate"], p["experts_up"], p["experts_down"])
+    wanted_ND = one_by_one(x_ND, ids_NA, weight_NA, experts)
+    np.testing.assert_allclose(got_BTD.reshape(10, -1), wanted_ND, rtol=1e-4, atol=1e-4)
+
+
 def test_the_gate_learns_from_the_live_scores_of_kept_experts(sparse):
     """The router's gradient equals that of the weights' formula, the bias has none."""
     config, variables, apply = sparse
