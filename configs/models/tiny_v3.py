@@ -29,6 +29,6 @@ def model() -> dict:
         yarn_beta_slow=0.5,
         yarn_mscale=0.8,
         yarn_mscale_all_dim=0.6,
-        max_position=128,
+        max_position=96,
         norm_eps=1e-6,
     )
