@@ -3,7 +3,7 @@
 import dataclasses
 
 DTYPES = ("float32", "bfloat16")
-# What a layer keeps for its backward pass; see transformer.REMAT.
+# What a layer keeps for its backward pass; see block.REMAT.
 REMAT_NAMES = ("none", "full", "dots", "dots_no_batch")
 
 
@@ -21,8 +21,8 @@ class ModelConfig:
     YaRN stretches rotation beyond `yarn_original_length` positions by `yarn_factor` (1: plain
     rotation); `yarn_mscale_all_dim` corrects the softmax scale. `max_position` is what a context
     may hold. `index_topk` > 0 makes attention sparse (DSA): each token attends to that many, picked
-    by an indexer of `index_heads` heads of `index_head_width`. `num_mtp_layers` extra layers predict
-    the tokens after the next.
+    by an indexer of `index_heads` heads of `index_head_width`. `num_mtp_layers` extra layers
+    predict the tokens after the next.
 
     `param_dtype` is that of every parameter but the verifier head; the router's bias, the scores of
     router and attention and all log-probabilities are float32 whatever the dtypes say. `remat`
