@@ -24,7 +24,7 @@ class Further(NamedTuple):
 
     hidden_BTD: Float[Array, "... B T D"]
     real_BT: Bool[Array, "... B T"]
-    routing: moe.Routing
+    routing: moe.Routing | None
     alignment: Float[Array, "..."] | None
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from mathv2_jax.model import block, heads, layers, moe, mtp
 from mathv2_jax.model import cache as cache_lib
+from mathv2_jax.model.block import Kernels, Signals
 from mathv2_jax.model.config import ModelConfig
 
 Variables = dict[str, Any]
@@ -41,9 +42,6 @@ class TrunkOutput(NamedTuple):
     routing: moe.Routing | None
     alignment_L: Float[Array, "L"] | None = None
     further: mtp.Further | None = None
-
-
-Kernels, Signals = block.Kernels, block.Signals
 
 
 class Trunk(nn.Module):
