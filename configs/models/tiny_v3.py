@@ -1,4 +1,4 @@
-"""DeepSeek-V3's architecture at 48 thousand parameters, for tests: no two widths are equal."""
+"""DeepSeek-V3's architecture at 63 thousand parameters, for tests: no two widths are equal."""
 
 
 def model() -> dict:

@@ -1,4 +1,4 @@
-"""DeepSeek-V3.2's architecture at 26 thousand parameters, for tests."""
+"""DeepSeek-V3.2's architecture at 69 thousand parameters, for tests."""
 
 from configs.models import tiny_v3
 
