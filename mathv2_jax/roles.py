@@ -74,7 +74,7 @@ class Role:
     think: bool = False
 
     def prompt(
-        self, tokenizer: tokenizer_lib.SentencePieceTokenizer, **fields: str
+        self, tokenizer: tokenizer_lib.Tokenizer, **fields: str
     ) -> tuple[int, ...]:
         """Token ids of the filled template, the assistant's turn opened."""
         text = prompts.fill(self.template, **fields)

@@ -29,11 +29,28 @@ SCHEMA = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """SentencePiece, trained by the run on its own input text."""
+    """SentencePiece, trained by the run on its own input text, or the tokenizer of `directory`.
 
-    vocab_size: int
+    A directory, local or gs://, holds tokenizer.json, tokenizer_config.json and a chat template.
+    """
+
+    vocab_size: int = 0
     whole_phrases: tuple[str, ...] = ()
     max_texts: int = 20_000
+    directory: str = ""
+
+    def __post_init__(self):
+        if bool(self.directory) == (self.vocab_size > 0):
+            raise ValueError(
+                f"config.tokenizer: vocab_size = {self.vocab_size} and directory = "
+                f"{self.directory!r}: give one of the two, a size to train to or a tokenizer made "
+                "before"
+            )
+        if self.directory and self.whole_phrases:
+            raise ValueError(
+                f"config.tokenizer.whole_phrases with directory = {self.directory!r}: phrases are "
+                "for a tokenizer that is trained; leave them out"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,6 +76,12 @@ class RunConfig:
 
     def __post_init__(self):
         iterate.check_stages(self.stages)
+        for stage in self.stages:
+            for part in ("sft", "rl"):
+                config = getattr(stage, part, None)
+                if config is not None:
+                    where = f"config.stage.{stage.name}.{part}.auxiliary"
+                    config.auxiliary.require(self.model, where)
         if (self.world is None) == (self.data == ""):
             raise ValueError(
                 "a run reads real files (config.data = DIR) or the embedded world (config.world), "
@@ -75,6 +98,11 @@ def build(
     """
     body = overrides_lib.apply(config.to_dict(), overrides)
     if isinstance(body.get("model"), dict) and isinstance(body.get("tokenizer"), dict):
+        if body["tokenizer"].get("directory") and "vocab_size" not in body["model"]:
+            raise ValueError(
+                "config.model.vocab_size must be given beside config.tokenizer.directory: the "
+                "number of tokens there or more, as the model was made (129280 of DeepSeek-V3)"
+            )
         body["model"].setdefault("vocab_size", body["tokenizer"].get("vocab_size", 0))
     body["stages"] = _listed_stages(body.get("stages", ()), body.pop("stage", {}))
     return _build(RunConfig, body, "config")

@@ -121,6 +121,9 @@ def begin(workdir: epath.Path, config: config_lib.RunConfig) -> None:
         config_lib.require_same(saved["identity"], asked, done)
     else:
         began = time.monotonic()
+        if config.tokenizer.directory:
+            folder = absolute(config.tokenizer.directory)
+            inputs.copy_tokenizer(workdir, folder, config.model.vocab_size)
         templates = config.roles.templates
         if config.world is None:
             real = config.real or inputs.RealConfig()
@@ -144,10 +147,10 @@ def begin(workdir: epath.Path, config: config_lib.RunConfig) -> None:
     storage.write_whole(path, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
 
 
-def run_tokenizer(
-    workdir: epath.Path, config: config_lib.RunConfig
-) -> tokenizer_lib.SentencePieceTokenizer:
-    """The run's tokenizer, trained on its input files the first time."""
+def run_tokenizer(workdir: epath.Path, config: config_lib.RunConfig) -> tokenizer_lib.Tokenizer:
+    """The run's tokenizer: its copy of the one given, or trained on its input the first time."""
+    if config.tokenizer.directory:
+        return inputs.read_tokenizer(workdir)
     return inputs.make_tokenizer(
         workdir,
         config.tokenizer.vocab_size,
@@ -161,7 +164,9 @@ def make_run(
 ) -> run_lib.Run:
     """Tokenizer, roles, model and engines of a run."""
     tokenizer = run_tokenizer(workdir, config)
-    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    model = config.model
+    if not config.tokenizer.directory:  # a trained vocabulary may be smaller than asked for
+        model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
     run = run_lib.Run(
         workdir=workdir,
         seed=config.seed,
@@ -177,7 +182,7 @@ def make_run(
     size = transformer.num_parameters(
         transformer.boxed_abstract(run.trunk.config, run.trunk.kernels)
     )
-    print(f"model: {size:,} parameters, vocabulary of {tokenizer.vocab_size}", flush=True)
+    print(f"model: {size:,} parameters, vocabulary of {model.vocab_size}", flush=True)
     return run
 
 
