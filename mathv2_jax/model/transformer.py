@@ -15,6 +15,7 @@ from mathv2_jax.model import block, heads, layers, moe, mtp
 from mathv2_jax.model import cache as cache_lib
 from mathv2_jax.model.block import Kernels, Signals
 from mathv2_jax.model.config import ModelConfig
+from mathv2_jax.model.mtp import Further
 
 Variables = dict[str, Any]
 
@@ -41,7 +42,7 @@ class TrunkOutput(NamedTuple):
     latents: Latents
     routing: moe.Routing | None
     alignment_L: Float[Array, "L"] | None = None
-    further: mtp.Further | None = None
+    further: Further | None = None
 
 
 class Trunk(nn.Module):
