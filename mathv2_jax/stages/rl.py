@@ -11,6 +11,7 @@ from absl import logging
 from mathv2_jax import records, roles
 from mathv2_jax import reward as reward_lib
 from mathv2_jax.data import packing, sources
+from mathv2_jax.rl import auxiliary as auxiliary_lib
 from mathv2_jax.rl import grpo as grpo_lib
 from mathv2_jax.rl import learner as learner_lib
 from mathv2_jax.rl import optimizer as optimizer_lib
@@ -29,7 +30,8 @@ class RlConfig:
     Groups without signal (all rewards equal) are counted and refilled in stream order in at most
     `max_refills` rounds; then the step trains on what there is. `on_length`: a response cut at
     its own limit earns 0 (`zero`) or leaves its group (`mask`). `head_weight` and
-    `head_auto_weight` weigh human and automatic labels in the verifier head's loss.
+    `head_auto_weight` weigh human and automatic labels in the verifier head's loss, `auxiliary` the
+    losses of experts, indexers and further predictions.
     """
 
     steps: int
@@ -47,6 +49,7 @@ class RlConfig:
     )
     head_weight: float = 1.0
     head_auto_weight: float = 0.5
+    auxiliary: auxiliary_lib.AuxiliaryConfig = auxiliary_lib.AuxiliaryConfig()
 
     def __post_init__(self):
         for name in ("steps", "groups", "rows", "row_length"):
@@ -58,6 +61,11 @@ class RlConfig:
             raise ValueError(f"rl.max_refills = {self.max_refills}: must not be negative")
         if self.on_length not in LENGTH_REWARDS:
             raise ValueError(f"rl.on_length = {self.on_length!r}: must be one of {LENGTH_REWARDS}")
+        if self.auxiliary.indexer and self.auxiliary.indexer_stage == "dense":
+            raise ValueError(
+                "rl.auxiliary.indexer_stage = 'dense': the sampler's attention is sparse, and the "
+                "trainer's must be too; warm up in a supervised stage"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,7 +104,7 @@ def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
     stream = task_stream(run, stage)
     score = make_score(run, stage)
     learner = run.learner(
-        ("rl", config.grpo, config.optimizer, temperature),
+        ("rl", config.grpo, config.optimizer, config.auxiliary, temperature),
         functools.partial(_make_learner, run, config, temperature),
     )
     with steps.Loop(run, stage.name, config.steps, learner, stage.init) as loop:
@@ -280,9 +288,10 @@ def pack(config: RlConfig, groups: Sequence[groups_lib.Group]) -> list[packing.B
 
 
 def _make_learner(run: run_lib.Run, config: RlConfig, temperature: float) -> learner_lib.Learner:
-    loss = functools.partial(learner_lib.policy_gradient, run.trunk, config.grpo, temperature)
+    trunk = dataclasses.replace(run.trunk, auxiliary=config.auxiliary)
+    loss = functools.partial(learner_lib.policy_gradient, trunk, config.grpo, temperature)
     return learner_lib.Learner(
-        run.trunk,
+        trunk,
         loss,
         optimizer_lib.make_optimizer(config.optimizer),
         run.mesh,
