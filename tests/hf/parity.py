@@ -4,6 +4,8 @@ Weights are drawn so that nothing is symmetric or hidden: norm scales about one,
 enough to change the choice, and a router whose scores spread.
 """
 
+import copy
+import tempfile
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import torch
 import transformers
 from torch.overrides import TorchFunctionMode
 
+from mathv2_jax import hf
 from mathv2_jax.model import cache, heads, transformer
 from mathv2_jax.model.config import ModelConfig
 
@@ -19,6 +22,7 @@ NEAR = 1e-6  # scores closer than this may change places under rounding
 
 # The reference's sampled thread pool fights with the tests that run beside it.
 torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
 
 
 def reference_config(c: ModelConfig) -> Any:
@@ -113,91 +117,21 @@ def _scaled(name: str, noise: np.ndarray) -> np.ndarray:
     return spread * noise * noise.shape[-1] ** -0.5
 
 
-def variables_of(c: ModelConfig, tensors: dict[str, torch.Tensor]) -> transformer.Variables:
-    """The reference's state dict in our tree."""
-    read = {name: t.detach().float().numpy() for name, t in tensors.items()}
-    widths = (c.num_heads, c.head_key_width, c.head_rope_width, c.head_value_width)
-    num_heads, key, rope, value = widths
-
-    def attention(at: str) -> dict[str, Any]:
-        def matrix(name: str) -> np.ndarray:
-            return read[f"{at}.{name}.weight"].T
-
-        out: dict[str, Any] = dict(
-            kv_a=matrix("kv_a_proj_with_mqa"),
-            kv_a_norm=dict(scale=read[f"{at}.kv_a_layernorm.weight"]),
-            kv_b=matrix("kv_b_proj").reshape(-1, num_heads, key + value),
-            o=matrix("o_proj").reshape(num_heads, value, -1),
-        )
-        if c.q_latent_width:
-            out |= dict(
-                q_a=matrix("q_a_proj"), q_a_norm=dict(scale=read[f"{at}.q_a_layernorm.weight"])
-            )
-        queries = matrix("q_b_proj" if c.q_latent_width else "q_proj")
-        out["q_b"] = queries.reshape(-1, num_heads, key + rope)
-        if c.index_topk:
-            out["indexer"] = dict(
-                q_b=matrix("indexer.wq_b").reshape(-1, c.index_heads, c.index_head_width),
-                k=matrix("indexer.wk"),
-                k_norm=dict(
-                    scale=read[f"{at}.indexer.k_norm.weight"],
-                    bias=read[f"{at}.indexer.k_norm.bias"],
-                ),
-                weights=matrix("indexer.weights_proj"),
-            )
-        return out
-
-    def gated(at: str) -> dict[str, Any]:
-        return {n: read[f"{at}.{n}_proj.weight"].T for n in ("gate", "up", "down")}
-
-    def block(layer: int) -> tuple[dict[str, Any], np.ndarray | None]:
-        at = f"model.layers.{layer}"
-        out = dict(
-            attention_norm=dict(scale=read[f"{at}.input_layernorm.weight"]),
-            mlp_norm=dict(scale=read[f"{at}.post_attention_layernorm.weight"]),
-            attention=attention(f"{at}.self_attn"),
-        )
-        if layer < c.num_dense_layers:
-            return out | dict(mlp=gated(f"{at}.mlp")), None
-        gate, up = np.split(read[f"{at}.mlp.experts.gate_up_proj"], 2, axis=1)
-        mlp = dict(
-            router=read[f"{at}.mlp.gate.weight"].T,
-            experts_gate=gate.swapaxes(1, 2),
-            experts_up=up.swapaxes(1, 2),
-            experts_down=read[f"{at}.mlp.experts.down_proj"].swapaxes(1, 2),
-            shared=gated(f"{at}.mlp.shared_experts"),
-        )
-        return out | dict(mlp=mlp), read[f"{at}.mlp.gate.e_score_correction_bias"]
-
-    blocks = [block(layer) for layer in range(c.num_layers)]
-    dense, sparse = blocks[: c.num_dense_layers], blocks[c.num_dense_layers :]
-    params: dict[str, Any] = dict(
-        embed=read["model.embed_tokens.weight"],
-        unembed=read["lm_head.weight"].T,
-        final_norm=dict(scale=read["model.norm.weight"]),
-        verifier_head_kernel=np.zeros((c.width, 3), np.float32),
-        verifier_head_bias=np.zeros((3,), np.float32),
-    )
-    variables: transformer.Variables = dict(params=params)
-    if dense:
-        params["dense"] = _stacked([b for b, _ in dense])
-    if sparse:
-        params["sparse"] = _stacked([b for b, _ in sparse])
-        biases = np.stack([bias for _, bias in sparse if bias is not None])
-        variables["router"] = dict(sparse=dict(mlp=dict(bias=biases)))
-    return _on_device(variables)
+def as_ours(model: Any) -> tuple[ModelConfig, transformer.Variables]:
+    """What the package reads from the folder that the reference writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return hf.load(folder)
 
 
-def _stacked(trees: list[Any]) -> Any:
-    if isinstance(trees[0], dict):
-        return {name: _stacked([t[name] for t in trees]) for name in trees[0]}
-    return np.stack(trees)
-
-
-def _on_device(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {name: _on_device(branch) for name, branch in tree.items()}
-    return jnp.asarray(np.ascontiguousarray(tree))
+def gradients_as_ours(model: Any) -> Any:
+    """The parameters' gradients in our tree: the model with each in its parameter's place."""
+    slopes = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            found = parameter.grad
+            slopes.get_parameter(name).copy_(torch.zeros(()) if found is None else found)
+    return as_ours(slopes)[1]["params"]
 
 
 class Tie(NamedTuple):

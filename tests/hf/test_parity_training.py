@@ -35,18 +35,13 @@ def kind_of(config: ModelConfig) -> str:
 def test_gradients_of_the_cross_entropy_are_those_of_autograd(config, record_property):
     """Of every parameter; the reference has none for the indexer, and ours is zero."""
     model = parity.drawn_reference(config, seed=7)
-    tokens_BT = draw_tokens(config, 0)
+    tokens_BT = draw_tokens(config, 1)
     seen = parity.TopK(REAL_BT)
     with seen:
         logits = model(input_ids=torch.from_numpy(tokens_BT).long(), use_cache=False).logits
     targets = torch.from_numpy(tokens_BT[:, 1:]).long().reshape(-1)
     torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets).backward()
-    slopes = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad
-        for name, p in model.named_parameters()
-    }
-    buffers = {n: b for n, b in model.named_buffers() if n.endswith("e_score_correction_bias")}
-    wanted = parity.variables_of(config, {**slopes, **buffers})["params"]
+    wanted = parity.gradients_as_ours(model)
 
     @jax.jit
     @jax.grad
@@ -58,8 +53,8 @@ def test_gradients_of_the_cross_entropy_are_those_of_autograd(config, record_pro
         )
         return -jnp.mean(found.logprob_BT)
 
-    params = dict(parity.variables_of(config, model.state_dict()))
-    got = slope(params.pop("params"), params, jnp.asarray(tokens_BT))
+    _, variables = parity.as_ours(model)
+    got = slope(variables.pop("params"), variables, jnp.asarray(tokens_BT))
     assert not seen.ties, seen.report()
     worst, where = 0.0, ""
     for (path, one), other in zip(
@@ -87,7 +82,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference_in_bfloat16(config, rec
     for seed in range(SEEDS):
         tokens_BT = draw_tokens(config, seed)
         model = parity.drawn_reference(config, seed, halved=True)
-        variables = parity.variables_of(config, model.state_dict())
+        _, variables = parity.as_ours(model)
         seen = parity.TopK(REAL_BT)
         exact_BTV = parity.reference_logits(model, tokens_BT, REAL_BT, seen)
         replay = parity.TopK(REAL_BT, replayed=seen.chosen)
