@@ -63,6 +63,19 @@ def test_an_override_reaches_a_nested_field_and_one_that_the_file_leaves_unset()
     assert config.router_bias_rate == 0.0 and isinstance(config.router_bias_rate, float)
 
 
+def test_auxiliary_losses_are_fields_of_a_stage_that_the_model_must_have_the_parts_for():
+    path = "stage.sft.sft.auxiliary"
+    config = smoke((f"{path}.balance", "1e-4"), ("stage.verifier-0.rl.auxiliary.balance", "1e-3"))
+    stages = {s.name: s for s in config.stages}
+    assert stages["sft"].sft.auxiliary.balance == 1e-4
+    assert stages["verifier-0"].rl.auxiliary.balance == 1e-3
+    with pytest.raises(ValueError, match=rf"^config\.{path}\.mtp = 0\.1: .*num_mtp_layers is 0"):
+        smoke((f"{path}.mtp", "0.1"))
+    with pytest.raises(ValueError, match="attention is sparse, and the trainer's must be too"):
+        where = "stage.verifier-0.rl.auxiliary"
+        smoke((f"{where}.indexer", "1.0"), (f"{where}.indexer_stage", "dense"))
+
+
 def test_a_part_of_the_recipe_is_an_override():
     config = smoke(("stages", "rule-drills, source-drills,sft,before"))
     assert [s.name for s in config.stages] == ["rule-drills", "source-drills", "sft", "before"]
