@@ -8,7 +8,6 @@ Exit codes: 0 finished, 75 preempted after a save, 2 bad usage or input, 1 failu
 import dataclasses
 import functools
 import json
-import os
 import signal
 import sys
 import time
@@ -21,7 +20,7 @@ from etils import epath
 
 from mathv2_jax import evaluation, metrics, roles, sharding, storage
 from mathv2_jax.cli import config as config_lib
-from mathv2_jax.cli import inputs, table
+from mathv2_jax.cli import inputs, shell, table
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.model import transformer
 from mathv2_jax.rl import learner
@@ -30,7 +29,6 @@ from mathv2_jax.stages import run as run_lib
 from mathv2_jax.text import tokenizer as tokenizer_lib
 from mathv2_jax.world import judge as world_judge
 
-FINISHED, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
 LEASE_SECONDS = 600.0
 
 _CONFIG = flags.DEFINE_string(
@@ -56,33 +54,18 @@ def main(argv: Sequence[str]) -> int:
         if len(rest) > 1 and not rest[-1].startswith("-"):
             raise ValueError(f"unexpected argument {rest[-1]!r}: every setting is a --flag")
         config = config_lib.build(overrides_lib.load(config_file), overrides)
-        return train(config, absolute(workdir), _CACHE.value)
+        return train(config, shell.absolute(workdir), _CACHE.value)
     except run_lib.Preempted:
         logging.warning("preempted; the same command goes on from here")
-        return PREEMPTED
+        return shell.PREEMPTED
     except (steps.NotFiniteError, probe.DriftError) as error:
         print(f"mathv2-train: {error}", file=sys.stderr)
-        return FAILED
+        return shell.FAILED
     except (ValueError, FileNotFoundError, flags.Error) as error:
-        if not _is_of_input(error):
+        if not shell.is_of_input(error):
             raise
         print(f"mathv2-train: {error}", file=sys.stderr)
-        return BAD_INPUT
-
-
-def _is_of_input(error: BaseException) -> bool:
-    """Whether the error was raised by our own checks of settings and files, or by absl's."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    raised_in = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
-    ours = raised_in.partition(".")[0] in ("mathv2_jax", "__main__", "config_file")
-    return ours or isinstance(error, (flags.Error, FileNotFoundError))
-
-
-def absolute(path: str) -> epath.Path:
-    """A folder named on the command line, local (relative to where it was given) or gs://."""
-    return epath.Path(os.path.abspath(os.path.expanduser(path)) if storage.is_local(path) else path)
+        return shell.BAD_INPUT
 
 
 def train(config: config_lib.RunConfig, workdir: epath.Path, cache: str | None) -> int:
@@ -98,13 +81,13 @@ def train(config: config_lib.RunConfig, workdir: epath.Path, cache: str | None) 
             if set(summary["stages"]) == {s.name for s in config.stages}:
                 print(f"this run is finished; nothing was changed. {workdir / 'summary.json'}:")
                 print(table.render(summary, *run_seconds(workdir, config.stages)))
-                return FINISHED
+                return shell.FINISHED
         figures = iterate.run_all(run, config.stages)
         summary = summarise(run, config, figures)
         body = json.dumps(summary, indent=1, sort_keys=True) + "\n"
         storage.write_whole(workdir / "summary.json", body.encode())
         print(table.render(summary, *run_seconds(workdir, config.stages)))
-    return FINISHED
+    return shell.FINISHED
 
 
 def begin(workdir: epath.Path, config: config_lib.RunConfig) -> None:
@@ -122,14 +105,14 @@ def begin(workdir: epath.Path, config: config_lib.RunConfig) -> None:
     else:
         began = time.monotonic()
         if config.tokenizer.directory:
-            folder = absolute(config.tokenizer.directory)
+            folder = shell.absolute(config.tokenizer.directory)
             inputs.copy_tokenizer(workdir, folder, config.model.vocab_size)
         templates = config.roles.templates
         if config.world is None:
             real = config.real or inputs.RealConfig()
             counts = inputs.write_real(
                 workdir,
-                absolute(config.data),
+                shell.absolute(config.data),
                 real,
                 templates,
                 functools.partial(run_tokenizer, workdir, config),

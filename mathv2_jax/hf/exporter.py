@@ -208,7 +208,7 @@ def _write_file(
 def _step(reader: store.Reader, prefix: str, entry: names.Entry) -> int:
     """As far along as one piece on disk reaches, or as many of them as are still small."""
     name = prefix + entry.ours
-    axis = entry.order[0]
+    axis = entry.split
     chunk = reader.chunk(name)[len(entry.full_shape) - len(entry.shape) :][axis]
     fitting = entry.step(PIECE_BYTES, reader.leaves[name][1].itemsize)
     return max(chunk, fitting // chunk * chunk)

@@ -74,7 +74,7 @@ class Source:
             if source.dtype == "F8_E4M3":
                 scale = self.found[part.name + fp8.SUFFIX].read_rows(slice(None))
                 x = fp8.dequantize(x, scale, part.piece.rows.start)
-        return np.ascontiguousarray(entry.to_ours(x.astype(dtype, copy=False)))
+        return entry.to_ours(x.astype(dtype, copy=False))
 
 
 def open_source(path: str, dtype: str | None = None) -> Source:
@@ -166,9 +166,7 @@ def convert(source: Source, path: str, target: epath.Path, progress: Progress) -
             if entry.copy:
                 continue
             chunk = list(entry.shape)
-            chunk[entry.order[0]] = entry.step(
-                checkpoint.CHUNK_BYTES, jnp.dtype(entry.dtype).itemsize
-            )
+            chunk[entry.split] = entry.step(checkpoint.CHUNK_BYTES, jnp.dtype(entry.dtype).itemsize)
             ones = (1,) * len(entry.stack)
             writer.create(entry.ours, entry.full_shape, entry.dtype, (*ones, *chunk))
         _stream(source, writer, progress)

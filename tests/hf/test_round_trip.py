@@ -290,6 +290,20 @@ def test_an_import_that_breaks_off_leaves_nothing(copied, tmp_path):
     assert checkpoints.files(tmp_path) == {"hf"}
 
 
+def test_an_export_that_its_check_refuses_does_not_come_into_being(tmp_path):
+    seen = []
+
+    def refuse(trained, draft):
+        seen.extend((trained.steps, len(read_all(pathlib.Path(draft)))))
+        raise RuntimeError("it differs")
+
+    trained = save(tmp_path / "a", PLAIN, steps=(1, 2))
+    with pytest.raises(RuntimeError, match="it differs"):
+        export(trained, tmp_path / "hf", check=refuse)
+    assert seen[0] == [2] and seen[1] > 50
+    assert checkpoints.files(tmp_path) == {"a"}
+
+
 def test_a_folder_that_holds_something_is_left_alone(exported, tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "mine").write_text("")
