@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from mathv2_jax import checkpoint
+from mathv2_jax import checkpoint, storage
 from mathv2_jax.hf import config as config_lib
 from mathv2_jax.hf import folder, fp8, names, store, tensors
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
 
-BATCH_BYTES = 2**27  # that reach the disk together
+BATCH_BYTES = 2**26  # that reach the disk together
 NUM_THREADS = min(4, os.cpu_count() or 1)
 _WEIGHTS = ("F32", "F16", "BF16", "F8_E4M3")
 _SCALES = ("F32", "BF16", "F8_E8M0")
@@ -82,6 +82,8 @@ def open_source(path: str, dtype: str | None = None) -> Source:
 
     `dtype`, float32 or bfloat16, is that of the parameters, by default what config.json says.
     """
+    if not storage.is_local(path):
+        raise ValueError(f"{path}: a Hugging Face folder is read from a local disk; copy it there")
     read = config_lib.read(path)
     model, notes = read.model, []
     if dtype is not None:
