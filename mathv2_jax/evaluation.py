@@ -137,24 +137,16 @@ def _prove(
 def _autolabel(
     players: Players, proofs: Sequence[records.Proof], stage: str, seed: Any, test: TestSet
 ) -> list[records.Sample]:
-    """One row a proof: the label (or none) that auto-labelling would give, and the votes."""
+    """A proof's row holds the label (or none) that auto-labelling would give, the votes, and the
+    first analysis; after it come all analyses and their meta-analyses, in rows of their roles."""
     found = roles.auto_label(players.verifier, players.roles, proofs, test.rule, (*seed, AUTOLABEL))
-    return [
-        dataclasses.replace(
-            _sample(
-                v.analyses[0],
-                stage,
-                AUTOLABEL,
-                p.id,
-                problem_id=p.problem_id,
-                statement=p.statement,
-                proof=p.text,
-            ),
-            label=v.label,
-            votes=tuple(v.votes),
-        )
-        for p, v in zip(proofs, found, strict=True)
-    ]
+    samples = []
+    for p, v in zip(proofs, found, strict=True):
+        fields = {"problem_id": p.problem_id, "statement": p.statement, "proof": p.text}
+        row = _sample(v.analyses[0], stage, AUTOLABEL, p.id, **fields)
+        samples.append(dataclasses.replace(row, label=v.label, votes=tuple(v.votes)))
+        samples += roles.auto_label_samples(v, row.id, stage=stage, step=0, target=p.id, **fields)
+    return samples
 
 
 @dataclasses.dataclass(frozen=True)

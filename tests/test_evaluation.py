@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from mathv2_jax import evaluation, records, reward
+from mathv2_jax import evaluation, records, reward, roles
 from mathv2_jax.evaluation import Ratio
 from mathv2_jax.records import Finish, Outcome
 from mathv2_jax.text import parse
@@ -246,7 +246,7 @@ def parts(house, test_set, verdicts, proofs, seed=0):
 def test_the_figures_of_scripted_players_are_those_of_the_script(house, test_set):
     made = parts(house, test_set, {FOUND: 1.0}, {MADE[1.0]: 1.0})
     samples = [sample for part in made for sample in part()]
-    assert len({s.id for s in samples}) == len(samples) == 4 * SIZE + 12
+    assert len({s.id for s in samples}) == len(samples) == 4 * SIZE + 3 * 12  # with their opinions
     found = measured(samples)
     exact = judge.ExactJudge()
     true = [exact.proof_score(p.statement, p.text) for p in test_set.proofs]
@@ -281,6 +281,58 @@ def test_parts_may_be_made_in_any_order_or_left_out(house, test_set):
     assert first != second  # parts do not share their noise
     other = [part() for part in parts(house, test_set, *script, seed=1)]
     assert [s.score for part in other for s in part] != [s.score for part in whole for s in part]
+
+
+def test_players_are_shown_what_they_are_to_judge(house, test_set):
+    verifier = house.engine({scripted.VERIFY: {FOUND: 1.0}, scripted.META: {RATED: 1.0}})
+    generator = house.engine({scripted.PROVE: {MADE[1.0]: 1.0}})
+    players = evaluation.Players(roles=scripted.ROLES, verifier=verifier, generator=generator)
+    one = dataclasses.replace(
+        test_set,
+        problems=test_set.problems[:1],
+        proofs=test_set.proofs[:1],
+        analyses=test_set.analyses[:1],
+    )
+    for part in evaluation.answers(players, one, "after", 0):
+        part()
+    (problem,), (proof,), (analysis,) = one.problems, one.proofs, one.analyses
+    names, shown = scripted.ROLES, scripted.shown
+    on_proof = dict(statement=proof.statement, proof=proof.text)
+    on_analysis = dict(statement=analysis.statement, proof=analysis.proof, analysis=analysis.text)
+    own = dict(statement=problem.statement, proof="Step 1: A implies B")
+    assert generator.asked == [shown(names.generator, statement=problem.statement)]
+    assert verifier.asked == [
+        shown(names.verifier, **on_proof),
+        shown(names.meta_verifier, **on_analysis),
+        shown(names.verifier, **own),
+        shown(names.verifier, **on_proof),
+        shown(names.meta_verifier, **on_proof, analysis=FOUND),
+    ]
+
+
+def test_a_machine_label_can_be_made_again_from_the_opinions_on_record(house, test_set):
+    rule = reward.AutoLabelRule(num_analyses=4, num_meta=2, num_valid=2)
+    script = {
+        scripted.VERIFY: {FOUND: 0.5, SILENT: 0.4, MADE[1.0]: 0.1},
+        scripted.META: {RATED: 0.7, SILENT: 0.3},
+    }
+    player = house.engine(script)
+    players = evaluation.Players(roles=scripted.ROLES, verifier=player, generator=player)
+    asked = dataclasses.replace(test_set, problems=(), analyses=(), rule=rule)
+    samples = [s for part in evaluation.answers(players, asked, "after", 0) for s in part()]
+    rows = [s for s in samples if s.role == evaluation.AUTOLABEL]
+    assert len(rows) == 12 and {s.label for s in rows} >= {None, 0.0, 1.0}
+    for row in rows:
+        analyses = [s for s in samples if s.role == "verifier" and s.target == row.target]
+        assert len(analyses) == 4 and analyses[0].text == row.text
+        judged = []
+        for a in (a for a in analyses if a.score is not None):
+            metas = [s for s in samples if s.role == "meta_verifier" and s.target == a.id]
+            assert [m.analysis for m in metas] == [a.text] * (2 if a.score < 1.0 else 0)
+            assert a.meta_votes == tuple(m.score for m in metas if m.score is not None)
+            judged.append((a.score, a.meta_votes))
+        assert roles.label_of(judged, rule) == row.label
+    assert measured(samples)["autolabel_coverage"].n == 12  # opinions are no rows of the table
 
 
 def test_a_proof_that_cannot_be_read_is_not_judged(house, test_set):

@@ -59,6 +59,9 @@ class RunConfig:
 
     def __post_init__(self):
         iterate.check_stages(self.stages)
+        iterate.check_settings(
+            self.stages, self.roles.sampling, inputs.conversations(real=self.world is None)
+        )
         if (self.world is None) == (self.data == ""):
             raise ValueError(
                 "a run reads real files (config.data = DIR) or the embedded world (config.world), "

@@ -5,6 +5,7 @@ written for training.
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,14 @@ WorldConfig = corpus.WorldConfig
 RealConfig = real_corpus.RealConfig
 
 TRAINING = real_corpus.TRAINING
+
+
+def conversations(*, real: bool) -> tuple[str, ...]:
+    """The input files of demonstrations that a run of real data, or of the world, begins with."""
+    if real:
+        return ("demonstrations",)
+    hints = typing.get_type_hints(corpus.Corpus)
+    return tuple(n for n, hint in hints.items() if hint == tuple[records.Demonstration, ...])
 
 
 def write_world(

@@ -61,7 +61,9 @@ def supervised_item(
     user = tokenizer_lib.Message("user", demonstration.user)
     prompt = tokenizer.encode([user], think=think)
     whole = demonstration.assistant
-    answer = [tokenizer.end_think_id] if think else []
+    answer: list[int] = []
+    if think:
+        answer = [*tokenizer.encode_text(demonstration.thinking or ""), tokenizer.end_think_id]
     weights = [0.0 if demonstration.learned else 1.0] * len(answer)
     at = 0
     for start, end in (*demonstration.learned, (len(whole), len(whole))):
@@ -106,7 +108,9 @@ def train(
     stream = sources.stream(
         {"demonstrations": fitting}, {"demonstrations": 1.0}, run.seed_for(name)
     )
-    learner = run.learner(("sft", config.optimizer), functools.partial(_make_learner, run, config))
+    learner = run.learner(
+        ("sft", config.optimizer.without_rate()), functools.partial(_make_learner, run, config)
+    )
     with steps.Loop(run, name, config.steps, learner, init) as loop:
         position = loop.position.get("next", 0)
         for step in loop.remaining():

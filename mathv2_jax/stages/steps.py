@@ -72,7 +72,7 @@ class Loop:
             config=run.runtime.metrics,
         )
         self._pending: tuple[int, Mapping[str, Any], Mapping[str, float], Any] | None = None
-        self._last: dict[str, float] = {}
+        self._last = self._figures_of(self.first_step)
 
     def __enter__(self) -> "Loop":
         return self
@@ -110,7 +110,10 @@ class Loop:
             self._save()
 
     def finish(self) -> dict[str, float]:
-        """Leave the variables to later stages; the last step's metrics."""
+        """Leave the variables to later stages; the last step's metrics.
+
+        A run killed anywhere before the stage's report is written gets the same ones again.
+        """
         self._save()
         self.run.keep_variables(self.name, self.state.variables, self._step)
         self._writer.finish()
@@ -122,6 +125,11 @@ class Loop:
         self._parts.commit(self._step)
         if self._checkpoints.latest_step() != self._step:
             self._checkpoints.save(self._step, self.state, dict(self.position))
+
+    def _figures_of(self, step: int) -> dict[str, float]:
+        """What a step measured, from its committed row; nothing of step 0."""
+        rows = [row for row in metrics.read(self.run.workdir, self.name) if row["step"] == step]
+        return {n: v for row in rows for n, v in row.items() if n not in ("stage", "step")}
 
     def _read_pending(self) -> None:
         if self._pending is None:
