@@ -25,7 +25,9 @@ def render(summary: Mapping[str, Any], seconds: Mapping[str, float], compile_sec
     """
     lines: list[str] = []
     if summary["metrics"] is None:
-        lines.append("no exact judge for this data: the stages' own figures are in summary.json")
+        names = summary["compared"].values()
+        reason = "no exact judge for this data" if any(names) else "no stages to compare"
+        lines.append(f"{reason}: the stages' own figures are in summary.json")
     else:
         lines.append(
             f"{'by the exact judge, on held-out items':50} {'before':>15} {'after':>15}"
@@ -37,10 +39,11 @@ def render(summary: Mapping[str, Any], seconds: Mapping[str, float], compile_sec
                 f"{title:50} {cell(row['before'])} {cell(row['after'])} "
                 f"{cell(row['difference'])} {row['after']['n']:>6}"
             )
-    total = sum(seconds.values())
+    total = sum(seconds.values(), start=0.0)
     shown = "  ".join(f"{name} {metrics.duration(value)}" for name, value in seconds.items())
     compiling = f"of which {metrics.duration(compile_seconds)} compiling"
-    lines += ["", f"time {metrics.duration(total)}, {compiling}:  {shown}"]
+    timed = f"time {metrics.duration(total)}, {compiling}:  {shown}"
+    lines += ["", timed if seconds else "no times: timing.json is missing or empty"]
     return "\n".join(lines)
 
 

@@ -34,6 +34,7 @@ class RuntimeConfig:
         default_factory=metrics_lib.MetricsConfig
     )
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
+    model_kernels: str = "auto"  # the experts' product: sorted_blocks, ragged or every_expert
     lost_alarm: float = 0.05  # shares of votes or answers beyond which a stage warns
     failed_alarm: float = 0.25
 

@@ -1,5 +1,6 @@
 """What all training loops share: resume, metrics, records, checkpoints, stop."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ class Loop:
             resume_from=self.first_step,
             config=run.runtime.metrics,
         )
-        self._pending: tuple[int, Mapping[str, Any], Mapping[str, float], Any] | None = None
+        self._pending: tuple[int, float, Mapping[str, Any], Mapping[str, float], Any] | None = None
         self._last = self._figures_of(self.first_step)
 
     def __enter__(self) -> "Loop":
@@ -99,10 +100,11 @@ class Loop:
         written: Sequence[records.Sample],
     ) -> None:
         """Take over a step's outcome; `batches` are kept for inspection until it proves finite."""
+        moment = time.monotonic()  # of the dispatch: metrics are read sooner or later
         self._read_pending()
         self._step += 1
         self.state, self.position = state, position
-        self._pending = (self._step, measured, scalars, batches)
+        self._pending = (self._step, moment, measured, scalars, batches)
         if written:
             name = storage.part_name(self._step)
             self._parts.write_part(name, records.to_lines(written))
@@ -134,7 +136,7 @@ class Loop:
     def _read_pending(self) -> None:
         if self._pending is None:
             return
-        step, measured, scalars, batches = self._pending
+        step, moment, measured, scalars, batches = self._pending
         self._pending = None
         values = {name: float(x) for name, x in jax.device_get(dict(measured)).items()}
         if not values.pop("finite"):
@@ -146,7 +148,7 @@ class Loop:
                 f"its batch is in {folder}"
             )
         self._last = {**values, **scalars}
-        self._writer.write(step, self._last)
+        self._writer.write(step, self._last, at=moment)
 
 
 def write_batches(folder: Any, batches: Sequence[packing.Batch]) -> None:

@@ -14,6 +14,10 @@ def summary(**changed):
     return {"metrics": {name: ROW for name in evaluation.METRICS} | changed}
 
 
+def without_metrics(before, after):
+    return {"metrics": None, "compared": {"before": before, "after": after}}
+
+
 def test_a_metric_is_a_row_of_before_after_change_and_n():
     lines = table.render(summary(), {"sft": 1.0}, 0.0).splitlines()
     assert lines[0].split()[-4:] == ["before", "after", "change", "n"]
@@ -32,8 +36,16 @@ def test_a_metric_without_items_has_no_figures():
 
 
 def test_data_without_an_exact_judge_say_so():
-    text = table.render({"metrics": None}, {"sft": 1.0}, 0.0)
+    text = table.render(without_metrics("a", "b"), {"sft": 1.0}, 0.0)
     assert text.startswith("no exact judge for this data")
+
+
+def test_a_run_that_compares_nothing_says_so():
+    assert table.render(without_metrics("", ""), {}, 0.0).splitlines() == [
+        "no stages to compare: the stages' own figures are in summary.json",
+        "",
+        "no times: timing.json is missing or empty",
+    ]
 
 
 def test_the_time_is_split_by_stage_in_their_order_and_compiling_is_told_apart(tmp_path):
@@ -50,6 +62,6 @@ def test_the_time_is_split_by_stage_in_their_order_and_compiling_is_told_apart(t
         answer.AnswerStage(name="after", verifier="sft", generator="sft"),  # not run yet
     )
     times = train.run_seconds(epath.Path(tmp_path), stages)
-    assert table.render({"metrics": None}, *times).splitlines()[-1] == (
+    assert table.render(without_metrics("a", "b"), *times).splitlines()[-1] == (
         "time 4m24s, of which 1m05s compiling:  input 14s  sft 3m10s  before 1m00s"
     )
