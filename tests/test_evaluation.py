@@ -83,9 +83,12 @@ AUTO = [
     ("name", "mean", "n"),
     [
         ("verifier_accuracy", 3 / 6, 6),
+        ("verifier_balanced_accuracy", (1 / 3 + 0 / 1 + 2 / 2) / 3, 6),
         ("verifier_mean_error", (0 + 0 + 0 + 0.5 + 1 + 1) / 6, 6),
         ("analysis_faithfulness", 1 / 3, 3),
         ("meta_accuracy", 2 / 4, 4),
+        ("meta_balanced_accuracy", (1 / 2 + 1 / 2) / 2, 4),
+        ("meta_caught", 2 / 2, 2),
         ("generator_true_score", (1 + 0 + 0.5 + 0.5 + 0) / 5, 5),
         ("overclaim_rate", 2 / 5, 5),
         ("verifier_minus_true", (0 + 0.5 - 0.5) / 3, 3),
@@ -105,6 +108,40 @@ def test_an_unreadable_analysis_is_wrong_and_an_unreadable_proof_scores_0():
     assert (found["generator_true_score"].mean, found["meta_accuracy"].mean) == (0.0, 0.0)
     assert math.isnan(found["analysis_faithfulness"].mean)
     assert math.isnan(found["verifier_minus_true"].mean)
+
+
+def test_an_unreadable_rating_catches_nothing():
+    lost = [dataclasses.replace(s, score=None, outcome=Outcome.LENGTH) for s in META]
+    assert (measured(lost)["meta_caught"].mean, measured(lost)["meta_caught"].n) == (0.0, 2)
+
+
+def answered_alike(samples, answer):
+    return [dataclasses.replace(s, score=answer, label=answer) for s in samples]
+
+
+@pytest.mark.parametrize(
+    ("name", "best"),
+    [
+        ("verifier_accuracy", max),
+        ("verifier_balanced_accuracy", max),
+        ("verifier_mean_error", min),
+        ("meta_accuracy", max),
+        ("meta_balanced_accuracy", max),
+        ("autolabel_precision", max),
+    ],
+)
+def test_the_constant_beside_a_metric_is_what_the_best_constant_answer_gets(name, best):
+    items = [*VERIFY, *VERIFY[2:], *META, *META[1:2], *AUTO, *AUTO[2:]]
+    found = [measured(answered_alike(items, score))[name] for score in records.SCORES]
+    assert [r.constant for r in found] == pytest.approx([best(r.mean for r in found)] * 3)
+
+
+def test_auto_labels_are_compared_with_a_constant_where_there_is_a_label():
+    before, after = measured(AUTO), measured(AUTO[:1])
+    found = evaluation.constants(before, after)
+    assert found["autolabel_precision"] == {"before": round(1 / 3, 6), "after": 1.0}
+    assert found["meta_accuracy"] == {"before": None, "after": None}  # of no items
+    assert "analysis_faithfulness" not in found and "generator_true_score" not in found
 
 
 def test_answers_of_other_roles_are_no_test_answers():
@@ -168,6 +205,32 @@ def test_a_paired_difference_of_ratios_is_that_of_the_bootstrap():
     )
     found = evaluation.difference_se(ratio(values[0], weights[0]), ratio(values[1], weights[1]))
     assert found == pytest.approx(np.std(after - before), rel=0.06)
+
+
+def test_the_errors_of_a_mean_of_strata_are_those_of_the_bootstrap():
+    rng = np.random.default_rng(3)
+    strata = rng.choice([0.0, 0.5, 1.0], size=400, p=[0.15, 0.25, 0.6])
+    chance = rng.random(400)  # the items decide both sides
+    sides = [
+        dataclasses.replace(ratio(chance < rate[(2 * strata).astype(int)]), strata=strata)
+        for rate in (np.asarray([0.9, 0.6, 0.1]), np.asarray([0.5, 0.7, 0.4]))
+    ]
+    picked = rng.integers(0, 400, size=(4000, 400))
+    drawn = [
+        np.mean(
+            [
+                (r.value * (strata == s))[picked].sum(axis=1) / (strata == s)[picked].sum(axis=1)
+                for s in records.SCORES
+            ],
+            axis=0,
+        )
+        for r in sides
+    ]
+    for side, means in zip(sides, drawn, strict=True):
+        assert side.se == pytest.approx(np.std(means), rel=0.06)
+        assert side.mean == np.mean([side.value[strata == s].mean() for s in records.SCORES])
+    found = evaluation.difference_se(*sides)
+    assert found == pytest.approx(np.std(drawn[1] - drawn[0]), rel=0.06)
 
 
 def test_a_difference_of_other_items_is_refused():
@@ -255,9 +318,12 @@ def test_the_figures_of_scripted_players_are_those_of_the_script(house, test_set
     rated = [exact.analysis_quality(a.statement, a.proof, a.text) for a in test_set.analyses]
     expected = {
         "verifier_accuracy": np.mean([t == 0.0 for t in true]),
+        "verifier_balanced_accuracy": 1 / 3,
         "verifier_mean_error": np.mean(true),
         "analysis_faithfulness": np.mean(real),
         "meta_accuracy": np.mean([r == 1.0 for r in rated]),
+        "meta_balanced_accuracy": 1 / len(set(rated)),
+        "meta_caught": 0.0,
         "generator_true_score": np.mean(written),
         "overclaim_rate": np.mean([w < 1.0 for w in written]),
         "verifier_minus_true": -np.mean(written),

@@ -252,17 +252,18 @@ def summarise(
 ) -> dict[str, Any]:
     """The final table as data, free of the clock. Only here does the judge meet the records."""
     measured: dict[str, Any] | None = None
+    constants: dict[str, Any] = {}
     if config.world is not None and config.before:
         judge = world_judge.ExactJudge()
         before, after = (_answers(run, name, figures) for name in (config.before, config.after))
-        measured = evaluation.compare(
-            evaluation.measure(before, judge), evaluation.measure(after, judge)
-        )
+        sides = evaluation.measure(before, judge), evaluation.measure(after, judge)
+        measured, constants = evaluation.compare(*sides), evaluation.constants(*sides)
     return {
         "schema": config_lib.SCHEMA,
         "seed": config.seed,
         "compared": {"before": config.before, "after": config.after},
         "metrics": measured,
+        "constants": constants,
         "stages": dict(figures),
     }
 
