@@ -162,7 +162,15 @@ def collect(entries: Sequence[Entry], workdir: str) -> dict[str, Any]:
         if workdir_lib.begun_as(folder, asked) != asked:
             print(f"{entry.name}: left out, it was run with another config", file=sys.stderr)
             continue
-        found[entry.name] = workdir_lib.read_summary(folder)
+        summary = workdir_lib.read_summary(folder)
+        if summary["metrics"] is not None and set(evaluation.METRICS) - set(summary["metrics"]):
+            print(
+                f"{entry.name}: left out, an older version wrote its summary.json; delete that "
+                "file, and the sweep's command writes it anew from the records",
+                file=sys.stderr,
+            )
+            continue
+        found[entry.name] = summary
     return found
 
 
@@ -183,6 +191,10 @@ def pool(summaries: Mapping[str, Any]) -> dict[str, Any]:
                 }
                 for metric in evaluation.METRICS
             },
+            "constants": {
+                metric: _mean([summaries[n]["constants"][metric]["after"] for n in names])
+                for metric in summaries[names[0]]["constants"]
+            },
         }
         for group, names in groups.items()
         if len(names) > 1
@@ -196,27 +208,36 @@ def _pooled(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return evaluation.pooled(values("mean"), values("se"))
 
 
+def _mean(figures: Sequence[float | None]) -> float | None:
+    known = [f for f in figures if f is not None]
+    return sum(known) / len(known) if len(known) == len(figures) else None
+
+
 def render(results: Mapping[str, Any]) -> str:
     """A block a metric: each entry's before, after and change, then the pooled ones.
 
-    Standard errors stand behind the means; a pooled change ends with how many of its own it is.
+    Standard errors stand behind the means; a pooled change ends with how many of its own it is,
+    and with what the best constant answer gets on the items answered after.
     """
     rows = {n: e["metrics"] for n, e in results["entries"].items() if e["metrics"] is not None}
     pooled = {
-        f"{group}, {len(found['entries'])} pooled": found["metrics"]
+        f"{group}, {len(found['entries'])} pooled": found
         for group, found in results["pooled"].items()
     }
     if not rows:
         return "no entry has figures by the exact judge"
     width = max(map(len, (*rows, *pooled)))
-    lines = [f"{'':22} {'':{width}}" + "".join(f" {side:>15}" for side in SIDES)]
+    every = rows | {name: found["metrics"] for name, found in pooled.items()}
+    lines = [f"{'':26} {'':{width}}" + "".join(f" {side:>15}" for side in SIDES)]
     for metric in evaluation.METRICS:
-        for name, found in {**rows, **pooled}.items():
+        for name, found in every.items():
             title = metric if name == next(iter(rows)) else ""
             cells = " ".join(table.cell(found[metric][side]) for side in SIDES)
             gap = found[metric]["difference"]
             share = f"  {gap['mean'] / gap['se']:+.1f} se" if name in pooled and gap["se"] else ""
-            lines.append(f"{title:22} {name:{width}} {cells}{share}")
+            constant = pooled[name]["constants"].get(metric) if name in pooled else None
+            share += "" if constant is None else f"  constant {constant:.3f}"
+            lines.append(f"{title:26} {name:{width}} {cells}{share}")
     return "\n".join(lines)
 
 

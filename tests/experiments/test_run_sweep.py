@@ -138,7 +138,9 @@ def test_an_entry_that_fails_is_named_with_its_exit_code(write_sweep, tmp_path, 
 def summary(mean, se):
     figures = {"before": (0.25, 0.1), "after": (0.25 + mean, 0.1), "difference": (mean, se)}
     metric = {side: {"mean": m, "se": s, "n": 9} for side, (m, s) in figures.items()}
-    return {"metrics": {name: metric for name in evaluation.METRICS}, "stages": {}}
+    constants = {"verifier_accuracy": {"before": 0.4, "after": 0.4 + mean}}
+    metrics = {name: metric for name in evaluation.METRICS}
+    return {"metrics": metrics, "constants": constants, "stages": {}}
 
 
 def test_finished_runs_of_the_same_config_are_collected(write_sweep, tmp_path, capsys):
@@ -180,6 +182,19 @@ def test_entries_that_differ_in_the_seed_are_pooled_by_the_mean_of_their_changes
         assert change["se"] == pytest.approx(0.13 / 3)  # 3, 4, 12, 13
 
 
+def test_a_summary_of_an_older_version_is_left_out_and_says_so(write_sweep, tmp_path, capsys):
+    (entry,) = run_sweep.load(write_sweep({"old": ["config.seed=4"]}))
+    (tmp_path / "old").mkdir()
+    identity = config_lib.identity(entry.config)
+    body = json.dumps({"schema": config_lib.SCHEMA, "identity": identity, "runtime": {}})
+    (tmp_path / "old" / "config.json").write_text(body)
+    old = summary(0.5, 0.1) | {"stages": {}}
+    del old["metrics"]["meta_caught"]
+    (tmp_path / "old" / "summary.json").write_text(json.dumps(old))
+    assert run_sweep.collect([entry], str(tmp_path)) == {}
+    assert "old: left out, an older version" in capsys.readouterr().err
+
+
 def test_a_seed_without_a_figure_leaves_the_pooled_one_open():
     summaries = {"a-seed0": summary(0.1, 0.1), "a-seed1": summary(0.3, 0.1)}
     summaries["a-seed1"]["metrics"]["meta_accuracy"] = {
@@ -198,7 +213,8 @@ def test_the_table_shows_every_entry_and_how_many_standard_errors_the_pooled_cha
     )
     assert " ".join(second.split()) == "a-seed1 0.250 ±0.100 0.450 ±0.100 0.200 ±0.040"
     assert pooled.split()[:3] == ["a,", "2", "pooled"]
-    assert pooled.split()[-4:] == ["0.150", "±0.025", "+6.0", "se"]  # 0.15 / (0.05 / 2)
+    assert pooled.split()[-6:-2] == ["0.150", "±0.025", "+6.0", "se"]  # 0.15 / (0.05 / 2)
+    assert pooled.split()[-2:] == ["constant", "0.550"]  # the mean of 0.5 and 0.6
 
 
 def test_entries_without_an_exact_judge_have_no_table():
