@@ -21,8 +21,11 @@ PATIENCE = 10_000  # problems drawn in vain before the dials are said to be too 
 class WorldConfig:
     """Sizes of what is written, difficulty, and the error rate of the human-like labels.
 
-    `num_graded_proofs` and `num_graded_analyses` are all the labels that training ever gets from
-    the judge (D_v and D_mv), each wrong with probability `label_error`.
+    `num_graded_proofs` and `num_graded_analyses` are all the labels of the judge that training is
+    given (D_v and D_mv), each wrong with probability `label_error`. It learns of the truth from the
+    demonstrations too: `writers` begin from the judge's findings before they err, and the drills
+    cite where things stand. How often a writer's verdict is the judge's in the end is what
+    `python tools/writer_agreement.py` prints.
     """
 
     dials: problems.Dials = dataclasses.field(default_factory=problems.Dials)

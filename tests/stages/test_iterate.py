@@ -148,7 +148,7 @@ def test_every_listed_stage_leaves_its_figures(smoke_workdir, summary):
 
 
 def test_the_summary_holds_the_stated_metrics_and_nothing_of_the_clock(summary):
-    assert set(summary) == {"schema", "seed", "compared", "metrics", "stages"}
+    assert set(summary) == {"schema", "seed", "compared", "metrics", "constants", "stages"}
     assert set(summary["metrics"]) == METRICS
     for row in summary["metrics"].values():
         assert set(row) == {"before", "after", "difference"}
