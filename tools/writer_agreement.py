@@ -42,7 +42,9 @@ def shares(demonstrations: Iterable[records.Demonstration]) -> dict[str, tuple[f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How often the writers agree with the exact judge.")
+    parser = argparse.ArgumentParser(
+        description="How often the writers agree with the exact judge."
+    )
     parser.add_argument("--config", default="configs/quick.py")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
