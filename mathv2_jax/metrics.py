@@ -224,7 +224,8 @@ class MetricWriter:
         total = "" if self._total_steps is None else f"/{self._total_steps}"
         words = [f"{self._stage} {step}{total}"]
         config = self._config
-        figures = _figures(values, config.shown if "reward" in values else config.shown_supervised)
+        rewarded = "reward" in values or "zero_signal" in values  # every answer may be unrewarded
+        figures = _figures(values, config.shown if rewarded else config.shown_supervised)
         words += [figures] if figures else []
         pace_words = [] if rate is None else [f"{_rounded(rate)} tok/s"]
         if self._first is None:

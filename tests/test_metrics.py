@@ -162,6 +162,12 @@ def test_answers_that_were_cut_or_lost_are_shown_where_there_are_any(tmp_path, c
     assert shown(tmp_path, capsys, RL | some).endswith("ok .90 cut .07 lost .03")
 
 
+def test_a_step_in_which_nothing_was_rewarded_still_shows_its_health(tmp_path, capsys):
+    scalars = {"loss": 0.0, "gradient_norm": 0.0, "zero_signal": 1.0, "length": 56.0}
+    line = shown(tmp_path, capsys, scalars | {"outcome/parsed": 0.25, "outcome/length": 0.75})
+    assert line == "rl 0/10  zero 1.00 len 56 ok .25 cut .75"
+
+
 def test_a_supervised_step_shows_loss_and_gradient_norm(tmp_path, capsys):
     scalars = {"loss": 0.38496, "gradient_norm": 1.7102, "head_loss": 0.0, "learning_rate": 1e-3}
     assert shown(tmp_path, capsys, scalars) == "rl 0/10  loss .385 grad 1.710"
