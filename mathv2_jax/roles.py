@@ -71,9 +71,7 @@ class Role:
     sampling: Sampling
     think: bool = False
 
-    def prompt(
-        self, tokenizer: tokenizer_lib.SentencePieceTokenizer, **fields: str
-    ) -> tuple[int, ...]:
+    def prompt(self, tokenizer: tokenizer_lib.Tokenizer, **fields: str) -> tuple[int, ...]:
         """Token ids of the filled template, the assistant's turn opened."""
         text = prompts.fill(self.template, **fields)
         message = tokenizer_lib.Message("user", text)

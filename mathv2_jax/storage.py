@@ -48,7 +48,7 @@ def write_whole(path: epath.PathLike, data: bytes) -> None:
         if os.path.exists(draft):
             os.remove(draft)
         raise
-    _sync_folder(os.fspath(target.parent))
+    sync_folder(target.parent)
 
 
 def _write_synced(path: str, data: bytes) -> None:
@@ -58,7 +58,8 @@ def _write_synced(path: str, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: str) -> None:
+def sync_folder(path: epath.PathLike) -> None:
+    """Makes the names in a local folder durable."""
     folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)

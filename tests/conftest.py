@@ -32,6 +32,15 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List what the parity tests recorded: differences from the reference, and near-ties."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind)]
+    found = [text for r in reports for name, text in r.user_properties if name == "parity"]
+    if found:
+        terminalreporter.section("parity with the reference library")
+        terminalreporter.write_line("\n".join(sorted(set(found))))
+
+
 @pytest.fixture(scope="session")
 def smoke_workdir(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """What configs/smoke.py leaves; read-only."""

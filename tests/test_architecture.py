@@ -16,7 +16,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 # From the ground up: a room imports from the floors above it in this table, and from itself.
 FLOORS = (
-    ("records", "sharding", "metrics", "storage"),
+    ("records", "sharding", "metrics", "storage", "fingerprint"),
     ("text", "model"),
     ("data", "rollout", "rl.grpo", "reward"),
     ("roles", "rl.optimizer", "rl.learner", "checkpoint", "hf"),
@@ -27,9 +27,9 @@ FLOORS = (
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# Rooms of one floor that may see each other nevertheless: metrics writes its files by storage, and
-# the learner holds the optimizer.
-NEIGHBOURS = {("metrics", "storage"), ("rl.learner", "rl.optimizer")}
+# Rooms of one floor that may see each other nevertheless: metrics writes its files by storage, the
+# learner holds the optimizer, and hf reads and writes checkpoints.
+NEIGHBOURS = {("metrics", "storage"), ("rl.learner", "rl.optimizer"), ("hf", "checkpoint")}
 
 NEEDS_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 NEVER_TAUGHT_BY_THE_JUDGE = ("stages", "rl", "reward", "roles", "search", "rollout")
@@ -149,12 +149,16 @@ def relative_imports(tree: Tree) -> list[str]:
 
 
 def imports_in_package_files(tree: Tree) -> list[str]:
-    """`__init__` files import nothing of ours, so that a room never loads its neighbours."""
+    """`__init__` files import nothing of ours, so that a room never loads its neighbours.
+
+    That of a room which is a whole package (hf) may name what the room offers.
+    """
     return [
         f"{module.at(line)} is an __init__ that imports {target}"
         for module in tree.values()
         if module.is_package
         for target, line in own_imports(tree, module)
+        if not (module.name in FLOOR_OF and within(target, module.name))
     ]
 
 
@@ -255,6 +259,7 @@ PLANTED: list[tuple[Callable[[Tree], list[str]], dict[str, str]]] = [
     (unlisted_modules, {"rl/attic.py": ""}),
     (relative_imports, {"text/parse.py": "from . import tokenizer", "text/tokenizer.py": ""}),
     (imports_in_package_files, {"rl/__init__.py": "from mathv2_jax.rl import grpo"}),
+    (imports_in_package_files, {"hf/__init__.py": "from mathv2_jax import model"}),
     (imports_upward, {"storage.py": "from mathv2_jax import roles", "roles.py": ""}),
     (imports_upward, {"data/sources.py": "import mathv2_jax.reward", "reward.py": ""}),
     (imports_upward, {"storage.py": "from mathv2_jax.metrics import X", "metrics.py": "X = 1"}),

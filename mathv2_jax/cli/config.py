@@ -44,18 +44,30 @@ def choose_experts(name: str, platform: str) -> moe.Experts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """SentencePiece, trained by the run on its own input text."""
+    """SentencePiece, trained by the run on its own input text, or the tokenizer of `directory`.
 
-    vocab_size: int
+    A directory, local or gs://, holds tokenizer.json, tokenizer_config.json and a chat template.
+    """
+
+    vocab_size: int = 0
     whole_phrases: tuple[str, ...] = ()
     max_texts: int = 20_000
+    directory: str = ""
 
     def __post_init__(self):
-        for name in ("vocab_size", "max_texts"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"config.tokenizer.{name} = {getattr(self, name)}: must be at least 1"
-                )
+        if self.vocab_size < 0 or bool(self.directory) == (self.vocab_size > 0):
+            raise ValueError(
+                f"config.tokenizer: vocab_size = {self.vocab_size} and directory = "
+                f"{self.directory!r}: give one of the two, a size to train to or a tokenizer made "
+                "before"
+            )
+        if self.directory and self.whole_phrases:
+            raise ValueError(
+                f"config.tokenizer.whole_phrases with directory = {self.directory!r}: phrases are "
+                "for a tokenizer that is trained; leave them out"
+            )
+        if self.max_texts < 1:
+            raise ValueError(f"config.tokenizer.max_texts = {self.max_texts}: must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +93,12 @@ class RunConfig:
     runtime: run_lib.RuntimeConfig = dataclasses.field(default_factory=run_lib.RuntimeConfig)
 
     def __post_init__(self):
+        for stage in self.stages:
+            for part in ("sft", "rl"):
+                config = getattr(stage, part, None)
+                if config is not None:
+                    where = f"config.stage.{stage.name}.{part}.auxiliary"
+                    config.auxiliary.require(self.model, where)
         if (self.world is None) == (self.data == ""):
             raise ValueError(
                 "a run reads real files (config.data = DIR) or the embedded world (config.world), "
@@ -134,11 +152,17 @@ def build(
     """
     body = overrides_lib.apply(config.to_dict(), overrides)
     if isinstance(body.get("model"), dict) and isinstance(body.get("tokenizer"), dict):
-        wanted = body["tokenizer"].get("vocab_size", 0)
-        if body["model"].setdefault("vocab_size", wanted) != wanted:
+        if body["tokenizer"].get("directory") and "vocab_size" not in body["model"]:
             raise ValueError(
-                f"config.model.vocab_size = {body['model']['vocab_size']}, but a model's "
-                f"vocabulary is its tokenizer's, of {wanted}: set config.tokenizer.vocab_size"
+                "config.model.vocab_size must be given beside config.tokenizer.directory: the "
+                "number of tokens there or more, as the model was made (129280 of DeepSeek-V3)"
+            )
+        wanted = body["tokenizer"].get("vocab_size", 0)
+        given = body["model"].setdefault("vocab_size", wanted)
+        if given != wanted and not body["tokenizer"].get("directory"):
+            raise ValueError(
+                f"config.model.vocab_size = {given}, but a model's vocabulary is its tokenizer's, "
+                f"of {wanted}: set config.tokenizer.vocab_size"
             )
         _build(TokenizerConfig, body["tokenizer"], "config.tokenizer")  # before the model's share
     body["stages"] = _listed_stages(body.get("stages", ()), body.pop("stage", {}))

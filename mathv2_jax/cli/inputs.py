@@ -14,7 +14,7 @@ from etils import epath
 
 from mathv2_jax import records, storage
 from mathv2_jax.data import corpus as real_corpus
-from mathv2_jax.text import parse, prompts
+from mathv2_jax.text import parse, prompts, tokenizer_files
 from mathv2_jax.text import tokenizer as tokenizer_lib
 from mathv2_jax.world import corpus
 
@@ -45,7 +45,7 @@ def write_real(
     folder: epath.Path,
     config: RealConfig,
     templates: str,
-    tokenizer: Callable[[], tokenizer_lib.SentencePieceTokenizer],
+    tokenizer: Callable[[], tokenizer_lib.Tokenizer],
 ) -> dict[str, int]:
     """Every file of the real data's corpus, and `rejects`; how many records each holds.
 
@@ -95,9 +95,38 @@ def _texts(name: str, line: str) -> list[str]:
     return [demonstration.user, demonstration.assistant]
 
 
+def copy_tokenizer(workdir: epath.Path, directory: epath.Path, model_vocab_size: int) -> None:
+    """Puts the tokenizer files of a folder into the workdir, where `read_tokenizer` finds them.
+
+    FileNotFoundError or ValueError, and nothing written, where the folder holds no tokenizer that
+    can be used, or one with more tokens than the model has.
+    """
+    size = tokenizer_files.load(directory).vocab_size
+    if size > model_vocab_size:
+        raise ValueError(
+            f"config.model.vocab_size = {model_vocab_size}: the tokenizer of "
+            f"config.tokenizer.directory = {directory} has {size} tokens, and the model needs at "
+            f"least as many; set config.model.vocab_size to {size} or more"
+        )
+    files, kept = tokenizer_files.read(directory), _copied_tokenizer(workdir)
+    for name in storage.list_names(kept):
+        storage.remove(kept / name)
+    for name, data in files.items():
+        storage.write_whole(kept / name, data)
+
+
+def read_tokenizer(workdir: epath.Path) -> tokenizer_lib.Tokenizer:
+    """The tokenizer that `copy_tokenizer` put into the workdir."""
+    return tokenizer_files.load(_copied_tokenizer(workdir))
+
+
+def _copied_tokenizer(workdir: epath.Path) -> epath.Path:
+    return workdir / "records" / "input" / "tokenizer"
+
+
 def make_tokenizer(
     workdir: epath.Path, vocab_size: int, whole_phrases: Sequence[str], limit: int
-) -> tokenizer_lib.SentencePieceTokenizer:
+) -> tokenizer_lib.Tokenizer:
     """The run's tokenizer, trained once and kept in the workdir; read back afterwards."""
     path = workdir / "records" / "input" / "tokenizer.model"
     if not storage.exists(path):

@@ -25,7 +25,7 @@ from etils import epath
 from mathv2_jax import evaluation, metrics, records, roles, sharding, storage
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import overrides as overrides_lib
-from mathv2_jax.cli import table
+from mathv2_jax.cli import shell, table
 from mathv2_jax.cli import workdir as workdir_lib
 from mathv2_jax.model import transformer
 from mathv2_jax.rl import learner
@@ -33,7 +33,6 @@ from mathv2_jax.stages import iterate, probe, steps
 from mathv2_jax.stages import run as run_lib
 from mathv2_jax.world import judge as world_judge
 
-FINISHED, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
 LEASE_SECONDS = 600.0
 
 _CONFIG = flags.DEFINE_string(
@@ -61,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(rest):
             print(__doc__)
             print("\n".join(f"--{f.name}: {flags.FLAGS[f.name].help}" for f in _FLAGS))
-            return FINISHED
+            return shell.FINISHED
         rest = flags.FLAGS(rest)
         config_file, workdir = _CONFIG.value, _WORKDIR.value
         if not config_file or not workdir or not workdir.strip():
@@ -69,32 +68,22 @@ def main(argv: Sequence[str]) -> int:
         if len(rest) > 1:
             raise ValueError(f"unexpected argument {rest[1]!r}: every setting is a --flag")
         config = config_lib.build(overrides_lib.load(config_file), overrides)
-        return train(config, workdir_lib.absolute(workdir), _CACHE.value, _RESTART.value)
+        return train(config, shell.absolute(workdir), _CACHE.value, _RESTART.value)
     except run_lib.Preempted:
         logging.warning("preempted; the same command goes on from here")
-        return PREEMPTED
+        return shell.PREEMPTED
     except (steps.NotFiniteError, probe.DriftError) as error:
         print("\n".join([f"mathv2-train: {error}", *_notes(error)]), file=sys.stderr)
-        return FAILED
+        return shell.FAILED
     except (ValueError, FileNotFoundError, flags.Error) as error:
-        if not _is_of_input(error):
+        if not shell.is_of_input(error):
             raise
         print(f"mathv2-train: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return shell.BAD_INPUT
 
 
 def _notes(error: BaseException) -> list[str]:
     return getattr(error, "__notes__", [])
-
-
-def _is_of_input(error: BaseException) -> bool:
-    """Whether the error was raised by our own checks of settings and files, or by absl's."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    raised_in = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
-    ours = raised_in.partition(".")[0] in ("mathv2_jax", "__main__", "config_file")
-    return ours or isinstance(error, (flags.Error, FileNotFoundError))
 
 
 def train(
@@ -126,7 +115,7 @@ def train(
             body = json.dumps(summary, indent=1, sort_keys=True) + "\n"
             storage.write_whole(workdir / "summary.json", body.encode())
         print(table.render(summary, *run_seconds(workdir, config.stages)))
-    return FINISHED
+    return shell.FINISHED
 
 
 def _run_stages(run: run_lib.Run, stages: Sequence[iterate.Stage]) -> dict[str, dict[str, float]]:
@@ -226,7 +215,9 @@ def make_run(
 ) -> run_lib.Run:
     """Tokenizer, roles, model and engines of a run; on `make_mesh(config)` by default."""
     tokenizer = workdir_lib.run_tokenizer(workdir, config)
-    model = dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size)
+    model = config.model
+    if not config.tokenizer.directory:  # a trained vocabulary may be smaller than asked for
+        model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
     experts = config_lib.choose_experts(config.runtime.model_kernels, jax.default_backend())
     run = run_lib.Run(
         workdir=workdir,
@@ -243,7 +234,7 @@ def make_run(
     size = transformer.num_parameters(
         transformer.boxed_abstract(run.trunk.config, run.trunk.kernels)
     )
-    print(f"model: {size:,} parameters, vocabulary of {tokenizer.vocab_size}", flush=True)
+    print(f"model: {size:,} parameters, vocabulary of {model.vocab_size}", flush=True)
     return run
 
 

@@ -4,7 +4,6 @@ import difflib
 import functools
 import importlib.metadata
 import json
-import os
 import pathlib
 import subprocess
 import time
@@ -16,7 +15,7 @@ from etils import epath
 import mathv2_jax
 from mathv2_jax import metrics, storage
 from mathv2_jax.cli import config as config_lib
-from mathv2_jax.cli import inputs
+from mathv2_jax.cli import inputs, shell
 from mathv2_jax.stages import autolabel
 from mathv2_jax.text import tokenizer as tokenizer_lib
 
@@ -44,10 +43,13 @@ def begin(workdir: epath.Path, config: config_lib.RunConfig) -> None:
     began = time.monotonic()
     # What an interrupted start left may be of other settings, the tokenizer above all.
     storage.remove_folder(workdir / "records" / "input")
+    if config.tokenizer.directory:
+        given = shell.absolute(config.tokenizer.directory)
+        inputs.copy_tokenizer(workdir, given, config.model.vocab_size)
     templates = config.roles.templates
     if config.world is None:
         real = config.real or inputs.RealConfig()
-        folder = absolute(config.data)
+        folder = shell.absolute(config.data)
         make_tokenizer = functools.partial(run_tokenizer, workdir, config)
         counts = inputs.write_real(workdir, folder, real, templates, make_tokenizer)
     else:
@@ -162,19 +164,14 @@ def restart(workdir: epath.Path, stage: str) -> None:
     print(f"restarting at {stage}: dropped what {', '.join(gone)} wrote", flush=True)
 
 
-def run_tokenizer(
-    workdir: epath.Path, config: config_lib.RunConfig
-) -> tokenizer_lib.SentencePieceTokenizer:
-    """The run's tokenizer, trained on its input files the first time."""
+def run_tokenizer(workdir: epath.Path, config: config_lib.RunConfig) -> tokenizer_lib.Tokenizer:
+    """The run's tokenizer: its copy of the one given, or trained on its input the first time."""
     settings = config.tokenizer
+    if settings.directory:
+        return inputs.read_tokenizer(workdir)
     return inputs.make_tokenizer(
         workdir, settings.vocab_size, settings.whole_phrases, settings.max_texts
     )
-
-
-def absolute(path: str) -> epath.Path:
-    """A folder named on the command line, local (relative to where it was given) or gs://."""
-    return epath.Path(os.path.abspath(os.path.expanduser(path)) if storage.is_local(path) else path)
 
 
 def read_json(path: epath.Path, fields: Sequence[str], way_out: str) -> dict[str, Any]:

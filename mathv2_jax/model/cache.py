@@ -1,4 +1,4 @@
-"""Which token sees which, and what a decoder keeps: the MLA latents of prompts and answers."""
+"""Which token sees which, and what a decoder keeps of prompts and answers: latents and keys."""
 
 from typing import NamedTuple
 
@@ -21,10 +21,14 @@ class Layout(NamedTuple):
 
 
 class LatentPair(NamedTuple):
-    """Per token: the normed kv latent (width C) and the shared rotated rope key (width R)."""
+    """Per token: the normed kv latent (width C) and the shared rotated rope key (width R).
+
+    With sparse attention the indexer's rotated key (width W) too.
+    """
 
     latent: Float[Array, "... C"]
     rope_key: Float[Array, "... R"]
+    index_key: Float[Array, "... W"] | None = None
 
 
 class LayerCache(NamedTuple):

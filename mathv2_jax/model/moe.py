@@ -4,6 +4,7 @@ The grouped matrix product is a function chosen at construction. All forms here 
 equal up to rounding; `every_expert` is the reference.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, cast
 
@@ -77,7 +78,13 @@ def sorted_blocks(
     h_KbF = nn.silu(gate_KbF) * jnp.einsum("KbD,KDF->KbF", x_KbD, experts.up_EDF[owner_K])
     y_KbD = jnp.einsum("KbF,KFD->KbD", h_KbF, experts.down_EFD[owner_K])
     y_NAD = y_KbD.reshape(num_blocks * block, -1)[slot_M].reshape(num_tokens, per_token, -1)
-    return jnp.einsum("NAD,NA->ND", y_NAD, weights_NA.astype(x_ND.dtype))
+    return _combined(y_NAD, weights_NA)
+
+
+def _combined(y_NAD: Float[Array, "N A D"], weights_NA: Float[Array, "N A"]) -> Float[Array, "N D"]:
+    """The weighted sum of each token's experts, in float32."""
+    out_ND = jnp.einsum("NAD,NA->ND", y_NAD.astype(jnp.float32), weights_NA)
+    return out_ND.astype(y_NAD.dtype)
 
 
 def ragged(
@@ -97,7 +104,7 @@ def ragged(
     y_MD = jax.lax.ragged_dot(h_MF, experts.down_EFD, sizes_E)
     inverse_M = jnp.argsort(order_M)
     y_NAD = y_MD[inverse_M].reshape(*ids_NA.shape, -1)
-    return jnp.einsum("NAD,NA->ND", y_NAD, weights_NA.astype(x_ND.dtype))
+    return _combined(y_NAD, weights_NA)
 
 
 class Routing(NamedTuple):
@@ -105,6 +112,7 @@ class Routing(NamedTuple):
 
     experts_BTA: Int[Array, "... B T A"]
     load_E: Float[Array, "... E"]  # real tokens that chose each expert
+    balance: Float[Array, "..."] | None = None  # see balance_loss
 
 
 def choose_experts(
@@ -124,11 +132,33 @@ def choose_experts(
     return jax.lax.top_k(biased_NE, config.experts_per_token)[1].astype(jnp.int32)
 
 
+def balance_loss(
+    score_BTE: Float[Array, "B T E"], segments_BT: Int[Array, "B T"], per_token: int
+) -> Float[Array, ""]:
+    """Sequence-wise balance (DeepSeek-V3 report, equations 17 to 20), weighed by sequence length.
+
+    A sequence is a segment: a prompt and each answer that shares it count apart. The sum over
+    sequences of T sum_i f_i P_i: divided by the number of real tokens it is a mean of the
+    report's loss. f has no gradient. The least value is 1 a token, at an even load.
+    """
+    num_experts, num_segments = score_BTE.shape[-1], segments_BT.shape[1] + 1
+    best_BTA = jax.lax.top_k(jax.lax.stop_gradient(score_BTE), per_token)[1]
+    chosen_BTE = (best_BTA[..., None] == jnp.arange(num_experts)[None, None, None, :]).any(axis=2)
+    share_BTE = score_BTE / (jnp.sum(score_BTE, axis=-1, keepdims=True) + 1e-20)
+    total = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=num_segments))
+    chosen_BXE = total(chosen_BTE.astype(jnp.float32), segments_BT)
+    share_BXE = total(share_BTE, segments_BT)
+    length_BX = total(jnp.ones(segments_BT.shape, jnp.float32), segments_BT)
+    loss_BX = jnp.sum(chosen_BXE * share_BXE, axis=-1) / jnp.maximum(length_BX, 1.0)
+    return jnp.sum(loss_BX[:, 1:]) * (num_experts / per_token)
+
+
 class SparseMlp(nn.Module):
     """Routed experts plus shared experts. The router bias lives in collection `router`.
 
     `kept_BTA` (or None) replays experts chosen elsewhere, -1 where the live choice stands; the
-    weights always come from the live dense scores, so the gate keeps its gradient.
+    weights always come from the live dense scores, so the gate keeps its gradient. With
+    `segments_BT` the routing carries the balance loss of those sequences.
     """
 
     config: ModelConfig
@@ -140,21 +170,20 @@ class SparseMlp(nn.Module):
         x_BTD: Float[Array, "B T D"],
         real_BT: Array,
         kept_BTA: Int[Array, "B T A"] | None,
+        segments_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
         c, dtype = self.config, x_BTD.dtype
-        router_DE = layers.weight(
-            self, "router", (c.width, c.num_experts), ("embed", "router"), c.width
-        )
+        own = functools.partial(layers.weight, self, dtype=c.param_dtype)
+        router_DE = own("router", (c.width, c.num_experts), ("embed", "router"), c.width)
         bias = nn.with_logical_partitioning(nn.initializers.zeros, ("router",))
         bias_E = cast(
             Array,
             self.variable("router", "bias", bias, None, (c.num_experts,), jnp.float32).value,
         )
         shape_in, shape_out = (c.num_experts, c.width, c.expert_width), ("experts", "embed", "mlp")
-        gate_EDF = layers.weight(self, "experts_gate", shape_in, shape_out, c.width)
-        up_EDF = layers.weight(self, "experts_up", shape_in, shape_out, c.width)
-        down_EFD = layers.weight(
-            self,
+        gate_EDF = own("experts_gate", shape_in, shape_out, c.width)
+        up_EDF = own("experts_up", shape_in, shape_out, c.width)
+        down_EFD = own(
             "experts_down",
             (c.num_experts, c.expert_width, c.width),
             ("experts", "mlp", "embed"),
@@ -162,13 +191,19 @@ class SparseMlp(nn.Module):
         )
         batch, length, width = x_BTD.shape
         x_ND = x_BTD.reshape(-1, width)
-        score_NE = jax.nn.sigmoid(x_ND.astype(jnp.float32) @ router_DE)
+        logit_NE = jnp.matmul(
+            x_ND.astype(jnp.float32),
+            router_DE.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        score_NE = jax.nn.sigmoid(logit_NE)
         ids_NA = choose_experts(jax.lax.stop_gradient(score_NE), bias_E, c)
         if kept_BTA is not None:
             kept_NA = kept_BTA.reshape(ids_NA.shape)
             ids_NA = jnp.where(kept_NA >= 0, kept_NA, ids_NA)
         weight_NA = jnp.take_along_axis(score_NE, ids_NA, axis=1)
-        weight_NA = weight_NA / (jnp.sum(weight_NA, axis=1, keepdims=True) + 1e-20)
+        if c.normalize_expert_weights:
+            weight_NA = weight_NA / (jnp.sum(weight_NA, axis=1, keepdims=True) + 1e-20)
         stacked = ExpertWeights(
             gate_EDF.astype(dtype), up_EDF.astype(dtype), down_EFD.astype(dtype)
         )
@@ -176,11 +211,15 @@ class SparseMlp(nn.Module):
         out_BTD = routed_ND.reshape(batch, length, width)
         if c.num_shared_experts:
             hidden = c.num_shared_experts * c.expert_width
-            out_BTD = out_BTD + layers.GatedMlp(hidden, name="shared")(x_BTD)
+            out_BTD = out_BTD + layers.GatedMlp(hidden, c.param_dtype, name="shared")(x_BTD)
         one_hot_NAE = ids_NA[:, :, None] == jnp.arange(c.num_experts)[None, None, :]
         real_NAE = one_hot_NAE & real_BT.reshape(-1)[:, None, None]
         load_E = jnp.sum(real_NAE, axis=(0, 1)).astype(jnp.float32)
-        return out_BTD, Routing(ids_NA.reshape(batch, length, -1), load_E)
+        balance = None
+        if segments_BT is not None:
+            score_BTE = score_NE.reshape(batch, length, -1)
+            balance = balance_loss(score_BTE, segments_BT, c.experts_per_token)
+        return out_BTD, Routing(ids_NA.reshape(batch, length, -1), load_E, balance)
 
 
 def updated_bias(

@@ -4,7 +4,6 @@ Variables are `{"params": ..., "router": ...}`: parameters and the router bias, 
 gradient. Layers of a kind are one stacked tree whether or not the scan is unrolled.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mathv2_jax import sharding
+from mathv2_jax.model import block, heads, layers, moe, mtp
 from mathv2_jax.model import cache as cache_lib
-from mathv2_jax.model import heads, layers, mla, moe
+from mathv2_jax.model.block import Kernels, Signals
 from mathv2_jax.model.config import ModelConfig
+from mathv2_jax.model.mtp import Further
 
 Variables = dict[str, Any]
 
@@ -36,53 +36,13 @@ class Latents(NamedTuple):
 
 
 class TrunkOutput(NamedTuple):
-    """What one pass over tokens gives."""
+    """What one pass over tokens gives. Losses are sums over real tokens, where asked for."""
 
     hidden_BTD: Float[Array, "B T D"]
     latents: Latents
     routing: moe.Routing | None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Kernels:
-    """The functions chosen once per platform: expanded attention and grouped experts."""
-
-    attend: mla.Attend = mla.attend_densely
-    experts: moe.Experts = moe.sorted_blocks
-
-
-class Block(nn.Module):
-    """Attention and feed-forward, both pre-normed with residuals."""
-
-    config: ModelConfig
-    kernels: Kernels
-    sparse: bool
-
-    @nn.compact
-    def __call__(
-        self,
-        x_BTD: Float[Array, "B T D"],
-        cached: cache_lib.LayerCache | None,
-        kept_BTA: Int[Array, "B T A"] | None,
-        layout: cache_lib.Layout,
-        view: cache_lib.DecodeView | None,
-    ) -> tuple[Float[Array, "B T D"], tuple[cache_lib.LatentPair, moe.Routing | None]]:
-        c = self.config
-        x_BTD = sharding.constrain(x_BTD, "batch", "time", None)
-        attention = mla.LatentAttention(c, self.kernels.attend, name="attention")
-        normed_BTD = layers.RMSNorm(c.norm_eps, name="attention_norm")(x_BTD)
-        if cached is None or view is None:
-            out_BTD, latents = attention.expanded(normed_BTD, layout)
-        else:
-            out_BTD, latents = attention.absorbed(normed_BTD, layout.positions_BT, cached, view)
-        x_BTD = x_BTD + out_BTD
-        normed_BTD = layers.RMSNorm(c.norm_eps, name="mlp_norm")(x_BTD)
-        if not self.sparse:
-            return x_BTD + layers.GatedMlp(c.dense_width, name="mlp")(normed_BTD), (latents, None)
-        real_BT = layout.segments_BT > 0
-        mlp = moe.SparseMlp(c, self.kernels.experts, name="mlp")
-        out_BTD, routing = mlp(normed_BTD, real_BT, kept_BTA)
-        return x_BTD + out_BTD, (latents, routing)
+    alignment_L: Float[Array, "L"] | None = None
+    further: Further | None = None
 
 
 class Trunk(nn.Module):
@@ -90,6 +50,7 @@ class Trunk(nn.Module):
 
     config: ModelConfig
     kernels: Kernels
+    signals: Signals
 
     @nn.compact
     def __call__(
@@ -99,27 +60,42 @@ class Trunk(nn.Module):
         past: DecodeInputs | None = None,
         kept_LBTA: Int[Array, "L B T A"] | None = None,
         previous_BTW: Int[Array, "B T W"] | None = None,
+        sources_BT: Int[Array, "B T"] | None = None,
     ) -> TrunkOutput:
-        c = self.config
+        c, dtype = self.config, self.config.param_dtype
         normal, zeros = nn.initializers.normal, nn.initializers.zeros
         embed_VD = layers.parameter(
-            self, "embed", normal(1.0), (c.vocab_size, c.width), ("vocab", "embed")
+            self, "embed", normal(1.0), (c.vocab_size, c.width), ("vocab", "embed"), dtype
         )
-        layers.weight(self, "unembed", (c.width, c.vocab_size), ("embed", "vocab"), c.width)
+        layers.weight(self, "unembed", (c.width, c.vocab_size), ("embed", "vocab"), c.width, dtype)
         layers.parameter(self, "verifier_head_kernel", zeros, (c.width, 3), ("embed", "score"))
         layers.parameter(self, "verifier_head_bias", zeros, (3,), ("score",))
         x_BTD = embed_VD.astype(c.compute_dtype)[tokens_BT]
         if c.embedding_taps:
             assert previous_BTW is not None, "a model with embedding taps is given previous tokens"
             taps_WD = layers.parameter(
-                self, "taps", normal(0.5), (c.embedding_taps, c.width), ("norm", "norm")
+                self, "taps", normal(0.5), (c.embedding_taps, c.width), ("norm", "norm"), dtype
             )
             before_BTWD = embed_VD.astype(c.compute_dtype)[previous_BTW]
             x_BTD += jnp.einsum("BTWD,WD->BTD", before_BTWD, taps_WD.astype(x_BTD.dtype))
-        x_BTD, dense, _ = self._stack(x_BTD, layout, past, None, sparse=False)
-        x_BTD, sparse, routing = self._stack(x_BTD, layout, past, kept_LBTA, sparse=True)
-        hidden_BTD = layers.RMSNorm(c.norm_eps, name="final_norm")(x_BTD)
-        return TrunkOutput(hidden_BTD, Latents(dense, sparse), routing)
+        embedded_BTD = x_BTD
+        x_BTD, dense = self._stack(x_BTD, layout, past, None, sparse=False)
+        x_BTD, sparse = self._stack(x_BTD, layout, past, kept_LBTA, sparse=True)
+        hidden_BTD = layers.RMSNorm(c.norm_eps, dtype, name="final_norm")(x_BTD)
+        further = None
+        if c.num_mtp_layers and (self.signals.mtp != "off" or self.is_initializing()):
+            assert sources_BT is not None, "predicting further needs each token's predecessor"
+            layer = _scanned(mtp.MtpLayer, c, c.num_mtp_layers, nn.broadcast)
+            layer = layer(c, self.kernels, self.signals, name="mtp")
+            further = mtp.run(layer, hidden_BTD, embedded_BTD, layout, sources_BT)
+        alignments = [k.alignment for k in (dense, sparse) if k and k.alignment is not None]
+        return TrunkOutput(
+            hidden_BTD,
+            Latents(dense and dense.latents, sparse and sparse.latents),
+            sparse and sparse.routing,
+            jnp.concatenate(alignments) if alignments else None,
+            further,
+        )
 
     def _stack(
         self,
@@ -129,33 +105,37 @@ class Trunk(nn.Module):
         kept_LBTA: jax.Array | None,
         *,
         sparse: bool,
-    ) -> tuple[jax.Array, cache_lib.LatentPair | None, moe.Routing | None]:
+    ) -> tuple[jax.Array, block.Passed | None]:
         c = self.config
         length = c.num_sparse_layers if sparse else c.num_dense_layers
         if not length:
-            return x_BTD, None, None
+            return x_BTD, None
         cached = None
         if past is not None:
             cached = past.sparse if sparse else past.dense
-        scanned = nn.scan(
-            Block,
-            variable_axes={"params": 0, "router": 0},
-            split_rngs={"params": True},
-            in_axes=(0, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType] - flax types one int, takes one an argument
-            out_axes=0,
-            length=length,
-            unroll=length if c.scan_unroll else 1,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
-        block = scanned(c, self.kernels, sparse, name="sparse" if sparse else "dense")
-        view = None if past is None else past.view
-        x_BTD, (latents, routing) = block(x_BTD, cached, kept_LBTA, layout, view)
-        return x_BTD, latents, routing
+        scanned = _scanned(block.rematted(c), c, length, 0, 0)
+        name = "sparse" if sparse else "dense"
+        stack = scanned(c, self.kernels, self.signals, sparse, name=name)
+        return stack(x_BTD, cached, kept_LBTA, layout, None if past is None else past.view)
+
+
+def _scanned(layer: Any, config: ModelConfig, length: int, *first_axes: Any) -> Any:
+    """A scan over layers of stacked variables; inputs by `first_axes`, and two shared ones."""
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0, "router": 0},
+        split_rngs={"params": True},
+        in_axes=(*first_axes, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType] - flax types one int, takes one an argument
+        out_axes=0,
+        length=length,
+        unroll=length if config.scan_unroll else 1,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
 
 
 def boxed_abstract(config: ModelConfig, kernels: Kernels | None = None) -> Any:
     """The variables' shapes and logical axes, without making an array."""
-    trunk = Trunk(config, kernels or Kernels())
+    trunk = Trunk(config, kernels or Kernels(), Signals())
     return jax.eval_shape(trunk.init, jax.random.key(0), *_example(config))
 
 
@@ -165,8 +145,8 @@ def unboxed(tree: Any) -> Any:
 
 
 def init(config: ModelConfig, key: jax.Array, kernels: Kernels | None = None) -> Variables:
-    """Fresh float32 variables, unboxed."""
-    trunk = Trunk(config, kernels or Kernels())
+    """Fresh variables, unboxed: parameters in `param_dtype`, router bias and head in float32."""
+    trunk = Trunk(config, kernels or Kernels(), Signals())
     return nn.unbox(trunk.init(key, *_example(config)))
 
 
@@ -174,10 +154,10 @@ def _example(config: ModelConfig) -> tuple[Any, ...]:
     tokens_BT = jnp.zeros((1, 2), jnp.int32)
     previous_BTW = jnp.zeros((1, 2, config.embedding_taps), jnp.int32)
     layout = cache_lib.plain_layout(jnp.full((1,), 2), 2)
-    return tokens_BT, layout, None, None, previous_BTW
+    return tokens_BT, layout, None, None, previous_BTW, cache_lib.plain_sources(tokens_BT)
 
 
-def apply(
+def apply(  # noqa: PLR0913 - the one way into the trunk; all but four have defaults
     config: ModelConfig,
     variables: Variables,
     tokens_BT: Int[Array, "B T"],
@@ -186,14 +166,17 @@ def apply(
     past: DecodeInputs | None = None,
     kept_LBTA: Int[Array, "L B T A"] | None = None,
     previous_BTW: Int[Array, "B T W"] | None = None,
+    sources_BT: Int[Array, "B T"] | None = None,
     kernels: Kernels | None = None,
+    signals: Signals | None = None,
 ) -> TrunkOutput:
     """One pass. With `past`, T is 1 and `layout.positions_BT` are the new tokens' positions.
 
-    `previous_BTW` (cache.previous_tokens) is for models with embedding taps.
+    `previous_BTW` (cache.previous_tokens) is for models with embedding taps, `sources_BT` (each
+    token's predecessor in its row) for the further predictions that `signals` may ask for.
     """
-    trunk = Trunk(config, kernels or Kernels())
-    out = trunk.apply(variables, tokens_BT, layout, past, kept_LBTA, previous_BTW)
+    trunk = Trunk(config, kernels or Kernels(), signals or Signals())
+    out = trunk.apply(variables, tokens_BT, layout, past, kept_LBTA, previous_BTW, sources_BT)
     assert isinstance(out, TrunkOutput)
     return out
 

@@ -20,12 +20,13 @@ from mathv2_jax import sharding
 from mathv2_jax.data import packing
 from mathv2_jax.model import cache, heads, moe, transformer
 from mathv2_jax.model.config import ModelConfig
+from mathv2_jax.rl import auxiliary as auxiliary_lib
 from mathv2_jax.rl import grpo
 
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a checkpoint must hold to go on: float32, sharded like the parameters.
+    """Everything that a checkpoint must hold to go on, sharded like the parameters.
 
     A pytree: the same class holds the state's arrays, their shapes or their shardings.
     """
@@ -44,20 +45,33 @@ class LossAux(NamedTuple):
     head_weight: Float[Array, ""]
     load_LE: Float[Array, "L E"]
     policy: grpo.GrpoAux | None
+    further_load_ME: Float[Array, "M E"] | None = None  # of the MTP layers, where they ran
+    auxiliary: auxiliary_lib.AuxiliaryLosses | None = None
 
 
-Loss = Callable[[Any, transformer.Variables, packing.Batch, Any], tuple[jax.Array, LossAux]]
+# (params, variables, batch, reference, number of real tokens in the step or None where unused)
+Loss = Callable[
+    [Any, transformer.Variables, packing.Batch, Any, jax.Array | None], tuple[jax.Array, LossAux]
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trunk:
-    """How to run the model: shape and kernels, chosen once."""
+    """How to run the model: shape, kernels and auxiliary losses, chosen once."""
 
     config: ModelConfig
     kernels: transformer.Kernels
+    auxiliary: auxiliary_lib.AuxiliaryConfig = auxiliary_lib.AuxiliaryConfig()
+
+    def __post_init__(self):
+        self.auxiliary.require(self.config, "auxiliary")
 
     def read(
-        self, params: Any, variables: transformer.Variables, batch: packing.Batch
+        self,
+        params: Any,
+        variables: transformer.Variables,
+        batch: packing.Batch,
+        signals: transformer.Signals | None = None,
     ) -> tuple[jax.Array, transformer.TrunkOutput]:
         """Hidden states [B, T, D] aligned with the tokens they predict, and the raw output."""
         tokens_BT, sources_BT = jnp.asarray(batch.tokens_BT), jnp.asarray(batch.sources_BT)
@@ -73,7 +87,9 @@ class Trunk:
             layout,
             kept_LBTA=None if batch.kept_LBTA is None else jnp.asarray(batch.kept_LBTA),
             previous_BTW=cache.previous_tokens(tokens_BT, sources_BT, self.config.embedding_taps),
+            sources_BT=sources_BT,
             kernels=self.kernels,
+            signals=signals,
         )
         return jnp.take_along_axis(out.hidden_BTD, sources_BT[..., None], axis=1), out
 
@@ -83,9 +99,10 @@ class Trunk:
         variables: transformer.Variables,
         batch: packing.Batch,
         temperature: float,
+        signals: transformer.Signals | None = None,
     ) -> tuple[heads.TokenLogprobs, transformer.TrunkOutput]:
         """Log-probability and entropy of every token of the batch given what precedes it."""
-        hidden_BTD, out = self.read(params, variables, batch)
+        hidden_BTD, out = self.read(params, variables, batch, signals)
         found = heads.token_logprobs(
             hidden_BTD,
             params["unembed"],
@@ -110,21 +127,54 @@ class Trunk:
         each_P = optax.softmax_cross_entropy_with_integer_labels(logits_P3, labels_P)
         return jnp.sum(weights_P * each_P), jnp.sum(weights_P)
 
+    def auxiliary_losses(
+        self,
+        out: transformer.TrunkOutput,
+        unembed_DV: jax.Array,
+        batch: packing.Batch,
+        tokens: jax.Array | None,
+        weight_total: jax.Array | float = 1.0,
+    ) -> tuple[jax.Array, auxiliary_lib.AuxiliaryLosses | None]:
+        """Their weighted sum and each; MTP is weighted like the tokens of the batch."""
+        if self.auxiliary.signals() == transformer.Signals():
+            return jnp.zeros(()), None
+        weights_BT = jnp.asarray(batch.weights_BT) / weight_total
+        mtp = auxiliary_lib.further_loss(self.config, unembed_DV, batch, out.further, weights_BT)
+        return auxiliary_lib.losses(self.auxiliary, out, tokens, mtp)
+
 
 def _load(out: transformer.TrunkOutput) -> jax.Array:
     return jnp.zeros((0, 0)) if out.routing is None else out.routing.load_E
 
 
+def _further_load(out: transformer.TrunkOutput) -> jax.Array | None:
+    routing = out.further and out.further.routing
+    return None if routing is None else routing.load_E
+
+
 def supervised(
-    trunk: Trunk, params: Any, variables: transformer.Variables, batch: packing.Batch, _: Any
+    trunk: Trunk,
+    params: Any,
+    variables: transformer.Variables,
+    batch: packing.Batch,
+    _: Any,
+    tokens: jax.Array | None = None,
+    *,
+    mean: bool = False,
 ) -> tuple[jax.Array, LossAux]:
-    """- sum of weighted log-probabilities of the assistant's tokens."""
-    found, out = trunk.logprobs(params, variables, batch, 1.0)
+    """- sum of weighted log-probabilities of the assistant's tokens; with `mean` over the weights.
+
+    The mean is the batch's own, for steps of one batch.
+    """
+    found, out = trunk.logprobs(params, variables, batch, 1.0, trunk.auxiliary.signals())
     weights_BT = jnp.asarray(batch.weights_BT)
-    loss = -jnp.sum(jnp.where(weights_BT > 0, found.logprob_BT, 0.0) * weights_BT)
+    total = jnp.maximum(jnp.sum(weights_BT), 1.0) if mean else jnp.ones(())
+    loss = -jnp.sum(jnp.where(weights_BT > 0, found.logprob_BT, 0.0) * weights_BT) / total
+    beside, each = trunk.auxiliary_losses(out, params["unembed"], batch, tokens, total)
     zero = jnp.zeros(())
-    tokens = jnp.sum(batch.segments_BT > 0).astype(jnp.float32)
-    return loss, LossAux(loss, tokens, zero, zero, _load(out), None)
+    real = jnp.sum(batch.segments_BT > 0).astype(jnp.float32)
+    aux = LossAux(loss, real, zero, zero, _load(out), None, _further_load(out), each)
+    return loss + beside, aux
 
 
 def policy_gradient(
@@ -135,9 +185,14 @@ def policy_gradient(
     variables: transformer.Variables,
     batch: packing.Batch,
     reference_BT: Any,
+    tokens: jax.Array | None = None,
 ) -> tuple[jax.Array, LossAux]:
-    """GRPO on the answers plus the verifier head's cross-entropy (no gradient into the trunk)."""
-    found, out = trunk.logprobs(params, variables, batch, temperature)
+    """GRPO on the answers plus the verifier head's cross-entropy (no gradient into the trunk).
+
+    MTP learns to follow the policy and is kept from teaching it: its own layers alone are trained.
+    """
+    signals = trunk.auxiliary.signals(detached=True)
+    found, out = trunk.logprobs(params, variables, batch, temperature, signals)
     loss, aux = grpo.grpo_loss(
         found.logprob_BT,
         found.entropy_BT,
@@ -149,8 +204,13 @@ def policy_gradient(
         config,
     )
     head_loss, head_weight = trunk.head_loss(params, out.hidden_BTD, batch)
-    tokens = jnp.sum(batch.segments_BT > 0).astype(jnp.float32)
-    return loss + head_loss, LossAux(loss, tokens, head_loss, head_weight, _load(out), aux)
+    unembed_DV = jax.lax.stop_gradient(params["unembed"])
+    beside, each = trunk.auxiliary_losses(out, unembed_DV, batch, tokens)
+    real = jnp.sum(batch.segments_BT > 0).astype(jnp.float32)
+    measured = LossAux(
+        loss, real, head_loss, head_weight, _load(out), aux, _further_load(out), each
+    )
+    return loss + head_loss + beside, measured
 
 
 class Learner:
@@ -172,14 +232,19 @@ class Learner:
         self._where = _state_shardings(boxed, optimizer, mesh)
         gradient = jax.value_and_grad(loss, has_aux=True)
 
-        def gradients(variables: Any, batch: Any, reference: Any) -> Any:
-            (_, aux), grads = gradient(variables["params"], variables, batch, reference)
-            return grads, aux
+        only_indexer = trunk.auxiliary.only_indexer
+
+        def gradients(variables: Any, batch: Any, reference: Any, tokens: Any) -> Any:
+            (_, aux), grads = gradient(variables["params"], variables, batch, reference, tokens)
+            return _of_indexers(grads) if only_indexer else grads, aux
 
         def logprobs(variables: Any, batch: Any) -> jax.Array:
             return trunk.logprobs(variables["params"], variables, batch, temperature)[0].logprob_BT
 
-        update = functools.partial(_guarded_update, optimizer, router_bias_rate)
+        bias_rate = 0.0 if only_indexer else router_bias_rate
+        update = functools.partial(_guarded_update, optimizer, bias_rate, only_indexer)
+        self._counts_tokens = bool(trunk.auxiliary.balance or trunk.auxiliary.indexer)
+        self._count = jax.jit(lambda batch: jnp.sum(batch.segments_BT > 0).astype(jnp.float32))
         self._gradients = jax.jit(gradients)
         self._add = jax.jit(functools.partial(jax.tree.map, jnp.add))
         # The state comes back laid out as it came in, or the next step would compile anew.
@@ -217,10 +282,12 @@ class Learner:
 
         Where loss or gradient is not finite the state comes back as it was, `finite` 0.
         """
-        total = None
+        total, tokens = None, None
         with jax.set_mesh(self.mesh):
+            if self._counts_tokens:
+                tokens = functools.reduce(self._add, map(self._count, batches))
             for batch, reference in zip(batches, references, strict=True):
-                found = self._gradients(state.variables, batch, reference)
+                found = self._gradients(state.variables, batch, reference, tokens)
                 total = found if total is None else self._add(total, found)
             return self._update(state, total, jnp.float32(learning_rate))
 
@@ -251,9 +318,27 @@ def _state_shardings(boxed: Any, optimizer: optax.GradientTransformation, mesh: 
     return TrainState(everywhere, variables, moments)
 
 
+def _stepped(biases: Any, load_LE: jax.Array | None, rate: float) -> Any:
+    """The biases of one kind of layer after a step; as they were where the layers did not run."""
+    if load_LE is None:
+        return biases
+    return jax.tree.map(lambda bias_LE: moe.updated_bias(bias_LE, load_LE, rate), biases)
+
+
+def _of_indexers(tree: Any) -> Any:
+    """The tree with zeros everywhere but in the parameters of indexers."""
+
+    def kept(path: Any, leaf: jax.Array) -> jax.Array:
+        names = {key.key for key in path}
+        return leaf if "indexer" in names else jnp.zeros_like(leaf)
+
+    return jax.tree_util.tree_map_with_path(kept, tree)
+
+
 def _guarded_update(
     optimizer: optax.GradientTransformation,
     bias_rate: float,
+    only_indexer: bool,
     state: TrainState,
     total: Any,
     learning_rate: jax.Array,
@@ -262,15 +347,20 @@ def _guarded_update(
     grads, aux = total
     params = state.variables["params"]
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(norm) & jnp.isfinite(aux.loss) & jnp.isfinite(aux.head_loss)
-    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer counts
+    each = (aux.loss, aux.head_loss, *jax.tree.leaves(aux.auxiliary))
+    finite = jnp.isfinite(jnp.stack([norm, *each])).all()
+    # optax raises floats to integer counts, and the rate is wider than a bfloat16 parameter.
+    with jax.numpy_dtype_promotion("standard"):
         directions, optimizer_state = optimizer.update(grads, state.optimizer, params)
-    updates = jax.tree.map(lambda d: -learning_rate * d, directions)
-    variables = {**state.variables, "params": optax.apply_updates(params, updates)}
+        updates = jax.tree.map(lambda d: -learning_rate * d, directions)
+        updates = _of_indexers(updates) if only_indexer else updates
+        variables = {**state.variables, "params": optax.apply_updates(params, updates)}
+    loads = {"sparse": aux.load_LE, "mtp": aux.further_load_ME}
     if "router" in variables:  # a model without sparse layers has none
-        variables["router"] = jax.tree.map(
-            lambda bias_LE: moe.updated_bias(bias_LE, aux.load_LE, bias_rate), variables["router"]
-        )
+        variables["router"] = {
+            kind: _stepped(biases, loads[kind], bias_rate)
+            for kind, biases in variables["router"].items()
+        }
     fresh = TrainState(state.step, variables, optimizer_state)
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), fresh, state)
     mean_load = jnp.maximum(jnp.mean(aux.load_LE, axis=-1), 1.0) if aux.load_LE.size else 1.0
@@ -284,6 +374,9 @@ def _guarded_update(
         "router_peak_load": peak,
         "head_loss": aux.head_loss / jnp.maximum(aux.head_weight, 1e-6),
     }
+    if aux.auxiliary is not None:
+        found = aux.auxiliary._asdict().items()
+        metrics |= {f"{name}_loss": value for name, value in found if value is not None}
     if aux.policy is not None:
         scale = jnp.maximum(aux.policy.weight, 1e-12)
         metrics |= {

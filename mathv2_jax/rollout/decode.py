@@ -94,8 +94,8 @@ def prefill(
 def _empty(prompt: cache.LatentPair | None, rows: int, slots: int) -> cache.LatentPair | None:
     if prompt is None:
         return None
-    return cache.LatentPair(
-        *(jnp.zeros((x.shape[0], rows, slots, x.shape[-1]), x.dtype) for x in prompt)
+    return jax.tree.map(
+        lambda x: jnp.zeros((x.shape[0], rows, slots, x.shape[-1]), x.dtype), prompt
     )
 
 
@@ -106,14 +106,10 @@ def _layer_caches(
 
 
 def _write(own: cache.LatentPair | None, new: cache.LatentPair | None, at: jax.Array) -> Any:
-    if own is None or new is None:
-        return None
-    return cache.LatentPair(
-        *(
-            jax.lax.dynamic_update_slice_in_dim(old, fresh, at, axis=2)
-            for old, fresh in zip(own, new, strict=True)
-        )
-    )
+    def put(old: jax.Array, fresh: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, fresh, at, axis=2)
+
+    return jax.tree.map(put, own, new)
 
 
 def decode(

@@ -66,7 +66,7 @@ class Engine:
     def __init__(
         self,
         programs: decode.Programs,
-        tokenizer: tokenizer_lib.SentencePieceTokenizer,
+        tokenizer: tokenizer_lib.Tokenizer,
         engine_config: EngineConfig,
         mesh: Mesh,
         *,
@@ -110,7 +110,7 @@ class Engine:
                 answers[at] = [self._lost(request, i) for i in range(request.num_samples)]
                 continue
             together = min(request.num_samples, self.limits.rows)
-            stop_ids = tuple(sorted({self.tokenizer.eos_id, *request.stop_ids}))
+            stop_ids = tuple(sorted({*self.tokenizer.stop_ids, *request.stop_ids}))
             shape = _Shape(prompt, together, slots, request.top_p < 1.0, stop_ids)
             shapes.setdefault(shape, []).append(at)
         for shape, places in shapes.items():

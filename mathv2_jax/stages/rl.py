@@ -12,6 +12,7 @@ from absl import logging
 from mathv2_jax import records, roles
 from mathv2_jax import reward as reward_lib
 from mathv2_jax.data import packing, sources
+from mathv2_jax.rl import auxiliary as auxiliary_lib
 from mathv2_jax.rl import grpo as grpo_lib
 from mathv2_jax.rl import learner as learner_lib
 from mathv2_jax.rl import optimizer as optimizer_lib
@@ -32,7 +33,8 @@ class RlConfig:
     Groups without signal (all rewards equal) are counted and refilled in stream order in at most
     `max_refills` rounds; then the step trains on what there is. `on_length`: a response cut at
     its own limit earns 0 (`zero`) or leaves its group (`mask`). `head_weight` and
-    `head_auto_weight` weigh human and automatic labels in the verifier head's loss.
+    `head_auto_weight` weigh human and automatic labels in the verifier head's loss, `auxiliary` the
+    losses of experts, indexers and further predictions.
     """
 
     steps: int
@@ -50,6 +52,7 @@ class RlConfig:
     )
     head_weight: float = 1.0
     head_auto_weight: float = 0.5
+    auxiliary: auxiliary_lib.AuxiliaryConfig = auxiliary_lib.AuxiliaryConfig()
 
     def __post_init__(self):
         for name in ("steps", "groups", "rows", "row_length"):
@@ -64,6 +67,11 @@ class RlConfig:
         for name in ("head_weight", "head_auto_weight"):
             if not 0.0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"rl.{name} = {getattr(self, name)}: must not be negative")
+        if self.auxiliary.indexer and self.auxiliary.indexer_stage == "dense":
+            raise ValueError(
+                "rl.auxiliary.indexer_stage = 'dense': the sampler's attention is sparse, and the "
+                "trainer's must be too; warm up in a supervised stage"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +121,7 @@ def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
     stream = task_stream(run, stage)
     score = make_score(run, stage)
     learner = run.learner(
-        ("rl", config.grpo, config.optimizer.without_rate(), temperature),
+        ("rl", config.grpo, config.optimizer.without_rate(), config.auxiliary, temperature),
         functools.partial(_make_learner, run, config, temperature),
     )
     alarms = groups_lib.Alarms(stage.name, run.runtime.lost_alarm, run.runtime.failed_alarm)
@@ -310,9 +318,10 @@ def pack(config: RlConfig, groups: Sequence[groups_lib.Group]) -> list[packing.B
 
 
 def _make_learner(run: run_lib.Run, config: RlConfig, temperature: float) -> learner_lib.Learner:
-    loss = functools.partial(learner_lib.policy_gradient, run.trunk, config.grpo, temperature)
+    trunk = dataclasses.replace(run.trunk, auxiliary=config.auxiliary)
+    loss = functools.partial(learner_lib.policy_gradient, trunk, config.grpo, temperature)
     return learner_lib.Learner(
-        run.trunk,
+        trunk,
         loss,
         optimizer_lib.make_optimizer(config.optimizer),
         run.mesh,

@@ -53,7 +53,7 @@ class Run:
     workdir: epath.Path
     seed: int
     trunk: learner_lib.Trunk
-    tokenizer: tokenizer_lib.SentencePieceTokenizer
+    tokenizer: tokenizer_lib.Tokenizer
     roles: roles.Roles
     mesh: Mesh
     engine_config: engine.EngineConfig

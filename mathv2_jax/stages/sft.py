@@ -5,10 +5,9 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from mathv2_jax import records
 from mathv2_jax.data import packing, sources
+from mathv2_jax.rl import auxiliary as auxiliary_lib
 from mathv2_jax.rl import learner as learner_lib
 from mathv2_jax.rl import optimizer as optimizer_lib
 from mathv2_jax.stages import run as run_lib
@@ -19,13 +18,15 @@ from mathv2_jax.text import tokenizer as tokenizer_lib
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SftConfig:
     """Batches of `rows` x `row_length` packed tokens; the mean log-probability of the assistant's
-    tokens is raised, prompts count `prompt_weight` each (0: not at all)."""
+    tokens is raised, prompts count `prompt_weight` each (0: not at all). `auxiliary` weighs the
+    losses of experts, indexers and further predictions beside it."""
 
     steps: int
     rows: int
     row_length: int
     optimizer: optimizer_lib.OptimizerConfig
     prompt_weight: float = 0.0
+    auxiliary: auxiliary_lib.AuxiliaryConfig = auxiliary_lib.AuxiliaryConfig()
 
     def __post_init__(self):
         if min(self.steps, self.rows, self.row_length) < 1:
@@ -48,7 +49,7 @@ class SftStage:
 
 
 def supervised_item(
-    tokenizer: tokenizer_lib.SentencePieceTokenizer,
+    tokenizer: tokenizer_lib.Tokenizer,
     demonstration: records.Demonstration,
     prompt_weight: float,
     *,
@@ -109,7 +110,8 @@ def train(
         {"demonstrations": fitting}, {"demonstrations": 1.0}, run.seed_for(name)
     )
     learner = run.learner(
-        ("sft", config.optimizer.without_rate()), functools.partial(_make_learner, run, config)
+        ("sft", config.optimizer.without_rate(), config.auxiliary),
+        functools.partial(_make_learner, run, config),
     )
     with steps.Loop(run, name, config.steps, learner, init) as loop:
         position = loop.position.get("next", 0)
@@ -124,14 +126,10 @@ def train(
 
 
 def _make_learner(run: run_lib.Run, config: SftConfig) -> learner_lib.Learner:
-    def mean_loss(params: Any, variables: Any, batch: packing.Batch, _: Any) -> Any:
-        loss, aux = learner_lib.supervised(run.trunk, params, variables, batch, None)
-        total = jnp.maximum(jnp.sum(jnp.asarray(batch.weights_BT)), 1.0)
-        return loss / total, aux._replace(loss=loss / total)
-
+    trunk = dataclasses.replace(run.trunk, auxiliary=config.auxiliary)
     return learner_lib.Learner(
-        run.trunk,
-        mean_loss,
+        trunk,
+        functools.partial(learner_lib.supervised, trunk, mean=True),
         optimizer_lib.make_optimizer(config.optimizer),
         run.mesh,
         router_bias_rate=run.router_bias_rate,

@@ -27,7 +27,7 @@ class Task:
 
 def generator_tasks(
     role: roles.Role,
-    tokenizer: tokenizer_lib.SentencePieceTokenizer,
+    tokenizer: tokenizer_lib.Tokenizer,
     problems: Sequence[records.Problem],
 ) -> list[Task]:
     """One task a problem of D_p."""
@@ -45,7 +45,7 @@ def generator_tasks(
 
 def verifier_tasks(
     role: roles.Role,
-    tokenizer: tokenizer_lib.SentencePieceTokenizer,
+    tokenizer: tokenizer_lib.Tokenizer,
     proofs: Sequence[records.Proof],
 ) -> list[Task]:
     """One task a labelled proof of D_v; ValueError names an unlabelled one."""
@@ -70,7 +70,7 @@ def verifier_tasks(
 
 def meta_verifier_tasks(
     role: roles.Role,
-    tokenizer: tokenizer_lib.SentencePieceTokenizer,
+    tokenizer: tokenizer_lib.Tokenizer,
     analyses: Sequence[records.Analysis],
 ) -> list[Task]:
     """One task a labelled analysis of D_mv; ValueError names an unlabelled one."""

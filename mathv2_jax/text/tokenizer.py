@@ -10,6 +10,7 @@ import hashlib
 import io
 import re
 from collections.abc import Iterable, Sequence
+from typing import Protocol, runtime_checkable
 
 import sentencepiece
 
@@ -18,6 +19,7 @@ THINK, END_THINK = "<think>", "</think>"
 PAD, UNK, BOS, EOS = "<pad>", "<unk>", "<s>", "</s>"
 ROLE_TOKENS = {"user": USER, "assistant": ASSISTANT, "system": SYSTEM}
 CONTROL_TOKENS = (PAD, UNK, BOS, EOS, USER, ASSISTANT, SYSTEM, THINK, END_THINK)
+SHOWN_TOKENS = (THINK, END_THINK)  # the control tokens that decoded text shows
 
 _SPACE = "\u2581"  # SentencePiece writes a space so; the character itself goes through its bytes
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
@@ -39,6 +41,48 @@ class Message:
             raise ValueError(f"a message of role {self.role!r} has no thinking, only assistant's")
 
 
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What a run needs of a tokenizer; this module's, and `hf_tokenizer.HfTokenizer`.
+
+    No text encodes to one of `control_ids`; any ids decode. Tokenizers of one `fingerprint` are
+    the same; they travel to worker processes by pickle. `stop_ids` end a response, `eos_id` is the
+    one of them that ends a turn of the assistant's. `end_think_id` is -1 where the vocabulary has
+    no `</think>`, and thinking is refused by `encode`.
+    """
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def control_ids(self) -> frozenset[int]: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+    @property
+    def end_think_id(self) -> int: ...
+
+    def encode_text(self, text: str) -> list[int]: ...
+
+    def encode(
+        self, messages: Sequence[Message], *, open_assistant: bool = True, think: bool = False
+    ) -> list[int]: ...
+
+    def encode_with_loss_mask(
+        self, messages: Sequence[Message]
+    ) -> tuple[list[int], list[bool]]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+    def split_thinking(
+        self, ids: Sequence[int], *, think: bool
+    ) -> tuple[list[int], list[int] | None]: ...
+
+
 def train(texts: Iterable[str], *, vocab_size: int, whole_phrases: Sequence[str] = ()) -> bytes:
     """A SentencePiece BPE model (its proto) learned from `texts`; the same input, the same bytes.
 
@@ -53,9 +97,9 @@ def train(texts: Iterable[str], *, vocab_size: int, whole_phrases: Sequence[str]
                 f"whole phrase {phrase!r} is empty, holds U+2581 or is spelt like a control token "
                 "or a byte token; leave it out"
             )
-        _require_text(phrase)
+        require_text(phrase)
     fixed = len(CONTROL_TOKENS) + len(phrases) + _NUM_BYTES
-    lines = [line for text in texts for line in _require_text(text).splitlines() if line]
+    lines = [line for text in texts for line in require_text(text).splitlines() if line]
     if not lines:
         raise ValueError("a tokenizer is trained on text: the texts given hold no line")
     model = io.BytesIO()
@@ -109,6 +153,7 @@ class SentencePieceTokenizer:
         control = {token: self._find(token) for token in CONTROL_TOKENS}
         self.control_ids = frozenset(control.values())
         self.pad_id, self.bos_id, self.eos_id = control[PAD], control[BOS], control[EOS]
+        self.stop_ids = (self.eos_id,)
         self.think_id, self.end_think_id = control[THINK], control[END_THINK]
         self._role_ids = {role: control[token] for role, token in ROLE_TOKENS.items()}
         self._bytes_of = [self._piece_bytes(i) for i in range(self.vocab_size)]
@@ -123,9 +168,23 @@ class SentencePieceTokenizer:
         """ValueError where `model` is no SentencePiece model, or not such as `train` makes."""
         return cls(model)
 
+    def reserved(self) -> dict[str, int]:
+        """Control tokens and tokens of single bytes, as they are spelt."""
+        ids = [i for i in range(self.vocab_size) if self._is_reserved(i)]
+        return {self._processor.id_to_piece(i): i for i in ids}
+
+    def pieces(self) -> dict[str, int]:
+        """The tokens of text, phrases before the bytes' tokens and learned pieces after them."""
+        ids = [i for i in range(self.vocab_size) if not self._is_reserved(i)]
+        return {self._processor.id_to_piece(i).replace(_SPACE, " "): i for i in ids}
+
+    def score(self, token_id: int) -> float:
+        """Of the pieces that two neighbours could be joined to, that of the best score wins."""
+        return self._processor.get_score(token_id)
+
     def encode_text(self, text: str) -> list[int]:
         """The ids of a text, none of them a control token's; ValueError at a lone surrogate."""
-        first, *others = _require_text(text).split(_SPACE)
+        first, *others = require_text(text).split(_SPACE)
         ids = list(self._processor.encode(first))
         for part in others:
             ids += self._escaped_space
@@ -185,11 +244,7 @@ class SentencePieceTokenizer:
 
         Without thinking everything is final; with it and no `</think>` there is no final response.
         """
-        ids = list(ids)
-        if not think:
-            return [], ids
-        cut = next((i for i in reversed(range(len(ids))) if ids[i] == self.end_think_id), None)
-        return (ids, None) if cut is None else (ids[:cut], ids[cut + 1 :])
+        return split_at_last(ids, self.end_think_id) if think else ([], list(ids))
 
     def _find(self, token: str) -> int:
         found = self._processor.piece_to_id(token)
@@ -201,6 +256,9 @@ class SentencePieceTokenizer:
             )
         return found
 
+    def _is_reserved(self, token_id: int) -> bool:
+        return token_id in self.control_ids or self._processor.is_byte(token_id)
+
     def _byte_id(self, byte: int) -> int:
         found = self._processor.piece_to_id(f"<0x{byte:02X}>")
         if not self._processor.is_byte(found):
@@ -210,7 +268,7 @@ class SentencePieceTokenizer:
     def _piece_bytes(self, token_id: int) -> bytes:
         piece = self._processor.id_to_piece(token_id)
         if token_id in self.control_ids or self._processor.is_control(token_id):
-            return piece.encode() if piece in (THINK, END_THINK) else b""
+            return piece.encode() if piece in SHOWN_TOKENS else b""
         if self._processor.is_byte(token_id):
             return bytes([int(piece[1:-1], 16)])
         return piece.replace(_SPACE, " ").encode()
@@ -224,7 +282,15 @@ class SentencePieceTokenizer:
             )
 
 
-def _require_text(text: str) -> str:
+def split_at_last(ids: Sequence[int], end: int) -> tuple[list[int], list[int] | None]:
+    """What stands before and after the last `end`; without one, (all of it, None)."""
+    ids = list(ids)
+    cut = next((i for i in reversed(range(len(ids))) if ids[i] == end), None)
+    return (ids, None) if cut is None else (ids[:cut], ids[cut + 1 :])
+
+
+def require_text(text: str) -> str:
+    """The text itself; ValueError at a lone surrogate."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -13,7 +13,6 @@ from mathv2_jax.model import moe, transformer
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
-MODELS = sorted((REPOSITORY / "configs" / "models").glob("*.py"))
 SWEEPS = sorted((REPOSITORY / "configs" / "sweeps").glob("*.py"))
 
 
@@ -25,7 +24,7 @@ def smoke(*changes: tuple[str, str]) -> config_lib.RunConfig:
 # Every config of the repository.
 
 
-@pytest.mark.parametrize("path", [*CONFIGS, *MODELS], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_config_builds_and_its_model_evaluates(path):
     real = [("config.data", "DIR")] if path.stem == "olympiad" else []
     config = config_lib.build(overrides.load(str(path)), real)
@@ -63,6 +62,19 @@ def test_an_override_reaches_a_nested_field_and_one_that_the_file_leaves_unset()
     assert stage.rl.grpo.kl_coefficient == 0.25
     assert config.engine.prompt_buckets == (64, 128)
     assert config.router_bias_rate == 0.0 and isinstance(config.router_bias_rate, float)
+
+
+def test_auxiliary_losses_are_fields_of_a_stage_that_the_model_must_have_the_parts_for():
+    path = "stage.sft.sft.auxiliary"
+    config = smoke((f"{path}.balance", "1e-4"), ("stage.verifier-0.rl.auxiliary.balance", "1e-3"))
+    stages = {s.name: s for s in config.stages}
+    assert stages["sft"].sft.auxiliary.balance == 1e-4
+    assert stages["verifier-0"].rl.auxiliary.balance == 1e-3
+    with pytest.raises(ValueError, match=rf"^config\.{path}\.mtp = 0\.1: .*num_mtp_layers is 0"):
+        smoke((f"{path}.mtp", "0.1"))
+    with pytest.raises(ValueError, match="attention is sparse, and the trainer's must be too"):
+        where = "stage.verifier-0.rl.auxiliary"
+        smoke((f"{where}.indexer", "1.0"), (f"{where}.indexer_stage", "dense"))
 
 
 def test_a_part_of_the_recipe_is_an_override():

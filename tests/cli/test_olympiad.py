@@ -13,7 +13,7 @@ from etils import epath
 
 from mathv2_jax import records
 from mathv2_jax.cli import config as config_lib
-from mathv2_jax.cli import inputs, overrides, train
+from mathv2_jax.cli import inputs, overrides, shell, train
 from mathv2_jax.data import graded, sources
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -176,7 +176,7 @@ def test_missing_data_are_one_clear_line_and_exit_code_2(
     flags = [f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}"]
     if missing != "config.data":
         flags.append(f"--config.data={folder}")
-    assert train.main(["mathv2-train", *flags]) == train.BAD_INPUT
+    assert train.main(["mathv2-train", *flags]) == shell.BAD_INPUT
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert {"the folder": "no such folder"}.get(missing, missing) in said

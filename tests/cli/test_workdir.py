@@ -12,7 +12,7 @@ from etils import epath
 
 from mathv2_jax import storage
 from mathv2_jax.cli import config as config_lib
-from mathv2_jax.cli import overrides, train
+from mathv2_jax.cli import overrides, shell, train
 from mathv2_jax.cli import workdir as workdir_lib
 
 CONFIG = pathlib.Path(__file__).resolve().parents[2] / "configs" / "smoke.py"
@@ -157,7 +157,7 @@ def test_rows_that_the_mesh_does_not_divide_are_named_before_anything_is_written
 
 @pytest.mark.parametrize("flag", ["--workdir=", "--workdir= "])
 def test_an_empty_workdir_is_refused(flag, capsys):
-    assert train.main(["mathv2-train", f"--config={CONFIG}", flag]) == train.BAD_INPUT
+    assert train.main(["mathv2-train", f"--config={CONFIG}", flag]) == shell.BAD_INPUT
     assert "--workdir=DIR must be given" in capsys.readouterr().err
 
 

@@ -1,9 +1,10 @@
-"""Two tiny models that differ in every optional part, with variables that hide nothing.
+"""Three tiny models that differ in every optional part, with variables that hide nothing.
 
 Fresh variables have norm scales of one, a router bias of zero and a verifier head of zeros, which
 would hide a wrong use of them: here every array is drawn.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -53,6 +54,24 @@ FULL = ModelConfig(
     embedding_taps=2,
 )
 
+# Tokens are picked from the fourth of a sequence on; some positions lie beyond YaRN's length.
+SPARSE = dataclasses.replace(
+    FULL,
+    num_expert_groups=1,
+    expert_groups_per_token=1,
+    embedding_taps=0,
+    normalize_expert_weights=False,
+    yarn_factor=4.0,
+    yarn_original_length=8,
+    yarn_beta_fast=1.0,
+    yarn_beta_slow=0.1,
+    yarn_mscale=0.7,
+    index_topk=3,
+    index_heads=3,
+    index_head_width=6,
+    num_mtp_layers=2,
+)
+
 
 class Model(NamedTuple):
     """A config, variables, and one compiled pass: (variables, tokens, layout, sources, kept)."""
@@ -92,7 +111,13 @@ def full() -> Model:
     return build(FULL)
 
 
-@pytest.fixture(scope="session", params=[PLAIN, FULL], ids=["plain", "full"])
+@pytest.fixture(scope="session")
+def sparse_model() -> Model:
+    """Sparse attention, YaRN, raw expert weights, two further predictions, three layers by scan."""
+    return build(SPARSE)
+
+
+@pytest.fixture(scope="session", params=[PLAIN, FULL, SPARSE], ids=["plain", "full", "sparse"])
 def model(request: pytest.FixtureRequest) -> Model:
-    """The model of `full`, and one with none of its optional parts."""
+    """The models of `full` and `sparse_model`, and one with none of their optional parts."""
     return build(request.param)

@@ -71,6 +71,25 @@ def test_gradients_through_chunks_equal_those_of_the_whole(inputs):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_memory_does_not_grow_with_length_times_vocabulary():
+    """Bytes that XLA sets aside for value and gradient, at lengths 256 and 2048, chunks of 64."""
+    vocab, width = 4096, 8
+
+    def temp_bytes(length):
+        def loss(hidden_BTD, unembed_DV):
+            targets_BT = jnp.zeros((1, length), jnp.int32)
+            return jnp.sum(heads.token_logprobs(hidden_BTD, unembed_DV, targets_BT, chunk=64)[0])
+
+        args = (jnp.zeros((1, length, width)), jnp.zeros((width, vocab)))
+        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*args).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    short, long = temp_bytes(256), temp_bytes(2048)
+    logits = 4 * (2048 - 256) * vocab
+    assert long - short < logits / 50
+    assert short > 4 * 64 * vocab  # one chunk of logits: what is measured is the whole program
+
+
 def test_logits_of_a_bfloat16_stream_are_summed_in_float32():
     hidden_BTD, unembed_DV = draw(5, 1, 4, 64).astype(jnp.bfloat16), draw(6, 64, VOCAB)
     got = heads.logits(hidden_BTD, unembed_DV)

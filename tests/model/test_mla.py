@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -60,11 +61,16 @@ def slowly(c, params, x_TD, positions_T, seen_TS):
 
 
 def test_expanded_attention_follows_its_equations(model):
+    """With a rotation and a scale that YaRN leaves alone, and all tokens picked by an indexer."""
+    config = dataclasses.replace(
+        model.config, yarn_factor=1.0, index_topk=8 * bool(model.config.index_topk)
+    )
+    model = model._replace(config=config)
     x_BTD = draw(0, 1, 8, model.config.width)
     segments = jnp.asarray([[1, 1, 1, 2, 2, 3, 3, 0]])
     prefixes = jnp.asarray([[1, 1, 1, 1, 1, 3, 3, 0]])
     layout = cache.Layout(jnp.asarray([[0, 1, 2, 3, 4, 0, 1, 0]]), segments, prefixes)
-    got, latents = expanded(model, x_BTD, layout)
+    got, latents, _ = expanded(model, x_BTD, layout)
     _, variables = layer_of(model)
     seen_TS = np.asarray(cache.visible(layout))[0]
     wanted, latent, rope_key = slowly(
@@ -91,17 +97,14 @@ def test_absorbed_attention_token_by_token_equals_expanded(model):
         for b, n in enumerate(lengths_B)
     ]
     layout = cache.plain_layout(jnp.asarray(lengths_B + STEPS), slots + STEPS)
-    wanted, wanted_latents = expanded(model, jnp.stack(rows), layout)
+    wanted, wanted_latents, _ = expanded(model, jnp.stack(rows), layout)
 
     prompts = cache.plain_layout(jnp.asarray(lengths_P), slots)
-    _, prompt = expanded(model, prompt_PSD, prompts)
+    _, prompt, _ = expanded(model, prompt_PSD, prompts)
     prompt_PS = prompts.segments_BT > 0
     # What does not count is filled with numbers that would be noticed.
     prompt = jax.tree.map(lambda a: jnp.where(prompt_PS[:, :, None], a, 50.0), prompt)
-    own = cache.LatentPair(
-        jnp.full((num_rows, STEPS, c.kv_latent_width), -50.0),
-        jnp.full((num_rows, STEPS, c.head_rope_width), 50.0),
-    )
+    own = jax.tree.map(lambda a: jnp.full((num_rows, STEPS, a.shape[-1]), -50.0), prompt)
     absorbed = jax.jit(functools.partial(module.apply, method="absorbed"))
     for step in range(STEPS):
         at = jnp.asarray(lengths_B + step)[:, None]
@@ -112,7 +115,7 @@ def test_absorbed_attention_token_by_token_equals_expanded(model):
         np.testing.assert_allclose(
             got, jnp.take_along_axis(wanted, here, axis=1), rtol=1e-4, atol=1e-5
         )
-        for fresh, whole in zip(new, wanted_latents, strict=True):
+        for fresh, whole in zip(*map(jax.tree.leaves, (new, wanted_latents)), strict=True):
             np.testing.assert_allclose(
                 fresh, jnp.take_along_axis(whole, here, axis=1), rtol=1e-4, atol=1e-5
             )

@@ -101,6 +101,51 @@ def test_experts_are_the_best_of_the_best_groups(full, groups, kept_groups):
         assert got[n].tolist() == sorted(open_to, key=lambda e: -row[e])[:2]
 
 
+def slow_balance(score_TE, per_token):
+    """The loss of one sequence, from the report's equations 17 to 20 with alpha 1."""
+    length, num_experts = score_TE.shape
+    f, p = np.zeros(num_experts), np.zeros(num_experts)
+    for row in score_TE:
+        f[np.argsort(-row)[:per_token]] += num_experts / (per_token * length)
+        p += row / row.sum() / length
+    return float(f @ p)
+
+
+def test_the_balance_loss_is_that_of_each_sequence_weighed_by_its_length():
+    segments = np.array([[1, 1, 1, 2, 2, 3, 0, 0], [1, 1, 1, 1, 1, 1, 1, 0]])
+    score_BTE = jax.nn.sigmoid(draw(12, 2, 8, 6))
+    got = moe.balance_loss(score_BTE, jnp.asarray(segments), 2)
+    wanted = 0.0
+    for b, segment in ((0, 1), (0, 2), (0, 3), (1, 1)):
+        part_TE = np.asarray(score_BTE, np.float64)[b, segments[b] == segment]
+        wanted += len(part_TE) * slow_balance(part_TE, 2)
+    assert float(got) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_an_even_load_costs_one_a_token_and_a_lopsided_one_more():
+    segments_BT = jnp.ones((1, 6), jnp.int32)
+    even_BTE = jnp.eye(6)[None] * 0.8 + 0.1
+    assert float(moe.balance_loss(even_BTE, segments_BT, 1)) == pytest.approx(6.0, rel=1e-5)
+    lopsided_BTE = jnp.tile(even_BTE[:, :1], (1, 6, 1))
+    # f is 6 and P 0.9 / 1.4 at the one expert that all choose.
+    assert float(moe.balance_loss(lopsided_BTE, segments_BT, 1)) == pytest.approx(6 * 6 * 0.9 / 1.4)
+
+
+def test_the_balance_losss_gradient_is_its_slope_where_no_choice_changes():
+    segments_BT = jnp.asarray([[1, 1, 1, 2, 2, 2, 2, 0]])
+    logit_BTE = draw(13, 1, 8, 6)
+
+    def loss(logit_BTE):
+        return moe.balance_loss(jax.nn.sigmoid(logit_BTE), segments_BT, 2)
+
+    slope_BTE = jax.grad(loss)(logit_BTE)
+    way_BTE = jnp.sign(slope_BTE) * jnp.abs(draw(14, 1, 8, 6))
+    ahead, behind = (float(loss(logit_BTE + s * way_BTE)) for s in (2e-3, -2e-3))
+    wanted = float(jnp.vdot(slope_BTE, way_BTE))
+    assert (ahead - behind) / 4e-3 == pytest.approx(wanted, rel=1e-2) and abs(wanted) > 0.1
+    assert not np.asarray(slope_BTE[0, 7]).any()
+
+
 # The whole sparse feed-forward.
 
 
@@ -173,6 +218,21 @@ def test_the_live_choice_stands_where_nothing_was_kept(sparse):
     np.testing.assert_allclose(out_BTD, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_expert_weights_are_raw_scores_where_the_config_says_so(sparse):
+    config, variables, _ = sparse
+    raw = dataclasses.replace(config, normalize_expert_weights=False, num_shared_experts=0)
+    x_BTD, real_BT = inputs(config)
+    module = moe.SparseMlp(raw, moe.every_expert)
+    got_BTD, routing = module.apply(variables, x_BTD, real_BT, None)
+    p, x_ND = variables["params"], x_BTD.reshape(10, -1)
+    score_NE = 1 / (1 + np.exp(-np.asarray(x_ND, np.float64) @ np.asarray(p["router"])))
+    ids_NA = np.asarray(routing.experts_BTA).reshape(10, 2)
+    weight_NA = config.routed_scaling * np.take_along_axis(score_NE, ids_NA, 1)
+    experts = moe.ExpertWeights(p["experts_gate"], p["experts_up"], p["experts_down"])
+    wanted_ND = one_by_one(x_ND, ids_NA, weight_NA, experts)
+    np.testing.assert_allclose(got_BTD.reshape(10, -1), wanted_ND, rtol=1e-4, atol=1e-4)
+
+
 def test_the_gate_learns_from_the_live_scores_of_kept_experts(sparse):
     """The router's gradient equals that of the weights' formula, the bias has none."""
     config, variables, apply = sparse
@@ -206,6 +266,26 @@ def test_the_gate_learns_from_the_live_scores_of_kept_experts(sparse):
             expected[:, ids_NA[n, a]] += np.asarray(x_ND[n]) * into_logit_NA[n, a]
     np.testing.assert_allclose(got["params"]["router"], expected, rtol=1e-3, atol=1e-4)
     assert (np.abs(expected).max(axis=0) > 1e-2).all()
+
+
+def test_the_layers_balance_loss_reads_its_raw_scores_and_trains_the_router(sparse):
+    """Also where experts are replayed and biased: the loss is about what the scores say."""
+    config, variables, apply = sparse
+    x_BTD, real_BT = inputs(config)
+    segments_BT = jnp.asarray([[1, 1, 2, 2, 2], [1, 1, 1, 0, 0]])
+    kept_BTA = jnp.zeros((2, 5, 2), jnp.int32)
+
+    def loss(params):
+        changed = {**variables, "params": params}
+        return apply(changed, x_BTD, segments_BT > 0, kept_BTA, segments_BT)[1].balance
+
+    score_BTE = jax.nn.sigmoid(x_BTD @ variables["params"]["router"])
+    got, slope = jax.value_and_grad(loss)(variables["params"])
+    wanted = moe.balance_loss(score_BTE, segments_BT, config.experts_per_token)
+    assert float(got) == pytest.approx(float(wanted), rel=1e-5)
+    assert np.asarray(slope.pop("router")).any()
+    assert not any(np.asarray(x).any() for x in jax.tree.leaves(slope))
+    assert apply(variables, x_BTD, real_BT, None)[1].balance is None
 
 
 def test_load_counts_the_experts_of_real_tokens_only(sparse):

@@ -281,6 +281,10 @@ def test_each_layer_replays_its_own_kept_routing(full):
     assert (live.routing.experts_BTA[0] != live.routing.experts_BTA[1]).any()
 
 
+def test_unrolled_layers_equal_the_scan_with_all_their_sums_and_gradients(everything):
+    chex.assert_trees_all_close(everything(scan_unroll=True), everything(), rtol=1e-3, atol=2e-4)
+
+
 def test_unrolled_layers_equal_the_scan_on_the_same_variables(full):
     config = dataclasses.replace(full.config, scan_unroll=not full.config.scan_unroll)
     shapes = [
@@ -296,6 +300,75 @@ def test_unrolled_layers_equal_the_scan_on_the_same_variables(full):
         full.variables, jnp.asarray(rows.tokens_BT), rows.layout, previous_BTW=previous_BTW
     )
     chex.assert_trees_all_close(unrolled, run(full, rows), rtol=2e-4, atol=2e-5)
+
+
+SIGNALS = transformer.Signals(balance=True, align="sparse", mtp="on")
+
+
+@pytest.fixture(scope="module")
+def everything(sparse_model):
+    """Values and gradients of a pass with all its auxiliary sums, by fields to replace."""
+    rows = alone(*draw_tokens(11, LENGTH, 9, 12))
+    mix_BTD = np.random.default_rng(12).standard_normal((ROWS, LENGTH, sparse_model.config.width))
+    mix_BTD = jnp.asarray(mix_BTD * (rows.segments_BT > 0)[..., None], jnp.float32)
+
+    def total(config, params):
+        out = transformer.apply(
+            config,
+            {**sparse_model.variables, "params": params},
+            jnp.asarray(rows.tokens_BT),
+            rows.layout,
+            sources_BT=jnp.asarray(rows.sources_BT),
+            signals=SIGNALS,
+        )
+        loss = jnp.sum(mix_BTD * out.hidden_BTD) + jnp.sum(out.alignment_L)
+        loss += jnp.sum(out.routing.balance) + jnp.sum(out.further.routing.balance)
+        further_nBTD = jnp.where(out.further.real_BT[..., None], out.further.hidden_BTD, 0.0)
+        return loss + jnp.sum(mix_BTD[None] * further_nBTD), out
+
+    @functools.cache
+    def run(**fields):
+        config = dataclasses.replace(sparse_model.config, **fields)
+        gradient = jax.value_and_grad(functools.partial(total, config), has_aux=True)
+        return jax.jit(gradient)(sparse_model.variables["params"])
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(remat="full"),
+        dict(remat="dots"),
+        dict(remat="dots_no_batch", scan_unroll=True),
+    ],
+    ids=lambda f: "-".join(map(str, f.values())),
+)
+def test_what_a_layer_recomputes_changes_neither_values_nor_gradients(everything, fields):
+    plain, changed = everything(), everything(**fields)
+    chex.assert_trees_all_close(changed, plain, rtol=1e-3, atol=2e-4)
+    assert all(np.asarray(x).any() for x in jax.tree.leaves(plain[1]["sparse"]))
+
+
+def test_parameters_in_bfloat16_are_the_rounded_ones_and_what_must_be_float32_is(sparse_model):
+    config = dataclasses.replace(sparse_model.config, param_dtype="bfloat16")
+    shapes = transformer.unboxed(transformer.boxed_abstract(config))
+    flat = jax.tree_util.tree_leaves_with_path(shapes)
+    in_float32 = {jax.tree_util.keystr(p) for p, x in flat if x.dtype == jnp.float32}
+    assert in_float32 == {
+        "['params']['verifier_head_bias']",
+        "['params']['verifier_head_kernel']",
+        "['router']['mtp']['block']['mlp']['bias']",
+        "['router']['sparse']['mlp']['bias']",
+    }
+    stored = jax.tree.map(lambda x, s: x.astype(s.dtype), sparse_model.variables, shapes)
+    rounded = jax.tree.map(lambda x: x.astype(jnp.float32), stored)
+    tokens_BT = jnp.asarray(np.stack(draw_tokens(13, LENGTH, LENGTH, LENGTH)))
+    got_BTV = jax.jit(functools.partial(transformer.forward, config))(stored, tokens_BT)
+    plain = jax.jit(functools.partial(transformer.forward, sparse_model.config))
+    np.testing.assert_allclose(got_BTV, plain(rounded, tokens_BT), rtol=1e-4, atol=1e-4)
+    fresh = jax.eval_shape(functools.partial(transformer.init, config), jax.random.key(0))
+    assert jax.tree.map(lambda x: x.dtype, fresh) == jax.tree.map(lambda x: x.dtype, shapes)
 
 
 def test_bfloat16_compute_keeps_parameters_gradients_and_logits_in_float32(full):

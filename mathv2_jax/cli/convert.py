@@ -1,0 +1,144 @@
+"""mathv2-convert: a Hugging Face folder in, or a checkpoint out, tensor by tensor.
+
+mathv2-convert --from_hf=DIR --checkpoint=NEW_DIR [--dtype=float32]
+mathv2-convert --to_hf=NEW_DIR --checkpoint=DIR [--stage=NAME] [--step=N] [--dtype=bfloat16]
+               [--max_shard_size=5GB] [--verify [--tokens=1,2,3;4,5,6]]
+
+The checkpoint of an export is what an import made, or the workdir of mathv2-train. With --verify
+both sides are compared, tensors and logits, and an export that differs does not come into being;
+where both folders exist already they are compared and left alone.
+
+Exit codes: 0 finished, 2 bad usage or input, 1 failure or a difference.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import jax
+from absl import app, flags, logging
+from etils import epath
+
+from mathv2_jax.cli import shell
+from mathv2_jax.hf import exporter, folder, importer, verify
+
+_FROM = flags.DEFINE_string("from_hf", None, "Folder of config.json, safetensors and tokenizer.")
+_TO = flags.DEFINE_string("to_hf", None, "The folder to be made.")
+_CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A checkpoint's folder, or a run's workdir.")
+_STAGE = flags.DEFINE_string("stage", None, "Of a run; default: the last that has checkpoints.")
+_STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; default: the newest sound one.")
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    None,
+    ["float32", "bfloat16"],
+    "Of the weights. Default: bfloat16 out, what config.json says in.",
+)
+_SHARD = flags.DEFINE_string("max_shard_size", "5GB", "Of one safetensors file.")
+_VERIFY = flags.DEFINE_bool("verify", False, "Compare both sides; needs the extra [hf].")
+_TOKENS = flags.DEFINE_string("tokens", None, "What to verify on; default: random ones.")
+
+
+class Bar:
+    """Progress on one line of a terminal; elsewhere a line now and then."""
+
+    def __init__(self, seconds: float = 10.0):
+        self._began = self._shown = time.monotonic()
+        self._live = sys.stderr.isatty()
+        self._seconds = 0.2 if self._live else seconds
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done < total and now - self._shown < self._seconds:
+            return
+        self._shown = now
+        rate = done / max(now - self._began, 1e-3)
+        part = done / total if total else 1.0
+        bar = f"[{'#' * int(30 * part):30}] {part:4.0%}"
+        text = f"{bar}  {done / 1e9:.2f} of {total / 1e9:.2f} GB  {rate / 1e6:.0f} MB/s"
+        end = "\n" if done >= total or not self._live else ""
+        print(("\r" if self._live else "") + text, end=end, file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Usage and input errors are one line and exit code 2; what is a bug keeps its traceback."""
+    try:
+        app.define_help_flags()
+        rest = flags.FLAGS(list(argv))
+        if len(rest) > 1:
+            raise ValueError(f"unexpected argument {rest[1]!r}: every setting is a --flag")
+        checkpoint, source, target = _CHECKPOINT.value, _FROM.value, _TO.value
+        if checkpoint is None or (source is None) == (target is None):
+            raise ValueError("--checkpoint=DIR and one of --from_hf=DIR, --to_hf=DIR must be given")
+        if _TOKENS.value is not None and not _VERIFY.value:
+            raise ValueError("--tokens are what --verify compares on: give both or neither")
+        # Nothing is computed that an accelerator would speed up: others may be using it.
+        jax.config.update("jax_platforms", "cpu")
+        at = shell.absolute(checkpoint)
+        if source is not None:
+            _import(os.fspath(shell.absolute(source)), at)
+        elif target is not None:
+            _export(at, shell.absolute(target))
+        return shell.FINISHED
+    except verify.MismatchError as error:
+        print(f"mathv2-convert: {error}", file=sys.stderr)
+        return shell.FAILED
+    except (ValueError, FileNotFoundError, flags.Error) as error:
+        if not shell.is_of_input(error):
+            raise
+        print(f"mathv2-convert: {error}", file=sys.stderr)
+        return shell.BAD_INPUT
+
+
+def _import(source: str, target: epath.Path) -> None:
+    if _STAGE.value is not None or _STEP.value is not None:
+        raise ValueError(
+            "--stage and --step choose what is exported; leave them out with --from_hf"
+        )
+    if not (_VERIFY.value and _is_full(target)):
+        opened = importer.open_source(source, _DTYPE.value)
+        importer.convert(opened, source, target, Bar())
+        for note in opened.notes:
+            print(f"note: {note}")
+        print(f"imported {source} into {target}")
+    if _VERIFY.value:
+        _compare(folder.locate(target), source, None)
+
+
+def _export(at: epath.Path, target: epath.Path) -> None:
+    trained = folder.locate(at, _STAGE.value, _STEP.value)
+    dtype = _DTYPE.value or "bfloat16"
+    if _VERIFY.value and _is_full(target):
+        _compare(trained, os.fspath(target), dtype)
+        return
+    step = exporter.convert(
+        trained,
+        target,
+        dtype=dtype,
+        max_shard_bytes=exporter.parse_size(_SHARD.value),
+        progress=Bar(),
+        check=(lambda t, draft: _compare(t, draft, dtype)) if _VERIFY.value else None,
+    )
+    print(f"exported step {step} of {trained.checkpoints} as {dtype} into {target}")
+
+
+def _compare(trained: folder.Trained, path: str, dtype: str | None) -> None:
+    text = _TOKENS.value
+    tokens = None if text is None else verify.parse_tokens(text, trained.config)
+    found = verify.require_same(trained, path, dtype, tokens)
+    print(f"verified: every tensor is the same; {found}")
+
+
+def _is_full(target: epath.Path) -> bool:
+    return target.is_dir() and any(target.iterdir())
+
+
+def run() -> None:
+    """The console script."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+    sys.exit(main(sys.argv))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,25 @@
+"""What the commands share towards the shell: exit codes, and whose fault an error is."""
+
+import os
+
+from absl import flags
+from etils import epath
+
+from mathv2_jax import storage
+
+FINISHED, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
+
+
+def is_of_input(error: BaseException) -> bool:
+    """Whether the error was raised by our own checks of settings and files, or by absl's."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = "" if trace is None else trace.tb_frame.f_globals.get("__name__", "")
+    ours = raised_in.partition(".")[0] in ("mathv2_jax", "__main__", "config_file")
+    return ours or isinstance(error, (flags.Error, FileNotFoundError))
+
+
+def absolute(path: str) -> epath.Path:
+    """A folder named on the command line, local (relative to where it was given) or gs://."""
+    return epath.Path(os.path.abspath(os.path.expanduser(path)) if storage.is_local(path) else path)

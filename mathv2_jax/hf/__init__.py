@@ -1,0 +1,3 @@
+"""Hugging Face checkpoints in and out; `load` brings a small one into memory."""
+
+from mathv2_jax.hf.importer import load as load

@@ -1,0 +1,192 @@
+"""safetensors files: headers checked, tensors read and written by rows, no torch.
+
+A file is eight bytes that give the header's length, the header (JSON: name, dtype, shape, place),
+and the numbers, little-endian and row by row.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_OTHER_BYTES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
+_OTHER_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E5M2": 1}
+_MAX_HEADER = 100_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where a tensor lies: `dtype` as the file says it, `begin` in bytes from the file's start."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+    def read_rows(self, rows: slice) -> np.ndarray:
+        """Rows of the first axis; of a scalar or with `slice(None)`, everything."""
+        dtype = DTYPES[self.dtype]
+        begin, end, _ = rows.indices(self.shape[0] if self.shape else 1)
+        across = math.prod(self.shape[1:]) * dtype.itemsize
+        data = np.empty((end - begin) * across, np.uint8)
+        with open(self.path, "rb", buffering=0) as file:
+            _pread(file.fileno(), data.data, self.begin + begin * across, self.path)
+        shape = (end - begin, *self.shape[1:]) if self.shape else ()
+        return data.view(dtype).reshape(shape)
+
+
+def _pread(file: int, data: memoryview, begin: int, path: str) -> None:
+    done = 0
+    while done < len(data):
+        read = os.preadv(file, [data[done:]], begin + done)
+        if not read:
+            raise ValueError(f"{path} ends at {begin + done} bytes: the file has been cut short")
+        done += read
+
+
+def read_header(path: str) -> dict[str, Tensor]:
+    """The tensors of a file; ValueError where its header is none or says what the file is not."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        if not 2 <= length <= min(_MAX_HEADER, size - 8):
+            raise ValueError(f"{path} is no safetensors file: a header of {length} bytes in {size}")
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        return {
+            name: _tensor(path, name, entry, 8 + length, size) for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has a damaged header: {error}") from error
+
+
+def _tensor(path: str, name: str, entry: Mapping[str, Any], base: int, size: int) -> Tensor:
+    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+    width = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_BYTES[dtype]
+    if any(not isinstance(n, int) or n < 0 for n in (*shape, begin, end)):
+        raise ValueError(f"{name} has shape {list(shape)} at {begin} to {end}")
+    if end - begin != math.prod(shape) * width or base + end > size:
+        raise ValueError(
+            f"{name} of {dtype} {list(shape)} lies at {begin} to {end} of {size - base} bytes"
+        )
+    return Tensor(path, dtype, shape, base + begin)
+
+
+def find(folder: str) -> dict[str, Tensor]:
+    """All tensors of a model's folder, single or indexed, by name.
+
+    FileNotFoundError where there are none; ValueError for pickled weights, for an index that its
+    files do not bear out (all its faults in one), and for damaged files. Nothing is executed.
+    """
+    index = os.path.join(folder, INDEX)
+    if os.path.exists(index):
+        return _find_indexed(folder, index)
+    single = os.path.join(folder, SINGLE)
+    if os.path.exists(single):
+        return read_header(single)
+    names = sorted(os.listdir(folder))
+    pickled = [n for n in names if n.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
+    if pickled:
+        raise ValueError(
+            f"{folder} holds {', '.join(pickled[:3])}: pickled weights can run code and are not "
+            "read; convert them to safetensors first"
+        )
+    raise FileNotFoundError(f"{folder} holds neither {INDEX} nor {SINGLE}")
+
+
+def _find_indexed(folder: str, index: str) -> dict[str, Tensor]:
+    try:
+        with open(index, encoding="utf-8") as file:
+            places = json.load(file)["weight_map"]
+        files = sorted(set(places.values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is no index of safetensors: {error!r}") from error
+    foreign = [n for n in files if os.path.basename(n) != n or not n.endswith(".safetensors")]
+    if foreign:
+        raise ValueError(
+            f"{index} names {', '.join(map(repr, foreign[:3]))}: files of an index end in "
+            ".safetensors and lie beside it"
+        )
+    absent = [n for n in files if not os.path.exists(os.path.join(folder, n))]
+    if absent:
+        raise FileNotFoundError(
+            f"{folder} lacks {len(absent)} of the {len(files)} files that {INDEX} names: "
+            f"{', '.join(absent)}"
+        )
+    found: dict[str, Tensor] = {}
+    faults = []
+    for name in files:
+        held = read_header(os.path.join(folder, name))
+        faults += [f"{n} is in {name} and in another file" for n in held if n in found]
+        found |= held
+    faults += [f"{n} is not in {f}" for n, f in places.items() if not _lies_in(found.get(n), f)]
+    if faults:
+        raise ValueError(f"{index} and its files differ: {'; '.join(faults)}")
+    return found
+
+
+def _lies_in(tensor: Tensor | None, name: str) -> bool:
+    return tensor is not None and os.path.basename(tensor.path) == name
+
+
+class Writer:
+    """A new safetensors file whose tensors, laid out beforehand, are written by rows in any order.
+
+    Several threads may write. The bytes are on disk once `close` has returned.
+    """
+
+    def __init__(self, path: str, layout: Mapping[str, tuple[np.dtype, tuple[int, ...]]]):
+        self._path, self._places = path, {}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (dtype, shape) in layout.items():
+            begin, end = end, end + math.prod(shape) * dtype.itemsize
+            header[name] = {
+                "dtype": CODES[dtype],
+                "shape": list(shape),
+                "data_offsets": [begin, end],
+            }
+            self._places[name] = begin
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._base = 8 + len(text)
+        self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+        os.ftruncate(self._file, self._base + end)
+        self._pwrite(memoryview(struct.pack("<Q", len(text)) + text), 0)
+
+    def write_rows(self, name: str, x: np.ndarray, first_row: int = 0) -> None:
+        """Puts `x` at `first_row` and on of tensor `name`."""
+        across = math.prod(x.shape[1:]) * x.dtype.itemsize
+        begin = self._base + self._places[name] + first_row * across
+        self._pwrite(np.ascontiguousarray(x).reshape(-1).view(np.uint8).data, begin)
+
+    def _pwrite(self, data: memoryview, begin: int) -> None:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._file, data[done:], begin + done)
+
+    def close(self) -> None:
+        """Syncs to disk."""
+        try:
+            os.fsync(self._file)
+        finally:
+            os.close(self._file)

@@ -1,0 +1,174 @@
+"""The gate: a checkpoint and a Hugging Face folder are the same model, or it says where not.
+
+Every tensor is compared bit for bit, those that the reference library does not load too; then the
+logits of both sides, in float32.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from mathv2_jax import checkpoint
+from mathv2_jax.hf import folder, importer, names, store
+from mathv2_jax.model import transformer
+from mathv2_jax.model.config import ModelConfig
+
+TOLERANCE = 2e-5  # of max|a-b| / max|b|, in float32
+
+
+class MismatchError(Exception):
+    """The two sides are not the same model."""
+
+
+class LogitDifference(NamedTuple):
+    """max|a-b| / max|b| over all logits, and where the largest difference is."""
+
+    relative: float
+    row: int
+    position: int
+    token: int
+    ours: float
+    theirs: float
+
+    def __str__(self) -> str:
+        return (
+            f"max|a-b|/max|b| = {self.relative:.2e} (limit {TOLERANCE:.0e}); largest at row "
+            f"{self.row}, position {self.position}, token {self.token}: ours {self.ours:.6g}, "
+            f"theirs {self.theirs:.6g}"
+        )
+
+
+def random_tokens(config: ModelConfig, rows: int = 2, length: int = 64) -> np.ndarray:
+    """The same tokens every time."""
+    shape = (rows, min(length, config.max_position))
+    return np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
+
+
+def require_same(
+    trained: folder.Trained, path: str, dtype: str | None, tokens_BT: np.ndarray | None
+) -> LogitDifference:
+    """Compares the newest checkpoint of `trained` with the folder at `path`; both in memory.
+
+    `dtype` is what the checkpoint's arrays were rounded to on their way there, if they were.
+    MismatchError says which tensors differ, or where the logits do; ValueError where torch or
+    transformers is missing.
+    """
+    _require_reference()
+    reader = store.Reader(trained.checkpoints / str(trained.steps[0]))
+    variables = _variables(trained, reader, dtype)
+    _require_same_tensors(trained, variables, path)
+    tokens_BT = random_tokens(trained.config) if tokens_BT is None else tokens_BT
+    ours_BTV = _our_logits(trained.config, variables, tokens_BT)
+    found = difference(ours_BTV, _their_logits(path, tokens_BT))
+    if not found.relative <= TOLERANCE:  # NaN differs too
+        raise MismatchError(f"{path} gives other logits than the checkpoint: {found}")
+    return found
+
+
+def difference(
+    ours_BTV: Float[np.ndarray, "B T V"], theirs_BTV: Float[np.ndarray, "B T V"]
+) -> LogitDifference:
+    """How far `ours` are from `theirs`, and where most."""
+    apart_BTV = np.abs(ours_BTV - theirs_BTV)
+    place = np.unravel_index(int(np.argmax(apart_BTV)), apart_BTV.shape)  # the first NaN, if any
+    row, position, token = (int(i) for i in place)
+    relative = float(apart_BTV[place] / np.abs(theirs_BTV).max())
+    at = float(ours_BTV[place]), float(theirs_BTV[place])
+    return LogitDifference(relative, row, position, token, *at)
+
+
+def _variables(
+    trained: folder.Trained, reader: store.Reader, dtype: str | None
+) -> dict[str, np.ndarray]:
+    """Arrays by their name in our tree, rounded like the other side's."""
+    held = {}
+    for entry in names.table(trained.config):
+        if entry.copy:
+            continue
+        name = trained.prefix + entry.ours
+        index = tuple(slice(0, size) for size in entry.full_shape)
+        x = reader.read(name, index)
+        kept = dtype is None or entry.verifier_head or entry.ours.startswith("router.")
+        held[entry.ours] = x if kept else x.astype(jnp.dtype(dtype))
+    reader.verify()
+    return held
+
+
+def _require_same_tensors(
+    trained: folder.Trained, variables: dict[str, np.ndarray], path: str
+) -> None:
+    source = importer.open_source(path)
+    if source.config.num_mtp_layers != trained.config.num_mtp_layers:
+        raise MismatchError(f"{path} lacks the layers of multi-token prediction")
+    differing = []
+    for entry in source.entries:
+        for part in source.parts(entry, checkpoint.CHUNK_BYTES):
+            if part.source is None:
+                continue
+            ours = variables[entry.ours][part.piece.index]
+            theirs = source.read(part).astype(ours.dtype)
+            if theirs.shape != ours.shape or theirs.tobytes() != ours.tobytes():
+                differing.append(part.name)
+    if differing:
+        some = ", ".join(list(dict.fromkeys(differing))[:20])
+        raise MismatchError(f"{len(set(differing))} tensors of {path} differ: {some}")
+
+
+def _our_logits(
+    config: ModelConfig, variables: dict[str, np.ndarray], tokens_BT: Int[np.ndarray, "B T"]
+) -> Float[np.ndarray, "B T V"]:
+    config = dataclasses.replace(config, param_dtype="float32", compute_dtype="float32")
+    tree = importer.nested({n: jnp.asarray(x.astype(np.float32)) for n, x in variables.items()})
+    run = jax.jit(lambda v, t: transformer.forward(config, v, t))
+    return np.asarray(run(tree, jnp.asarray(tokens_BT)))
+
+
+def _require_reference() -> None:
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"--verify compares with torch and transformers: {error}. Install the extra: "
+            'pip install "mathv2_jax[hf]"'
+        ) from error
+
+
+def _their_logits(path: str, tokens_BT: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:
+    import torch
+    import transformers
+
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype=torch.float32,
+        local_files_only=True,
+        trust_remote_code=False,
+        attn_implementation="eager",
+    )
+    with torch.no_grad():
+        return model.eval()(torch.as_tensor(tokens_BT).long()).logits.numpy()
+
+
+def parse_tokens(text: str, config: ModelConfig) -> np.ndarray:
+    """Rows of ids, `1,2,3;4,5,6`; ValueError where they are none of the model's or ragged."""
+    try:
+        rows = [[int(i) for i in row.split(",")] for row in text.split(";")]
+    except ValueError as error:
+        raise ValueError(f"--tokens={text!r:.80}: write ids like 1,2,3;4,5,6") from error
+    _require_tokens(rows, config)
+    return np.asarray(rows, np.int32)
+
+
+def _require_tokens(rows: Sequence[Sequence[int]], config: ModelConfig) -> None:
+    if len({len(row) for row in rows}) != 1:
+        raise ValueError("--tokens: all rows must be equally long")
+    wrong = [i for row in rows for i in row if not 0 <= i < config.vocab_size]
+    if wrong:
+        raise ValueError(f"--tokens: {wrong[0]} is no token of a vocabulary of {config.vocab_size}")

@@ -1,0 +1,131 @@
+"""DeepSeek sparse attention (DeepSeek-V3.2 report, section 2.1): indexer, selection, alignment.
+
+The indexer scores every visible token for every query; attention sees the best `index_topk` of
+them. Selection has no gradient and the indexer's input is detached, so the indexer learns from its
+alignment with attention alone, and nothing else learns from that.
+"""
+
+import functools
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mathv2_jax.model import layers, rope
+from mathv2_jax.model.config import ModelConfig
+
+KEY_NORM_EPS = 1e-6
+
+
+class IndexQueries(NamedTuple):
+    """Per token: its indexer heads, and what each head's score weighs (float32)."""
+
+    heads_BTJW: Float[Array, "B T J W"]
+    weights_BTJ: Float[Array, "B T J"]
+
+
+class Indexer(nn.Module):
+    """The lightning indexer of one layer. Both methods detach what they are given."""
+
+    config: ModelConfig
+
+    def setup(self):
+        c = self.config
+        own = functools.partial(layers.weight, self, dtype=c.param_dtype)
+        self.q_b_QJW = own(
+            "q_b",
+            (c.q_latent_width, c.index_heads, c.index_head_width),
+            ("q_latent", "heads", "head_width"),
+            c.q_latent_width,
+        )
+        self.k_DW = own("k", (c.width, c.index_head_width), ("embed", "head_width"), c.width)
+        self.k_norm = layers.LayerNorm(KEY_NORM_EPS, c.param_dtype, name="k_norm")
+        self.weights_DJ = own("weights", (c.width, c.index_heads), ("embed", "heads"), c.width)
+
+    def queries(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        q_latent_BTQ: Float[Array, "B T Q"],
+        positions_BT: Int[Array, "B T"],
+    ) -> IndexQueries:
+        """From the normed stream and the normed query latent."""
+        x_BTD, q_latent_BTQ = jax.lax.stop_gradient((x_BTD, q_latent_BTQ))
+        q_b_QJW = self.q_b_QJW.astype(q_latent_BTQ.dtype)
+        heads_BTJW = jnp.einsum("BTQ,QJW->BTJW", q_latent_BTQ, q_b_QJW)
+        weights_BTJ = jnp.einsum(
+            "BTD,DJ->BTJ",
+            x_BTD.astype(jnp.float32),
+            self.weights_DJ.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        scale = self.config.index_heads**-0.5
+        return IndexQueries(self._turned(heads_BTJW, positions_BT), weights_BTJ * scale)
+
+    def keys(
+        self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]
+    ) -> Float[Array, "B T W"]:
+        """From the normed stream: what the indexer's cache keeps."""
+        x_BTD = jax.lax.stop_gradient(x_BTD)
+        key_BTW = self.k_norm(x_BTD @ self.k_DW.astype(x_BTD.dtype))
+        return self._turned(key_BTW[:, :, None], positions_BT)[:, :, 0]
+
+    def _turned(self, x_BTNW: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        turned, kept = jnp.split(x_BTNW, [self.config.head_rope_width], axis=-1)
+        turned = rope.rotate_halves(turned, positions_BT, rope.rotation(self.config))
+        return jnp.concatenate([turned, kept], axis=-1)
+
+
+def scores(queries: IndexQueries, keys_BSW: Float[Array, "B S W"]) -> Float[Array, "B T S"]:
+    """Equation 1: sum over heads of weight * relu(query . key), the product scaled by W^-1/2."""
+    product_BTJS = jnp.einsum(
+        "BTJW,BSW->BTJS", queries.heads_BTJW, keys_BSW, preferred_element_type=jnp.float32
+    )
+    hits_BTJS = nn.relu(product_BTJS * keys_BSW.shape[-1] ** -0.5)
+    return jnp.einsum("BTJ,BTJS->BTS", queries.weights_BTJ, hits_BTJS)
+
+
+def select(
+    score_BTS: Float[Array, "B T S"], seen_BTS: Bool[Array, "B T S"], topk: int
+) -> Bool[Array, "B T S"]:
+    """The `topk` best of the seen tokens, the earlier one at a tie; all where fewer are seen."""
+    if topk >= score_BTS.shape[-1]:
+        return seen_BTS
+    score_BTS = jnp.where(seen_BTS, jax.lax.stop_gradient(score_BTS), -jnp.inf)
+    last_BT1 = jax.lax.top_k(score_BTS, topk)[0][..., -1:]
+    above_BTS, level_BTS = score_BTS > last_BT1, score_BTS == last_BT1
+    room_BT1 = topk - jnp.sum(above_BTS, axis=-1, keepdims=True)
+    first_BTS = jnp.cumsum(level_BTS, axis=-1) <= room_BT1
+    return seen_BTS & (above_BTS | (level_BTS & first_BTS))
+
+
+def attention_mean(
+    q_BTHK: Float[Array, "B T H K"],
+    k_BSHK: Float[Array, "B S H K"],
+    kept_BTS: Bool[Array, "B T S"],
+    scale: float,
+) -> Float[Array, "B T S"]:
+    """Attention's distribution over `kept_BTS`, summed over heads and normalised to one."""
+    score_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
+    score_BHTS = jnp.where(kept_BTS[:, None], score_BHTS * scale, layers.MASKED)
+    return jnp.mean(jax.nn.softmax(score_BHTS, axis=-1), axis=1)
+
+
+def alignment(
+    score_BTS: Float[Array, "B T S"],
+    kept_BTS: Bool[Array, "B T S"],
+    target_BTS: Float[Array, "B T S"],
+    real_BT: Bool[Array, "B T"],
+) -> Float[Array, ""]:
+    """Equations 3 and 4: KL(target || softmax of the scores over `kept_BTS`), summed over tokens.
+
+    `target_BTS` is detached and is a distribution over `kept_BTS`.
+    """
+    target_BTS = jax.lax.stop_gradient(target_BTS)
+    logprob_BTS = jax.nn.log_softmax(jnp.where(kept_BTS, score_BTS, layers.MASKED), axis=-1)
+    counts_BTS = kept_BTS & (target_BTS > 0.0)
+    log_target_BTS = jnp.log(jnp.where(counts_BTS, target_BTS, 1.0))
+    each_BTS = target_BTS * (log_target_BTS - logprob_BTS)
+    each_BT = jnp.sum(jnp.where(counts_BTS, each_BTS, 0.0), axis=-1)
+    return jnp.sum(jnp.where(real_BT, each_BT, 0.0))

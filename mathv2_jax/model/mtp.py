@@ -1,0 +1,101 @@
+"""Multi-token prediction (DeepSeek-V3 report, section 2.2): layers that look one token further.
+
+The state of depth k at a token joins the state of depth k - 1 at its predecessor with the token's
+own embedding, and predicts the token after it: at depth 1 the second after the hidden state it
+was made of. A state stands at the place of the token that it has read, so answers that share one
+copy of their prompt each go on from its last token. The first k tokens of a sequence have none.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from mathv2_jax.model import block as block_lib
+from mathv2_jax.model import cache as cache_lib
+from mathv2_jax.model import layers, moe
+from mathv2_jax.model.config import ModelConfig
+
+
+class Further(NamedTuple):
+    """What the extra layers give, stacked over depths: normed states, and where there is one."""
+
+    hidden_BTD: Float[Array, "... B T D"]
+    real_BT: Bool[Array, "... B T"]
+    routing: moe.Routing | None
+    alignment: Float[Array, "..."] | None
+
+
+class Depth(NamedTuple):
+    """The state that the next depth starts from, before any norm of its own."""
+
+    hidden_BTD: Float[Array, "B T D"]
+    positions_BT: Int[Array, "B T"]
+    real_BT: Bool[Array, "B T"]
+
+
+class MtpLayer(nn.Module):
+    """One depth: two norms, a projection of both halves, a sparse block, a norm for the head."""
+
+    config: ModelConfig
+    kernels: block_lib.Kernels
+    signals: block_lib.Signals
+
+    @nn.compact
+    def __call__(
+        self,
+        before: Depth,
+        embedded_BTD: Float[Array, "B T D"],
+        layout: cache_lib.Layout,
+        sources_BT: Int[Array, "B T"],
+    ) -> tuple[Depth, Further]:
+        c, dtype = self.config, embedded_BTD.dtype
+        project_ED = layers.weight(
+            self,
+            "project",
+            (2 * c.width, c.width),
+            ("embed", "norm"),
+            2 * c.width,
+            c.param_dtype,
+        )
+        hidden_BTD = jnp.take_along_axis(before.hidden_BTD, sources_BT[..., None], axis=1)
+        follows_BT = sources_BT != jnp.arange(sources_BT.shape[1], dtype=sources_BT.dtype)[None, :]
+        real_BT = follows_BT & jnp.take_along_axis(before.real_BT, sources_BT, axis=1)
+        positions_BT = jnp.take_along_axis(before.positions_BT, sources_BT, axis=1)
+        joined_BTE = jnp.concatenate(
+            [
+                layers.RMSNorm(c.norm_eps, c.param_dtype, name="embed_norm")(embedded_BTD),
+                layers.RMSNorm(c.norm_eps, c.param_dtype, name="hidden_norm")(hidden_BTD),
+            ],
+            axis=-1,
+        )
+        within = cache_lib.Layout(
+            positions_BT,
+            jnp.where(real_BT, layout.segments_BT, 0),
+            jnp.where(real_BT, layout.prefixes_BT, 0),
+        )
+        block = block_lib.rematted(c)(c, self.kernels, self.signals, True, name="block")
+        joined_BTD = joined_BTE @ project_ED.astype(dtype)
+        hidden_BTD, passed = block(joined_BTD, None, None, within, None)
+        normed_BTD = layers.RMSNorm(c.norm_eps, c.param_dtype, name="final_norm")(hidden_BTD)
+        further = Further(normed_BTD, real_BT, passed.routing, passed.alignment)
+        return Depth(hidden_BTD, positions_BT, real_BT), further
+
+
+def run(
+    layer: nn.Module,
+    hidden_BTD: Float[Array, "B T D"],
+    embedded_BTD: Float[Array, "B T D"],
+    layout: cache_lib.Layout,
+    sources_BT: Int[Array, "B T"],
+) -> Further:
+    """All depths on the trunk's normed states; `layer` is a scan of `MtpLayer`.
+
+    `sources_BT` is each token's predecessor in its row; a first token, or padding, is its own.
+    """
+    if layer.signals.mtp == "detached":
+        hidden_BTD, embedded_BTD = jax.lax.stop_gradient((hidden_BTD, embedded_BTD))
+    start = Depth(hidden_BTD, layout.positions_BT, layout.segments_BT > 0)
+    return layer(start, embedded_BTD, layout, sources_BT)[1]

@@ -1,0 +1,184 @@
+"""The command: what it makes, and how it says no."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from etils import epath
+
+from mathv2_jax import checkpoint
+from mathv2_jax.cli import config as config_lib
+from mathv2_jax.cli import convert, overrides, shell
+from mathv2_jax.hf import folder
+from mathv2_jax.text import tokenizer, tokenizer_files
+from tests.hf import checkpoints
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def command(capsys):
+    """The command in this process: (exit code, what it printed, its errors)."""
+
+    def run(*arguments):
+        flags.FLAGS.unparse_flags()
+        for name in ("from_hf", "to_hf", "checkpoint", "stage", "step", "dtype", "tokens"):
+            flags.FLAGS[name].unparse()
+        flags.FLAGS["verify"].unparse()
+        code = convert.main(["mathv2-convert", *arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    at = tmp_path_factory.mktemp("trained") / "a"
+    checkpoints.save(at, checkpoints.FULL, steps=(3, 7))
+    return at
+
+
+def test_out_and_in_again(command, trained, tmp_path):
+    code, out, err = command(
+        f"--to_hf={tmp_path / 'hf'}", f"--checkpoint={trained}", "--dtype=float32"
+    )
+    assert code == shell.FINISHED and "exported step 7" in out and "100%" in err
+    code, out, _ = command(f"--from_hf={tmp_path / 'hf'}", f"--checkpoint={tmp_path / 'b'}")
+    assert code == shell.FINISHED and "imported" in out
+    back = folder.locate(epath.Path(tmp_path / "b"))
+    assert checkpoints.bits(checkpoints.restored(back)) == checkpoints.bits(
+        checkpoints.drawn(checkpoints.FULL, 7)
+    )
+
+
+def test_a_step_can_be_chosen_and_the_weights_are_bfloat16_unless_told(command, trained, tmp_path):
+    code, out, _ = command(
+        f"--to_hf={tmp_path / 'hf'}", f"--checkpoint={trained}", "--step=3", "--max_shard_size=9KB"
+    )
+    assert code == shell.FINISHED and "exported step 3" in out
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert len(list((tmp_path / "hf").glob("model-*"))) > 5
+
+
+BAD = {
+    "must be given": ["--checkpoint=x"],
+    "--from_hf=DIR": ["--from_hf=x", "--to_hf=y", "--checkpoint=z"],
+    "unexpected argument": ["--to_hf=y", "--checkpoint=z", "extra"],
+    "no config.json": ["--to_hf=y", "--checkpoint=z"],
+    "config.json": ["--from_hf=y", "--checkpoint=z"],
+    "leave them out": ["--from_hf=y", "--checkpoint=z", "--step=3"],
+    "give both or neither": ["--to_hf=y", "--checkpoint=z", "--tokens=1"],
+    "float32": ["--to_hf=y", "--checkpoint=z", "--dtype=float8"],
+    "Unknown command line flag": ["--to_huggingface=y"],
+}
+
+
+@pytest.mark.parametrize(("said", "arguments"), BAD.items(), ids=BAD)
+def test_bad_usage_is_one_line_and_exit_code_2(command, tmp_path, monkeypatch, said, arguments):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*arguments)
+    assert code == shell.BAD_INPUT and said in err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--step=4"], "no checkpoint of step 4"),
+        (["--stage=x"], "no stages"),
+        (["--max_shard_size=big"], "size 'big'"),
+    ],
+)
+def test_what_a_checkpoint_does_not_have_is_bad_input(command, trained, tmp_path, arguments, said):
+    code, _, err = command(f"--to_hf={tmp_path / 'hf'}", f"--checkpoint={trained}", *arguments)
+    assert code == shell.BAD_INPUT and said in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_difference_is_exit_code_1(command, trained, tmp_path):
+    target = tmp_path / "hf"
+    arguments = [f"--to_hf={target}", f"--checkpoint={trained}", "--dtype=float32"]
+    assert command(*arguments)[0] == shell.FINISHED
+    held = checkpoints.read_all(target)
+    name = "model.layers.4.eh_proj.weight"
+    held[name] = held[name] * 2
+    checkpoints.rewrite(target, held)
+    before = checkpoints.files(target)
+    code, _, err = command(*arguments, "--verify")
+    assert code == shell.FAILED and name in err
+    assert checkpoints.files(target) == before
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """As a run leaves it: the variables of its first stage, train states of its second."""
+    smoke = overrides.load(str(ROOT / "configs" / "smoke.py"))
+    config = config_lib.build(smoke, [("config.model.embedding_taps", "0")])
+    texts = ["Prove that 4 is even.", "It is twice 2."] * 3
+    made = tokenizer.SentencePieceTokenizer.from_bytes(tokenizer.train(texts, vocab_size=300))
+    model = dataclasses.replace(config.model, vocab_size=made.vocab_size)
+    at = tmp_path / "run"
+    first, second = (at / "checkpoints" / stage.name for stage in config.stages[:2])
+    with checkpoint.Checkpoints(first / "final") as saved:
+        saved.save(9, on_device(checkpoints.drawn(model, 9)), {})
+    with checkpoint.Checkpoints(second / "steps") as saved:
+        for step in (1, 2):
+            state = {f"variables.{n}": x for n, x in checkpoints.drawn(model, step).items()}
+            saved.save(step, on_device(state | {"step": np.asarray(step, np.int32)}), {})
+    (at / "records" / "input").mkdir(parents=True)
+    (at / "records" / "input" / "tokenizer.model").write_bytes(made.model_bytes)
+    (at / "config.json").write_text(json.dumps({"identity": config_lib.identity(config)}))
+    return at, [stage.name for stage in config.stages[:2]], model
+
+
+def on_device(arrays):
+    return {name: jnp.asarray(x) for name, x in arrays.items()}
+
+
+def embedding(at):
+    return checkpoints.read_all(at)["model.embed_tokens.weight"]
+
+
+def test_a_run_is_exported_by_stage_and_step_with_its_tokenizer(command, workdir, tmp_path):
+    at, stages, model = workdir
+    asked = [([], 2), (["--step=1"], 1), ([f"--stage={stages[0]}"], 9)]
+    for number, (arguments, step) in enumerate(asked):
+        target = tmp_path / str(number)
+        code, out, err = command(
+            f"--to_hf={target}", f"--checkpoint={at}", "--dtype=float32", *arguments
+        )
+        assert code == shell.FINISHED and f"exported step {step}" in out, err
+        want = checkpoints.drawn(model, step)["params.embed"]
+        np.testing.assert_array_equal(embedding(target), want)
+    made = checkpoints.files(tmp_path / "0")
+    assert {"generation_config.json", "tokenizer.json", "chat_template.jinja"} <= made
+    body = json.loads((tmp_path / "0" / "config.json").read_text())
+    assert (body["bos_token_id"], body["eos_token_id"], body["pad_token_id"]) == (2, 3, 0)
+    assert body["vocab_size"] == model.vocab_size
+    loaded = tokenizer_files.load(tmp_path / "0")
+    assert loaded.vocab_size == model.vocab_size
+    code, _, err = command(f"--to_hf={tmp_path / 'x'}", f"--checkpoint={at}", "--stage=no")
+    assert code == shell.BAD_INPUT and "stage 'no' has no checkpoints" in err
+
+
+def test_a_run_with_embedding_taps_is_refused_by_their_name(command, smoke_workdir, tmp_path):
+    code, _, err = command(f"--to_hf={tmp_path / 'hf'}", f"--checkpoint={smoke_workdir}")
+    assert code == shell.BAD_INPUT and "embedding_taps = 3" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_runs_by_its_name(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "mathv2_jax.cli.convert", "--to_hf=x", f"--checkpoint={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == shell.BAD_INPUT and "no config.json" in done.stderr

@@ -1,0 +1,228 @@
+"""The reference library's models beside ours: random weights, its top-k choices, its logits.
+
+Weights are drawn so that nothing is symmetric or hidden: norm scales about one, router biases large
+enough to change the choice, and a router whose scores spread.
+"""
+
+import copy
+import tempfile
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from torch.overrides import TorchFunctionMode
+
+from mathv2_jax import hf
+from mathv2_jax.model import cache, heads, transformer
+from mathv2_jax.model.config import ModelConfig
+
+NEAR = 1e-6  # scores closer than this may change places under rounding
+
+# The reference's sampled thread pool fights with the tests that run beside it.
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+
+
+def reference_config(c: ModelConfig) -> Any:
+    """The same shape as transformers writes it."""
+    rope: dict[str, Any] = dict(rope_type="default", rope_theta=c.rope_theta)
+    if c.yarn_factor > 1:
+        rope |= dict(
+            rope_type="yarn",
+            factor=c.yarn_factor,
+            original_max_position_embeddings=c.yarn_original_length,
+            beta_fast=c.yarn_beta_fast,
+            beta_slow=c.yarn_beta_slow,
+            mscale=c.yarn_mscale,
+            mscale_all_dim=c.yarn_mscale_all_dim,
+        )
+    fields: dict[str, Any] = dict(
+        vocab_size=c.vocab_size,
+        hidden_size=c.width,
+        intermediate_size=c.dense_width,
+        moe_intermediate_size=c.expert_width,
+        num_hidden_layers=c.num_layers,
+        first_k_dense_replace=c.num_dense_layers,
+        num_attention_heads=c.num_heads,
+        num_key_value_heads=c.num_heads,
+        n_shared_experts=c.num_shared_experts,
+        n_routed_experts=c.num_experts,
+        num_experts_per_tok=c.experts_per_token,
+        n_group=c.num_expert_groups,
+        topk_group=c.expert_groups_per_token,
+        routed_scaling_factor=c.routed_scaling,
+        norm_topk_prob=c.normalize_expert_weights,
+        q_lora_rank=c.q_latent_width or None,
+        kv_lora_rank=c.kv_latent_width,
+        qk_nope_head_dim=c.head_key_width,
+        qk_rope_head_dim=c.head_rope_width,
+        v_head_dim=c.head_value_width,
+        rms_norm_eps=c.norm_eps,
+        rope_parameters=rope,
+        max_position_embeddings=c.max_position,
+        num_nextn_predict_layers=c.num_mtp_layers,
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    if not c.index_topk:
+        return transformers.DeepseekV3Config(**fields)
+    return transformers.DeepseekV32Config(
+        **fields,
+        index_topk=c.index_topk,
+        index_n_heads=c.index_heads,
+        index_head_dim=c.index_head_width,
+    )
+
+
+def drawn_reference(c: ModelConfig, seed: int, *, halved: bool = False) -> Any:
+    """A float32 model of the reference; `halved` rounds every weight to a bfloat16 value."""
+    config = reference_config(c)
+    kind = (
+        transformers.DeepseekV32ForCausalLM if c.index_topk else transformers.DeepseekV3ForCausalLM
+    )
+    model = kind(config).eval()
+    rng = np.random.default_rng(seed)
+    with torch.no_grad():
+        for name, tensor in sorted(model.state_dict().items()):
+            noise = rng.standard_normal(tuple(tensor.shape)).astype(np.float32)
+            value = torch.from_numpy(_scaled(name, noise))
+            if halved and not name.endswith("e_score_correction_bias"):
+                value = value.bfloat16().float()
+            tensor.copy_(value)
+    return model
+
+
+def in_bfloat16(model: Any) -> Any:
+    """The model cast as transformers loads a bfloat16 checkpoint: the router bias stays float32."""
+    biases = {n: b.clone() for n, b in model.named_buffers() if n.endswith("correction_bias")}
+    rotation = model.model.rotary_emb.inv_freq.clone()
+    model = model.to(torch.bfloat16)
+    for name, bias in biases.items():
+        model.get_submodule(name.rpartition(".")[0]).e_score_correction_bias = bias
+    model.model.rotary_emb.inv_freq = rotation
+    return model
+
+
+def _scaled(name: str, noise: np.ndarray) -> np.ndarray:
+    if "norm" in name:
+        return (0.0 if name.endswith("bias") else 1.0) + 0.3 * noise
+    if name.endswith("e_score_correction_bias"):
+        return 0.2 * noise
+    if "embed_tokens" in name:
+        return noise
+    spread = 2.0 if name.endswith("mlp.gate.weight") else 1.0
+    return spread * noise * noise.shape[-1] ** -0.5
+
+
+def as_ours(model: Any) -> tuple[ModelConfig, transformer.Variables]:
+    """What the package reads from the folder that the reference writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return hf.load(folder)
+
+
+def gradients_as_ours(model: Any) -> Any:
+    """The parameters' gradients in our tree: the model with each in its parameter's place."""
+    slopes = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            found = parameter.grad
+            slopes.get_parameter(name).copy_(torch.zeros(()) if found is None else found)
+    return as_ours(slopes)[1]["params"]
+
+
+class Tie(NamedTuple):
+    """A place where the last chosen and the first left out are nearer than `NEAR`."""
+
+    call: int  # the how-manieth top-k of the pass
+    row: int
+    time: int
+    gap: float
+
+
+class TopK(TorchFunctionMode):
+    """Sees every top-k of a pass: notes the choices and near-ties, or replays choices noted before.
+
+    The two best scores of a group are summed, so a tie there changes nothing and is not noted.
+    """
+
+    def __init__(self, real_BT: np.ndarray, replayed: list[torch.Tensor] | None = None):
+        super().__init__()
+        self.real_BT, self.replayed = real_BT, replayed
+        self.chosen: list[torch.Tensor] = []
+        self.ties: list[Tie] = []
+        self.smallest = np.inf
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func not in (torch.topk, torch.Tensor.topk):
+            return out
+        scores, k = args[0].detach(), out[1].shape[-1]
+        best_of_group = scores.ndim == 3 and tuple(scores.shape[:2]) != self.real_BT.shape
+        if best_of_group:
+            return out
+        self.chosen.append(out[1])
+        if self.replayed is not None:
+            kept = self.replayed[len(self.chosen) - 1]
+            return torch.return_types.topk((args[0].gather(-1, kept.long()), kept))
+        if k < scores.shape[-1]:
+            self._note(scores.topk(k + 1, dim=-1).values[..., -2:].numpy())
+        return out
+
+    def _note(self, last_two: np.ndarray) -> None:
+        last_two = last_two.reshape(*self.real_BT.shape, 2).astype(np.float64)
+        last, next_one = last_two[..., 0], last_two[..., 1]
+        counts = self.real_BT & (next_one > -1e30)  # else fewer than k + 1 may be chosen
+        gap_BT = np.where(counts, last - np.where(counts, next_one, 0.0), np.inf)
+        self.smallest = min(self.smallest, float(gap_BT.min()))
+        for row, time in np.argwhere(gap_BT < NEAR):
+            self.ties.append(Tie(len(self.chosen) - 1, row, time, float(gap_BT[row, time])))
+
+    def experts_LBTA(self) -> np.ndarray:
+        """The experts chosen in each sparse layer; groups and indexers choose between them."""
+        routers = [chosen for chosen in self.chosen if chosen.ndim == 2][1::2]
+        return np.stack([c.reshape(*self.real_BT.shape, -1).numpy() for c in routers]).astype("i4")
+
+    def report(self) -> str:
+        """All near-ties, and how near the nearest choice of the pass came to one."""
+        listed = "".join(
+            f"\n    top-k {t.call}, row {t.row}, token {t.time}: {t.gap:.1e}" for t in self.ties
+        )
+        return f"{len(self.ties)} near-ties, smallest gap {self.smallest:.1e}{listed}"
+
+
+def reference_logits(
+    model: Any, tokens_BT: np.ndarray, real_BT: np.ndarray, mode: TopK
+) -> np.ndarray:
+    """Its logits in float32, padding masked; positions count from the row's start."""
+    with torch.no_grad(), mode:
+        out = model(
+            input_ids=torch.from_numpy(tokens_BT).long(),
+            attention_mask=torch.from_numpy(real_BT).long(),
+            use_cache=False,
+        )
+    return out.logits.float().numpy()
+
+
+def layout_of(real_BT: np.ndarray) -> cache.Layout:
+    """One sequence a row, padded on either side, positions from the row's start."""
+    segments_BT = jnp.asarray(real_BT.astype(np.int32))
+    steps_T = jnp.arange(real_BT.shape[1], dtype=jnp.int32)
+    return cache.Layout(
+        jnp.broadcast_to(steps_T[None, :], segments_BT.shape), segments_BT, segments_BT
+    )
+
+
+def our_logits(
+    config: ModelConfig,
+    variables: transformer.Variables,
+    tokens_BT: Any,
+    layout: cache.Layout,
+    kept_LBTA: Any = None,
+) -> Any:
+    """Ours, in float32."""
+    out = transformer.apply(config, variables, tokens_BT, layout, kept_LBTA=kept_LBTA)
+    return heads.logits(out.hidden_BTD, variables["params"]["unembed"])
