@@ -8,13 +8,13 @@ import re
 import pytest
 from etils import epath
 
-from mathv2_jax import metrics, records, roles
+from mathv2_jax import metrics, records, roles, storage
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import inputs, overrides
 from mathv2_jax.rl import optimizer
 from mathv2_jax.stages import answer, autolabel, iterate, probe, rejection, rl, sft
 from mathv2_jax.stages import run as run_lib
-from tests import by_hand, smoke
+from tests import by_hand, scripted, smoke
 
 METRICS = {
     "verifier_accuracy",
@@ -109,11 +109,12 @@ def test_a_stage_that_could_not_run_is_named_before_the_first_one_runs(override,
 
 
 def test_a_stages_time_is_added_to_what_stopped_sessions_spent(make_run):
-    run = make_run(judge={})
+    run = make_run(judge={scripted.VERIFY: {by_hand.NOISE: 1.0}})
+    storage.write_whole(iterate.report_path(run, "judge"), b"{}")  # finished before
     metrics.write_timing(run.workdir, "stage/probe", {"seconds": 1000.0, "compile_seconds": 9.0})
     proofs = [by_hand.proof(f"p{n}", score=1.0) for n in range(2)]
     inputs.write_files(run.workdir, {"probe": proofs})
-    stages = [probe.ProbeStage(name="probe", verifier="fresh")]
+    stages = [sft.SftStage(name="judge", sft=SFT), PROBE]
     run.should_stop = lambda: True
     with pytest.raises(run_lib.Preempted):
         iterate.run_all(run, stages)
