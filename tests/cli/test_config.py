@@ -113,7 +113,7 @@ def test_the_models_vocabulary_is_the_tokenizers():
         ("after", "aftr", r"config\.after = 'aftr' .*did you mean 'after'\?"),
         ("stage.after.num_autolabel", "7", r"'before' and 'after' .* num_autolabel is 8 and 7"),
         ("stage.verifer-1.rl.steps", "3", r"config\.stage\.verifer-1 .*mean 'verifier-1'\?"),
-        ("tokenizer.vocab_size", "0", r"config\.tokenizer\.vocab_size = 0: must be at least 1"),
+        ("tokenizer.vocab_size", "0", r"config\.tokenizer: vocab_size = 0 and .*: give one"),
         ("model.vocab_size", "9", r"config\.model\.vocab_size = 9, .*of 448: set config\.tok"),
         ("runtime.model_kernels", "raged", r"model_kernels = 'raged' .*did you mean 'ragged'\?"),
         ("runtime.metrics.shown", "loss,entropi", r"no .* 'entropi'; did you mean 'entropy'\?"),

@@ -24,7 +24,7 @@ def configured(directory: pathlib.Path, vocab_size: int | None = 1280) -> config
         "tokenizer.vocab_size": "0",
         "tokenizer.whole_phrases": "()",
         "tokenizer.directory": str(directory),
-        "runtime.mesh.data": "-1",
+        "runtime.mesh.context": "-1",
         "world.num_drills": "4",
         "world.num_demonstrations": "8",
         "world.num_problems": "8",

@@ -136,7 +136,7 @@ def test_a_run_that_is_asked_to_stop_while_it_writes_its_input_leaves_with_75_an
     flags = [f"--config={CONFIG}", f"--workdir={workdir}", "--config.runtime.mesh.data=8"]
     flags += [f"--config.stage.{s}.rl.rows=8" for s in RL] + ["--config.engine.rows=32"]
     try:
-        assert train.main(["mathv2-train", *flags]) == train.PREEMPTED
+        assert train.main(["mathv2-train", *flags]) == shell.PREEMPTED
     finally:
         asking.join()
         for name, value in before.items():
@@ -171,7 +171,7 @@ def test_a_workdir_that_is_a_file_is_one_line(tmp_path):
 
 
 def test_help_is_no_failure(capsys):
-    assert train.main(["mathv2-train", "--help"]) == train.FINISHED
+    assert train.main(["mathv2-train", "--help"]) == shell.FINISHED
     assert "--restart_stage: Delete what this stage" in capsys.readouterr().out
 
 
