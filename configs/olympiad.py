@@ -64,7 +64,9 @@ def _shrunk(stage: dict) -> dict:
         stage["rl"].update(groups=2, samples=2)
     smaller = {
         "rejection": dict(allow_empty=True),
-        "autolabel": dict(num_candidates=8, num_proofs=4),
+        "autolabel": dict(
+            num_candidates=8, num_proofs=4, rule=dict(num_analyses=4, num_meta=1, num_valid=2)
+        ),
         "probe": dict(tolerance_se=1e6),  # three steps say nothing about drift
         "answer": dict(num_autolabel=2),
     }

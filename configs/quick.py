@@ -65,6 +65,9 @@ def get_config() -> ml_collections.ConfigDict:
     cold = dict(steps=1_000, rows=8, row_length=256, optimizer=adam(2e-3, final_share=0.1))
     again = dict(steps=60, rows=8, row_length=256, optimizer=adam(3e-4))
     rule = dict(num_analyses=4, num_meta=1, num_valid=2)
+    # A label is worth more looks than a reward: 4 analyses leave most of a verifier's oversights in
+    # the labels, and the next verifier learns them.
+    careful = dict(num_analyses=24, num_meta=3, num_valid=2)
 
     def verifier(init: str, judge: str | None, meta: float, **more) -> dict:
         mixture = dict(verifier=1.0, **({"meta_verifier": meta} if meta else {}))
@@ -105,9 +108,9 @@ def get_config() -> ml_collections.ConfigDict:
             kind="autolabel",
             proofs_from="generator-1",
             judge="verifier-1",
-            num_candidates=256,
-            num_proofs=192,
-            rule=rule,
+            num_candidates=192,
+            num_proofs=160,
+            rule=careful,
         ),
         "rejection-1": dict(
             kind="rejection",

@@ -48,7 +48,9 @@ def _shrunk(name: str, stage: dict) -> dict:
         stage["rl"] = dict(stage["rl"], steps=RL_STEPS, groups=4, samples=4, rows=4, row_length=384)
     smaller = {
         "rejection": dict(allow_empty=True),
-        "autolabel": dict(num_candidates=16, num_proofs=8),
+        "autolabel": dict(
+            num_candidates=16, num_proofs=8, rule=dict(num_analyses=4, num_meta=1, num_valid=2)
+        ),
         "probe": dict(tolerance_se=1e6),
         "answer": dict(num_autolabel=8),
     }

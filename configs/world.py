@@ -2,14 +2,16 @@
 
     mathv2-train --config=configs/world.py --workdir=runs/world --config.seed=0
 
-One cold start and one first iteration as in configs/quick.py, then three ways to go on, each with
+One cold start and one first iteration as in configs/quick.py, then several ways to go on, each with
 as many generator steps as the others:
 
 - `loop-2`: the verifier is retrained on the generator's newest proofs (auto-labelled), then the
   generator goes on against it: the paper's outer iteration;
-- `fixed-2`: the generator goes on against the verifier it already has, and is left alone with it;
-- `score-1`, `score-2`: a verifier trained on scores only (no R_meta), and a generator against it
-  all the way.
+- `fixed-2`: the same but for the retraining: the consolidated generator (`rejection-1`) goes on
+  against the verifier it already has;
+- `alone-2`: no iteration at all: `generator-1` goes on against the verifier it already has;
+- `score-1`, `score-2`: a verifier trained as `verifier-1` is, D_mv included, but rewarded for its
+  scores only (no R_meta), and a generator alone with it all the way.
 
 Each arm answers the same test set; experiments/arms.py compares the answers, pooled over seeds.
 """
@@ -19,6 +21,7 @@ import ml_collections
 from configs import quick
 
 GENERATOR_STEPS = 40  # per iteration
+NUM_AUTOLABEL = 200  # the arms differ in their generators
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -29,24 +32,33 @@ def get_config() -> ml_collections.ConfigDict:
         return dict(stage[name], rl=dict(stage[name]["rl"], steps=GENERATOR_STEPS), **changes)
 
     def answer(verifier: str, generator: str) -> dict:
-        return dict(stage["after"], verifier=verifier, generator=generator)
+        return dict(
+            stage["after"],
+            verifier=verifier,
+            generator=generator,
+            num_autolabel=NUM_AUTOLABEL,
+        )
 
     stage["generator-1"] = longer("generator-1")
     stage["loop-2"] = longer("generator-2")
-    stage["fixed-2"] = longer("generator-1", init="generator-1")
-    stage["score-verifier"] = dict(stage["verifier-1"], judge=None, mixture=dict(verifier=1.0))
+    stage["fixed-2"] = longer("generator-1", init="rejection-1")
+    stage["alone-2"] = longer("generator-1", init="generator-1")
+    stage["score-verifier"] = dict(stage["verifier-1"], judge=None)
+    stage["probe-score"] = dict(stage["probe-1"], verifier="score-verifier")
     stage["score-1"] = longer("generator-1", init="score-verifier", judge="score-verifier")
     stage["score-2"] = longer("generator-1", init="score-1", judge="score-verifier")
+    stage["before"] = answer("sft", "sft")
     stage["after-1"] = answer("verifier-1", "generator-1")
     stage["after-loop"] = answer("verifier-2", "loop-2")
     stage["after-fixed"] = answer("verifier-1", "fixed-2")
+    stage["after-alone"] = answer("verifier-1", "alone-2")
     stage["after-score"] = answer("score-verifier", "score-2")
     del stage["generator-2"], stage["after"]
     first = c.stages[: c.stages.index("generator-1") + 1]
     retrain = ("autolabel-1", "rejection-1", "verifier-2", "probe-2", "loop-2")
-    ablation = ("fixed-2", "score-verifier", "score-1", "score-2")
-    answers = ("after-1", "after-loop", "after-fixed", "after-score")
-    c.stages = (*first, *retrain, *ablation, *answers)
+    others = ("fixed-2", "alone-2", "score-verifier", "probe-score", "score-1", "score-2")
+    answers = ("after-1", "after-loop", "after-fixed", "after-alone", "after-score")
+    c.stages = (*first, *retrain, *others, *answers)
     c.stage = stage
     c.before, c.after = "before", "after-loop"
     return c

@@ -6,17 +6,20 @@
 An arm is an answer stage of runs in the embedded world; the first one is what the others are
 compared with. The exact judge measures the written records, nothing is sampled. Differences are
 paired by item within a seed; pooled over k seeds they are means of the seeds' differences with
-standard error sqrt(sum se^2) / k, so they speak about these seeds' runs.
+standard error sqrt(sum se^2) / k, so they speak about these seeds' runs. The workdirs must be runs
+of one config that differ in the seed, and in nothing else.
+
+Exit codes: 0 done, 2 bad usage or records.
 """
 
 import json
 import math
-import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
+from etils import epath
 
 from mathv2_jax import evaluation, records, storage
 from mathv2_jax.data import sources
@@ -27,14 +30,43 @@ FINISHED, BAD_INPUT = 0, 2
 Measured = Mapping[str, evaluation.Ratio]
 
 
+def require_seeds_of_one_config(workdirs: Sequence[str]) -> None:
+    """ValueError where two runs have one seed, or differ in more than the seed."""
+    first: dict[str, Any] = {}
+    seeds: dict[int, str] = {}
+    for workdir in workdirs:
+        path = epath.Path(workdir) / "config.json"
+        if not storage.exists(path):
+            raise ValueError(f"--workdirs: {workdir} is no run, it has no config.json")
+        identity = json.loads(storage.read_bytes(path))["identity"]
+        seed = identity.pop("seed")
+        if seed in seeds:
+            raise ValueError(
+                f"--workdirs: {seeds[seed]} and {workdir} both have seed {seed}: one run a "
+                "seed, or the same answers count twice"
+            )
+        seeds[seed] = workdir
+        first = first or identity
+        unlike = [n for n in {**first, **identity} if first.get(n) != identity.get(n)]
+        if unlike:
+            raise ValueError(
+                f"--workdirs: {workdirs[0]} and {workdir} differ in more than the seed, in config."
+                f"{', config.'.join(unlike)}: pool runs of one config"
+            )
+
+
 def measure_arm(workdir: str, stage: str) -> Measured:
-    """The metrics of an answer stage; ValueError where it wrote nothing."""
-    folder = pathlib.Path(workdir) / "records" / stage
-    lines = list(storage.Parts(folder).read())
-    if not lines:
-        raise ValueError(f"{folder} holds no answers: did the stage {stage!r} run?")
+    """The metrics of an answer stage; ValueError where it wrote no answers to the test set."""
+    folder = epath.Path(workdir) / "records" / stage
+    mark = f'"kind": "{records.Sample.__name__}"'
+    lines = [line for line in storage.Parts(folder).read() if mark in line]
     samples = sources.parse_lines(lines, records.Sample, str(folder))
-    return evaluation.measure(samples, judge.ExactJudge())
+    found = evaluation.measure(samples, judge.ExactJudge())
+    if not any(ratio.items for ratio in found.values()):
+        raise ValueError(
+            f"{folder} holds no answers to the test set: is {stage!r} an answer stage that ran?"
+        )
+    return found
 
 
 def compare(seeds: Sequence[Mapping[str, Measured]], arms: Sequence[str]) -> dict[str, Any]:
@@ -93,15 +125,23 @@ def main(argv: Sequence[str]) -> int:
     """Usage and input errors are one line and exit code 2."""
     asked = make_flags()
     try:
-        asked(argv)
-        if not asked.workdirs or not asked.arms:
-            raise ValueError("--workdirs=DIR,... and --arms=STAGE,... must be given")
+        if "--help" in argv:
+            print(f"{__doc__}{asked.get_help()}")
+            return FINISHED
+        rest = asked(argv)[1:]
+        if rest or not asked.workdirs or not asked.arms:
+            raise ValueError(
+                "--workdirs=DIR,... and --arms=STAGE,... must be given, and flags only"
+            )
         arms = asked.arms
+        if len(set(arms)) < len(arms):
+            raise ValueError(f"--arms={','.join(arms)}: name each arm once")
+        require_seeds_of_one_config(asked.workdirs)
         seeds = [{arm: measure_arm(w, arm) for arm in arms} for w in asked.workdirs]
+        result = compare(seeds, arms)
     except (ValueError, flags.Error) as error:
-        print(f"arms.py: {error}", file=sys.stderr)
+        print(f"arms: {error}", file=sys.stderr)
         return BAD_INPUT
-    result = compare(seeds, arms)
     print(render(result, arms))
     if asked.out:
         body = {"arms": arms, "seeds": len(seeds), "metrics": result}

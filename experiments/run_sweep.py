@@ -5,8 +5,9 @@
 A sweep is a file with `CONFIG`, a config file named from the repository's root, and `get_sweep()`,
 which returns a mapping from names to lists of overrides such as `config.seed=1`. All configs are
 built before the first run. An entry lives in WORKDIR/NAME; the same command goes on with what is
-not finished. WORKDIR/results.json gathers the entries' summaries; entries named X-seed0, X-seed1,
-... are also pooled: over k seeds the mean change, with standard error sqrt(sum se^2) / k.
+not finished. WORKDIR/results.json gathers the entries' summaries; two or more entries named
+X-seed0, X-seed1, ... are also pooled: over k seeds the mean change, with standard error
+sqrt(sum se^2) / k.
 
 Exit codes: 0 all finished, 1 an entry failed, 2 bad usage or sweep, 75 preempted after a save.
 """
@@ -33,6 +34,7 @@ from mathv2_jax import evaluation, storage
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.cli import table
+from mathv2_jax.cli import workdir as workdir_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FINISHED, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
@@ -114,7 +116,7 @@ def choose(entries: Sequence[Entry], only: Sequence[str] | None) -> list[Entry]:
 def run_commands(commands: Mapping[str, Sequence[str]]) -> dict[str, int]:
     """Every command's exit code by name. A failure stops nothing; a preemption stops the rest.
 
-    SIGTERM is passed on to the command that runs, which saves.
+    SIGTERM and Ctrl-C are passed on to the command that runs, which saves.
     """
     running: list[subprocess.Popen[bytes]] = []
     asked: list[int] = []
@@ -125,7 +127,7 @@ def run_commands(commands: Mapping[str, Sequence[str]]) -> dict[str, int]:
             process.terminate()
 
     codes: dict[str, int] = {}
-    before = signal.signal(signal.SIGTERM, pass_on)
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
     try:
         for place, (name, command) in enumerate(commands.items(), start=1):
             print(f"[{place}/{len(commands)}] {name}: {shlex.join(command)}", flush=True)
@@ -141,7 +143,8 @@ def run_commands(commands: Mapping[str, Sequence[str]]) -> dict[str, int]:
                 codes[name] = PREEMPTED
                 break
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return codes
 
 
@@ -155,16 +158,24 @@ def collect(entries: Sequence[Entry], workdir: str) -> dict[str, Any]:
         folder = epath.Path(workdir) / entry.name
         if not storage.exists(folder / "summary.json"):
             continue
-        was = json.loads(storage.read_bytes(folder / "config.json"))["identity"]
-        if was != config_lib.identity(entry.config):
+        asked = config_lib.identity(entry.config)
+        if workdir_lib.begun_as(folder, asked) != asked:
             print(f"{entry.name}: left out, it was run with another config", file=sys.stderr)
             continue
-        found[entry.name] = json.loads(storage.read_bytes(folder / "summary.json"))
+        summary = workdir_lib.read_summary(folder)
+        if summary["metrics"] is not None and set(evaluation.METRICS) - set(summary["metrics"]):
+            print(
+                f"{entry.name}: left out, an older version wrote its summary.json; delete that "
+                "file, and the sweep's command writes it anew from the records",
+                file=sys.stderr,
+            )
+            continue
+        found[entry.name] = summary
     return found
 
 
 def pool(summaries: Mapping[str, Any]) -> dict[str, Any]:
-    """By group of entries that differ in the seed: their names, and each metric over them."""
+    """By group of two or more entries that differ in the seed: names, and each metric over them."""
     groups: dict[str, list[str]] = {}
     for name, summary in summaries.items():
         match = _OF_A_SEED.fullmatch(name)
@@ -180,8 +191,13 @@ def pool(summaries: Mapping[str, Any]) -> dict[str, Any]:
                 }
                 for metric in evaluation.METRICS
             },
+            "constants": {
+                metric: _mean([summaries[n]["constants"][metric]["after"] for n in names])
+                for metric in summaries[names[0]]["constants"]
+            },
         }
         for group, names in groups.items()
+        if len(names) > 1
     }
 
 
@@ -192,27 +208,36 @@ def _pooled(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return evaluation.pooled(values("mean"), values("se"))
 
 
+def _mean(figures: Sequence[float | None]) -> float | None:
+    known = [f for f in figures if f is not None]
+    return sum(known) / len(known) if len(known) == len(figures) else None
+
+
 def render(results: Mapping[str, Any]) -> str:
     """A block a metric: each entry's before, after and change, then the pooled ones.
 
-    Standard errors stand behind the means; a pooled change ends with how many of its own it is.
+    Standard errors stand behind the means; a pooled change ends with how many of its own it is,
+    and with what the best constant answer gets on the items answered after.
     """
     rows = {n: e["metrics"] for n, e in results["entries"].items() if e["metrics"] is not None}
     pooled = {
-        f"{group}, {len(found['entries'])} pooled": found["metrics"]
+        f"{group}, {len(found['entries'])} pooled": found
         for group, found in results["pooled"].items()
     }
     if not rows:
         return "no entry has figures by the exact judge"
     width = max(map(len, (*rows, *pooled)))
-    lines = [f"{'':22} {'':{width}}" + "".join(f" {side:>15}" for side in SIDES)]
+    every = rows | {name: found["metrics"] for name, found in pooled.items()}
+    lines = [f"{'':26} {'':{width}}" + "".join(f" {side:>15}" for side in SIDES)]
     for metric in evaluation.METRICS:
-        for name, found in {**rows, **pooled}.items():
+        for name, found in every.items():
             title = metric if name == next(iter(rows)) else ""
             cells = " ".join(table.cell(found[metric][side]) for side in SIDES)
             gap = found[metric]["difference"]
             share = f"  {gap['mean'] / gap['se']:+.1f} se" if name in pooled and gap["se"] else ""
-            lines.append(f"{title:22} {name:{width}} {cells}{share}")
+            constant = pooled[name]["constants"].get(metric) if name in pooled else None
+            share += "" if constant is None else f"  constant {constant:.3f}"
+            lines.append(f"{title:26} {name:{width}} {cells}{share}")
     return "\n".join(lines)
 
 
@@ -244,7 +269,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"{__doc__}{asked.get_help()}")
             return FINISHED
         rest = asked(argv)[1:]
-        if rest or asked.sweep is None or asked.workdir is None:
+        if rest or not asked.sweep or not (asked.workdir or "").strip():
             raise ValueError("--sweep=FILE and --workdir=DIR must be given, and flags only")
         entries = load(asked.sweep)
         chosen = choose(entries, asked.only)

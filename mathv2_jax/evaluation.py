@@ -137,39 +137,43 @@ def _prove(
 def _autolabel(
     players: Players, proofs: Sequence[records.Proof], stage: str, seed: Any, test: TestSet
 ) -> list[records.Sample]:
-    """One row a proof: the label (or none) that auto-labelling would give, and the votes."""
+    """A proof's row holds the label (or none) that auto-labelling would give, the votes, and the
+    first analysis; after it come all analyses and their meta-analyses, in rows of their roles."""
     found = roles.auto_label(players.verifier, players.roles, proofs, test.rule, (*seed, AUTOLABEL))
-    return [
-        dataclasses.replace(
-            _sample(
-                v.analyses[0],
-                stage,
-                AUTOLABEL,
-                p.id,
-                problem_id=p.problem_id,
-                statement=p.statement,
-                proof=p.text,
-            ),
-            label=v.label,
-            votes=tuple(v.votes),
-        )
-        for p, v in zip(proofs, found, strict=True)
-    ]
+    samples = []
+    for p, v in zip(proofs, found, strict=True):
+        fields = {"problem_id": p.problem_id, "statement": p.statement, "proof": p.text}
+        row = _sample(v.analyses[0], stage, AUTOLABEL, p.id, **fields)
+        samples.append(dataclasses.replace(row, label=v.label, votes=tuple(v.votes)))
+        samples += roles.auto_label_samples(v, row.id, stage=stage, step=0, target=p.id, **fields)
+    return samples
 
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """A metric as sum(value) / sum(weight) over the same items in the same order."""
+    """A metric as sum(value) / sum(weight) over the same items in the same order.
+
+    Where `strata` names a stratum for each item, it is the mean of the strata's own ratios.
+    `constant` is what the best constant answer gets on these items, where such a thing exists.
+    """
 
     items: tuple[str, ...]
     value: np.ndarray
     weight: np.ndarray
+    strata: np.ndarray | None = None
+    constant: float | None = None
+
+    def _counting(self) -> list[np.ndarray]:
+        """The places of each stratum in which anything counts."""
+        strata = np.zeros(len(self.items)) if self.strata is None else self.strata
+        found = [np.flatnonzero(strata == stratum) for stratum in np.unique(strata)]
+        return [places for places in found if self.weight[places].sum()]
 
     @property
     def mean(self) -> float:
         """nan where nothing counts."""
-        total = self.weight.sum()
-        return float(self.value.sum() / total) if total else math.nan
+        ratios = [self.value[at].sum() / self.weight[at].sum() for at in self._counting()]
+        return float(np.mean(ratios)) if ratios else math.nan
 
     @property
     def n(self) -> int:
@@ -178,10 +182,13 @@ class Ratio:
 
     def influence(self) -> np.ndarray:
         """Each item's first-order share in the mean's error (the linearised ratio)."""
-        total = self.weight.sum()
-        if not total:
-            return np.full(len(self.items), math.nan)
-        return (self.value - self.mean * self.weight) / total
+        counting = self._counting()
+        shares = np.full(len(self.items), 0.0 if counting else math.nan)
+        for at in counting:
+            value, weight = self.value[at], self.weight[at]
+            total = weight.sum()
+            shares[at] = (value - value.sum() / total * weight) / total / len(counting)
+        return shares
 
     @property
     def se(self) -> float:
@@ -203,9 +210,12 @@ def difference_se(before: Ratio, after: Ratio) -> float:
 
 METRICS = (
     "verifier_accuracy",
+    "verifier_balanced_accuracy",
     "verifier_mean_error",
     "analysis_faithfulness",
     "meta_accuracy",
+    "meta_balanced_accuracy",
+    "meta_caught",
     "generator_true_score",
     "overclaim_rate",
     "verifier_minus_true",
@@ -217,7 +227,10 @@ METRICS = (
 def measure(samples: Sequence[records.Sample], judge: Judge) -> dict[str, Ratio]:
     """Every metric of METRICS by the judge.
 
-    An unreadable analysis counts as wrong with error 1, an unreadable proof scores 0.
+    An unreadable analysis counts as wrong with error 1, an unreadable proof scores 0. A balanced
+    accuracy is the mean over the true scores of the share answered rightly, so no constant answer
+    looks good; `meta_caught` is the share of the analyses with a true ms below 1 whose rating is
+    below 1, and an unreadable rating catches nothing.
     """
     by_test: dict[str, list[records.Sample]] = {}
     for sample in samples:
@@ -238,31 +251,58 @@ def measure(samples: Sequence[records.Sample], judge: Judge) -> dict[str, Ratio]
         for s, true in zip(prove, reached, strict=True)
     ]
     labelled = [s.label is not None for s in auto]
-    right = [
-        s.label is not None and s.label == judge.proof_score(s.statement, s.proof) for s in auto
-    ]
+    due = [judge.proof_score(s.statement, s.proof) for s in auto]
+    right = [s.label is not None and s.label == t for s, t in zip(auto, due, strict=True)]
     error = [
         1.0 if s.score is None else abs(s.score - t) for s, t in zip(verify, truth, strict=True)
     ]
+    exact, rated = [e == 0.0 for e in error], [s.score for s in meta]
+    hit = [r == q for r, q in zip(rated, quality, strict=True)]
+    faulty = [q < 1.0 for q in quality]
+    caught = [f and r is not None and r < 1.0 for f, r in zip(faulty, rated, strict=True)]
 
-    def ratio(source: Sequence[records.Sample], value: Any, weight: Any = None) -> Ratio:
+    def ratio(
+        source: Sequence[records.Sample], value: Any, weight: Any = None, **fields: Any
+    ) -> Ratio:
         items = tuple(s.target for s in source)
         weights = np.ones(len(items)) if weight is None else np.asarray(weight, float)
-        return Ratio(items, np.asarray(value, float), weights)
+        return Ratio(items, np.asarray(value, float), weights, **fields)
+
+    def balanced(source: Sequence[records.Sample], value: Any, classes: Sequence[float]) -> Ratio:
+        constant = 1.0 / len(set(classes)) if classes else math.nan
+        return ratio(source, value, strata=np.asarray(classes, float), constant=constant)
 
     return {
-        "verifier_accuracy": ratio(verify, [e == 0.0 for e in error]),
-        "verifier_mean_error": ratio(verify, error),
+        "verifier_accuracy": ratio(verify, exact, constant=_best_accuracy(truth)),
+        "verifier_balanced_accuracy": balanced(verify, exact, truth),
+        "verifier_mean_error": ratio(verify, error, constant=least_error(truth)),
         "analysis_faithfulness": ratio(verify, faithful, named),
-        "meta_accuracy": ratio(meta, [s.score == q for s, q in zip(meta, quality, strict=True)]),
+        "meta_accuracy": ratio(meta, hit, constant=_best_accuracy(quality)),
+        "meta_balanced_accuracy": balanced(meta, hit, quality),
+        "meta_caught": ratio(meta, caught, faulty),
         "generator_true_score": ratio(prove, reached),
         "overclaim_rate": ratio(
             prove, [s.score == 1.0 and t < 1.0 for s, t in zip(prove, reached, strict=True)]
         ),
         "verifier_minus_true": ratio(prove, gap, counted),
-        "autolabel_precision": ratio(auto, right, labelled),
+        "autolabel_precision": ratio(
+            auto,
+            right,
+            labelled,
+            constant=_best_accuracy([t for t, known in zip(due, labelled, strict=True) if known]),
+        ),
         "autolabel_coverage": ratio(auto, labelled),
     }
+
+
+def _best_accuracy(truth: Sequence[float]) -> float:
+    """The accuracy of the best constant answer; nan without items."""
+    return max(truth.count(s) for s in set(truth)) / len(truth) if truth else math.nan
+
+
+def least_error(truth: Sequence[float]) -> float:
+    """The mean absolute error of the best constant answer; nan without items."""
+    return float(np.mean(np.abs(np.asarray(truth) - np.median(truth)))) if truth else math.nan
 
 
 def compare(before: Mapping[str, Ratio], after: Mapping[str, Ratio]) -> dict[str, Any]:
@@ -271,23 +311,39 @@ def compare(before: Mapping[str, Ratio], after: Mapping[str, Ratio]) -> dict[str
     A metric without items has mean and se None.
     """
 
-    def figure(x: float) -> float | None:
-        return None if math.isnan(x) else round(x, 6)
-
     def side(ratio: Ratio) -> dict[str, float | int | None]:
-        return {"mean": figure(ratio.mean), "se": figure(ratio.se), "n": ratio.n}
+        return {"mean": _figure(ratio.mean), "se": _figure(ratio.se), "n": ratio.n}
 
     return {
         name: {
             "before": side(before[name]),
             "after": side(after[name]),
             "difference": {
-                "mean": figure(after[name].mean - before[name].mean),
-                "se": figure(difference_se(before[name], after[name])),
+                "mean": _figure(after[name].mean - before[name].mean),
+                "se": _figure(difference_se(before[name], after[name])),
             },
         }
         for name in METRICS
     }
+
+
+def constants(
+    before: Mapping[str, Ratio], after: Mapping[str, Ratio]
+) -> dict[str, dict[str, float | None]]:
+    """JSON-able: what the best constant answer gets, by metric that has one, `before` and `after`.
+
+    Both are the same but for the auto-labels, which are judged where there is one.
+    """
+    return {
+        name: {"before": _figure(was), "after": _figure(now)}
+        for name in METRICS
+        for was, now in [(before[name].constant, after[name].constant)]
+        if was is not None and now is not None
+    }
+
+
+def _figure(x: float) -> float | None:
+    return None if math.isnan(x) else round(x, 6)
 
 
 def pooled(means: Sequence[float], errors: Sequence[float]) -> dict[str, float | None]:

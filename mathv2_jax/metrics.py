@@ -6,6 +6,7 @@ The JSON lines are a function of the run alone. Whatever depends on the clock go
 
 import collections
 import dataclasses
+import difflib
 import json
 import math
 import re
@@ -43,6 +44,15 @@ _SHORT: dict[str, tuple[str, int | None]] = {
 }
 _FAILURES = ("outcome/length", "outcome/lost")  # shown where there are any
 _COMPONENT = "reward/"
+# Every scalar that a stage reports: what a progress line may be asked to show.
+NAMES = (
+    *_SHORT,
+    *("reward/format", "reward/honesty", "outcome/unparseable"),
+    *("score", "lost_votes", "left_group"),
+    *("tokens", "learning_rate", "head_loss", "router_peak_load"),
+    *("clipped", "dropped", "ratio"),
+)
+_WINDOW = 20  # steps over which the rate of tokens is taken
 _COMPILING = "/jax/core/compile/backend_compile_duration"
 
 
@@ -71,6 +81,14 @@ class MetricsConfig:
     def __post_init__(self):
         if self.flush_every < 1:
             raise ValueError(f"flush_every={self.flush_every} steps: give a positive number")
+        for field in ("shown", "shown_supervised"):
+            for name in getattr(self, field):
+                if name not in NAMES:
+                    near = difflib.get_close_matches(name, NAMES, n=1)
+                    hint = f"; did you mean {near[0]!r}?" if near else f"; there are {NAMES}"
+                    raise ValueError(
+                        f"runtime.metrics.{field}: no stage reports a scalar {name!r}{hint}"
+                    )
 
 
 class MetricWriter:
@@ -102,17 +120,22 @@ class MetricWriter:
         if self._config.tensorboard:
             folder = self._workdir / "tensorboard" / stage
             self._board = tensorboardX.SummaryWriter(str(folder), purge_step=self._last + 1)
-        self._before = _read_timing(self._workdir).get(stage, {})
+        self._before = read_timing(self._workdir).get(stage, {})
         self._spent: dict[str, float] = collections.defaultdict(float)
         self._began = time.monotonic()
         self._first: tuple[int, float] | None = None
-        self._previous = self._began
+        # (moment, tokens up to it) of the last steps; the first step's own time is compilation.
+        self._moments = collections.deque[tuple[float, float]](maxlen=_WINDOW + 1)
 
-    def write(self, step: int, scalars: Mapping[str, SupportsFloat]) -> None:
+    def write(
+        self, step: int, scalars: Mapping[str, SupportsFloat], at: float | None = None
+    ) -> None:
         """Records a step and prints its line.
 
         Steps only grow; ValueError otherwise. `time/...` scalars are taken for clock-dependent
-        ones. `tokens`, the number handled in the step, gives the line its tokens per second.
+        ones. `tokens`, the number handled in the step, gives the line its tokens per second, over
+        the last steps of this session. `at` is the step's moment on the monotonic clock, by default
+        now: give it where steps are written some time after they were taken.
         """
         if step <= self._last:
             raise ValueError(
@@ -126,15 +149,14 @@ class MetricWriter:
         self._last = step
         lasting = {n: _plain(v) for n, v in values.items() if not n.startswith(TIME_PREFIX)}
         self._rows.append({"stage": self._stage, "step": step, **lasting})
-        now = time.monotonic()
-        rate = values["tokens"] / max(now - self._previous, 1e-9) if "tokens" in values else None
+        now = time.monotonic() if at is None else at
         self._spent["steps"] += 1
         self._spent["tokens"] += values.get("tokens", 0.0)
+        rate = self._rate(now) if "tokens" in values else None
         for name, value in values.items():
             if name.startswith(TIME_PREFIX):
                 self._spent[name] += value
         self._show(step, values, rate, now)
-        self._previous = now
         if len(self._rows) >= self._config.flush_every:
             self.flush()
 
@@ -187,6 +209,12 @@ class MetricWriter:
                 self._parts.write_part(storage.part_name(step), _to_lines(kept))
         self._parts.discard_after(step)
 
+    def _rate(self, now: float) -> float | None:
+        """Tokens a second since the oldest remembered step; None at the session's first."""
+        self._moments.append((now, self._spent["tokens"]))
+        (began, before), (_, total) = self._moments[0], self._moments[-1]
+        return (total - before) / (now - began) if now > began else None
+
     def _show(self, step: int, values: Mapping[str, float], rate: float | None, now: float) -> None:
         if self._board is not None:
             for name, value in values.items():
@@ -196,7 +224,8 @@ class MetricWriter:
         total = "" if self._total_steps is None else f"/{self._total_steps}"
         words = [f"{self._stage} {step}{total}"]
         config = self._config
-        figures = _figures(values, config.shown if "reward" in values else config.shown_supervised)
+        rewarded = "reward" in values or "zero_signal" in values  # every answer may be unrewarded
+        figures = _figures(values, config.shown if rewarded else config.shown_supervised)
         words += [figures] if figures else []
         pace_words = [] if rate is None else [f"{_rounded(rate)} tok/s"]
         if self._first is None:
@@ -281,13 +310,14 @@ def write_timing(
     workdir: epath.PathLike, section: str, values: Mapping[str, SupportsFloat]
 ) -> None:
     """Puts what the clock said about a stage, or another piece of work, into `timing.json`."""
-    sections = {**_read_timing(workdir), section: {n: float(v) for n, v in values.items()}}
+    sections = {**read_timing(workdir), section: {n: float(v) for n, v in values.items()}}
     body = {"schema": TIMING_SCHEMA, "sections": sections}
     text = json.dumps(body, indent=1, sort_keys=True) + "\n"
     storage.write_whole(epath.Path(workdir) / "timing.json", text.encode())
 
 
-def _read_timing(workdir: epath.PathLike) -> dict[str, dict[str, float]]:
+def read_timing(workdir: epath.PathLike) -> dict[str, dict[str, float]]:
+    """What `timing.json` holds by section, nothing where there is none; ValueError names damage."""
     path = epath.Path(workdir) / "timing.json"
     if not storage.exists(path):
         return {}

@@ -38,6 +38,11 @@ class Finish(enum.StrEnum):
     LOST = "lost"
 
 
+def _absent_where_none() -> Any:
+    """A field that lines of JSON lack where it is None."""
+    return dataclasses.field(default=None, metadata={"absent": True})
+
+
 def content_id(kind: str, *texts: str) -> str:
     """16 hex digits that name a text (or several, in order) of a kind."""
     digest = hashlib.sha256()
@@ -135,7 +140,7 @@ class Demonstration:
     """One supervised conversation: the user's text and the assistant's, for `role`.
 
     `learned` are the character spans of the assistant's text that are learned, ascending, where
-    that is not the whole of it.
+    that is not the whole of it. `thinking` comes before that text where the role thinks.
     """
 
     id: str
@@ -146,6 +151,7 @@ class Demonstration:
     learned: tuple[tuple[int, int], ...] = ()
     source: str = ""
     parents: tuple[str, ...] = ()
+    thinking: str | None = _absent_where_none()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +162,7 @@ class Sample:
     `analysis` are what its prompt was filled with, `target` the id of what it judged, `index` its
     place inside the group. `rewards` holds every component apart (`format`, `score`, `meta`, ...)
     and `total`; `votes` and `meta_votes` are the judge's. `score` is what the response says,
-    `label` what it was compared with.
+    `label` what it was compared with. `thinking` is what a role that thinks wrote before `text`.
     """
 
     id: str
@@ -180,6 +186,7 @@ class Sample:
     rewards: Mapping[str, float] = dataclasses.field(default_factory=dict)
     votes: tuple[float, ...] = ()
     meta_votes: tuple[float, ...] = ()
+    thinking: str | None = _absent_where_none()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -224,6 +231,9 @@ def to_json(record: Any) -> str:
     """One line of JSON with sorted keys; the same record gives the same bytes."""
     body = {"kind": type(record).__name__, "schema": SCHEMA_VERSION}
     body.update(dataclasses.asdict(record))
+    for field in dataclasses.fields(record):
+        if field.metadata.get("absent") and body[field.name] is None:
+            del body[field.name]
     return json.dumps(body, sort_keys=True, allow_nan=False)
 
 

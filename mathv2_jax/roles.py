@@ -5,10 +5,8 @@ Training stages, search and evaluation use the same roles, so what is trained is
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from mathv2_jax import records, reward
 from mathv2_jax.rollout import engine as engine_lib
@@ -73,9 +71,7 @@ class Role:
     sampling: Sampling
     think: bool = False
 
-    def prompt(
-        self, tokenizer: tokenizer_lib.Tokenizer, **fields: str
-    ) -> tuple[int, ...]:
+    def prompt(self, tokenizer: tokenizer_lib.Tokenizer, **fields: str) -> tuple[int, ...]:
         """Token ids of the filled template, the assistant's turn opened."""
         text = prompts.fill(self.template, **fields)
         message = tokenizer_lib.Message("user", text)
@@ -98,6 +94,11 @@ class Roles:
         """The role of that name."""
         return getattr(self, name)
 
+    @property
+    def sampling(self) -> dict[str, Sampling]:
+        """How each role is sampled, by its name."""
+        return {name: self.named(name).sampling for name in NAMES}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolesConfig:
@@ -108,6 +109,11 @@ class RolesConfig:
     generator: Sampling
     verifier: Sampling
     meta_verifier: Sampling
+
+    @property
+    def sampling(self) -> dict[str, Sampling]:
+        """How each role is sampled, by its name."""
+        return {name: getattr(self, name) for name in NAMES}
 
 
 def make_roles(config: RolesConfig) -> Roles:
@@ -206,6 +212,7 @@ def make_sample(opinion: Opinion, **fields: Any) -> records.Sample:
         num_tokens=len(opinion.response.token_ids),
         checkpoint=opinion.response.parameter_version,
         score=opinion.score,
+        thinking=opinion.response.thinking_text or None,
         **fields,
     )
 
@@ -223,10 +230,28 @@ class AutoLabelled:
         """The parsed scores."""
         return votes(self.analyses)
 
-    @property
-    def disagreement(self) -> float:
-        """Variance of the parsed scores; 0 without any."""
-        return float(np.var(self.votes)) if self.votes else 0.0
+    def judged(self) -> Iterator[tuple[Opinion, tuple[Opinion, ...]]]:
+        """Each analysis with its meta-analyses; one that reports no issue has none."""
+        metas = iter(self.metas)
+        for opinion in self.analyses:
+            reports = opinion.score is not None and opinion.score < 1.0
+            yield opinion, next(metas) if reports else ()
+
+
+def auto_label_samples(found: AutoLabelled, name: str, **fields: Any) -> list[records.Sample]:
+    """Every analysis of one proof, each followed by its meta-analyses, as records.
+
+    `name` begins their ids; the proof's own is `target`.
+    """
+    samples = []
+    for index, (opinion, metas) in enumerate(found.judged()):
+        own = {"id": f"{name}/{index}", "role": VERIFIER, "index": index, "analysis": ""}
+        samples.append(make_sample(opinion, meta_votes=tuple(votes(metas)), **(fields | own)))
+        for number, meta in enumerate(metas):
+            about = {"role": META_VERIFIER, "target": own["id"], "analysis": opinion.text}
+            about |= {"id": f"{own['id']}/{number}", "index": number}
+            samples.append(make_sample(meta, **(fields | about)))
+    return samples
 
 
 def auto_label(
@@ -253,10 +278,16 @@ def auto_label(
     heard = {id(o): votes(found) for (_, o), found in zip(reporting, metas, strict=True)}
     labelled = []
     for at, opinions in enumerate(analyses):
-        judged = [(o.score, heard.get(id(o))) for o in opinions if o.score is not None]
-        kept = [(score, found) for score, found in judged if score == 1.0 or found]
-        scores = [score for score, _ in kept]
-        valid = [bool(found) and reward.is_valid(found, rule) for _, found in kept]
         own = tuple(tuple(m) for (place, _), m in zip(reporting, metas, strict=True) if place == at)
-        labelled.append(AutoLabelled(reward.auto_label(scores, valid, rule), tuple(opinions), own))
+        judged = [(o.score, heard.get(id(o), [])) for o in opinions if o.score is not None]
+        labelled.append(AutoLabelled(label_of(judged, rule), tuple(opinions), own))
     return labelled
+
+
+def label_of(
+    judged: Sequence[tuple[float, Sequence[float]]], rule: reward.AutoLabelRule
+) -> float | None:
+    """The rule's label from each parsed analysis's score and the meta-votes on it, or None."""
+    kept = [(score, found) for score, found in judged if score == 1.0 or found]
+    valid = [bool(found) and reward.is_valid(found, rule) for _, found in kept]
+    return reward.auto_label([score for score, _ in kept], valid, rule)

@@ -4,9 +4,10 @@ Parameters name logical axes where they are declared; nothing else in the projec
 Unlike Flax's own resolver this one raises on an unknown axis and on a mesh axis used twice.
 """
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -137,6 +138,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_ways(mesh: Mesh) -> int:
     """In how many parts a batch's rows are split."""
     return math.prod(mesh.shape[a] for a in LOGICAL_TO_MESH["batch"])
+
+
+@contextlib.contextmanager
+def computing(mesh: Mesh) -> Iterator[None]:
+    """Compiled calls on `mesh` are handed device arrays: an implicit transfer is an error."""
+    with jax.set_mesh(mesh), jax.transfer_guard_host_to_device("disallow"):
+        yield
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

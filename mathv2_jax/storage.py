@@ -82,6 +82,11 @@ def remove(path: epath.PathLike) -> None:
     epath.Path(path).unlink(missing_ok=True)
 
 
+def remove_folder(path: epath.PathLike) -> None:
+    """Deletes a folder with all that is in it; one that is gone already is no error."""
+    epath.Path(path).rmtree(missing_ok=True)
+
+
 def list_names(directory: epath.PathLike, pattern: str = "*") -> list[str]:
     """Sorted names in `directory` that match the glob `pattern`, without hidden ones and drafts.
 

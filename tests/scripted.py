@@ -8,15 +8,17 @@ unembedding, chosen by the phrase that ends the prompt.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mathv2_jax import roles, sharding
+from mathv2_jax import records, roles, sharding
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.rollout import decode, engine
+from mathv2_jax.text import prompts
 from mathv2_jax.text import tokenizer as tokenizer_lib
 from mathv2_jax.world import judge
 
@@ -35,6 +37,23 @@ ROLES = roles.make_roles(
         templates="world", generator=_SAMPLING, verifier=_SAMPLING, meta_verifier=_SAMPLING
     )
 )
+
+
+class Listening(engine.Engine):
+    """An engine that remembers what it was asked, as text."""
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        self.asked: list[str] = []
+
+    def generate(self, requests: Sequence[records.Request]) -> list[list[records.Response]]:
+        self.asked += [self.tokenizer.decode(request.prompt) for request in requests]
+        return super().generate(requests)
+
+
+def shown(role: roles.Role, **fields: str) -> str:
+    """What a role's prompt reads, its template filled."""
+    return prompts.fill(role.template, **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,10 +90,10 @@ class House:
         )
         return {**fresh, "params": params}
 
-    def engine(self, script: Script) -> engine.Engine:
+    def engine(self, script: Script) -> Listening:
         """An engine that plays such a model."""
         mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-        made = engine.Engine(self.programs, self.tokenizer, LIMITS, mesh)
+        made = Listening(self.programs, self.tokenizer, LIMITS, mesh)
         made.load(self.variables(script), "script@0")
         return made
 
@@ -97,6 +116,7 @@ def build(texts: Sequence[str]) -> House:
         vocab_size=tokenizer.vocab_size,
         width=_WIDTH,
         num_layers=1,
+        num_dense_layers=0,
         num_heads=1,
         kv_latent_width=4,
         head_key_width=4,
@@ -104,7 +124,7 @@ def build(texts: Sequence[str]) -> House:
         head_value_width=4,
         dense_width=4,
         expert_width=4,
-        num_experts=1,
+        num_experts=2,  # the router, all zeros, always chooses the first
         experts_per_token=1,
         embedding_taps=1,
     )

@@ -19,7 +19,7 @@ FLOORS = (
     ("records", "sharding", "metrics", "storage", "fingerprint"),
     ("text", "model"),
     ("data", "rollout", "rl.grpo", "reward"),
-    ("roles", "rl.optimizer", "rl.learner", "checkpoint", "hf"),
+    ("roles", "rl.optimizer", "rl.auxiliary", "rl.learner", "checkpoint", "hf"),
     ("search",),
     ("evaluation", "world"),
     ("stages",),
@@ -28,8 +28,13 @@ FLOORS = (
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms of one floor that may see each other nevertheless: metrics writes its files by storage, the
-# learner holds the optimizer, and hf reads and writes checkpoints.
-NEIGHBOURS = {("metrics", "storage"), ("rl.learner", "rl.optimizer"), ("hf", "checkpoint")}
+# learner holds the optimizer and auxiliary losses, and hf reads and writes checkpoints.
+NEIGHBOURS = {
+    ("metrics", "storage"),
+    ("rl.learner", "rl.optimizer"),
+    ("rl.learner", "rl.auxiliary"),
+    ("hf", "checkpoint"),
+}
 
 NEEDS_JAX = {"jax", "jaxlib", "flax", "optax", "orbax", "chex"}
 NEVER_TAUGHT_BY_THE_JUDGE = ("stages", "rl", "reward", "roles", "search", "rollout")

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from mathv2_jax import evaluation, records, reward
+from mathv2_jax import evaluation, records, reward, roles
 from mathv2_jax.evaluation import Ratio
 from mathv2_jax.records import Finish, Outcome
 from mathv2_jax.text import parse
@@ -83,9 +83,12 @@ AUTO = [
     ("name", "mean", "n"),
     [
         ("verifier_accuracy", 3 / 6, 6),
+        ("verifier_balanced_accuracy", (1 / 3 + 0 / 1 + 2 / 2) / 3, 6),
         ("verifier_mean_error", (0 + 0 + 0 + 0.5 + 1 + 1) / 6, 6),
         ("analysis_faithfulness", 1 / 3, 3),
         ("meta_accuracy", 2 / 4, 4),
+        ("meta_balanced_accuracy", (1 / 2 + 1 / 2) / 2, 4),
+        ("meta_caught", 2 / 2, 2),
         ("generator_true_score", (1 + 0 + 0.5 + 0.5 + 0) / 5, 5),
         ("overclaim_rate", 2 / 5, 5),
         ("verifier_minus_true", (0 + 0.5 - 0.5) / 3, 3),
@@ -105,6 +108,40 @@ def test_an_unreadable_analysis_is_wrong_and_an_unreadable_proof_scores_0():
     assert (found["generator_true_score"].mean, found["meta_accuracy"].mean) == (0.0, 0.0)
     assert math.isnan(found["analysis_faithfulness"].mean)
     assert math.isnan(found["verifier_minus_true"].mean)
+
+
+def test_an_unreadable_rating_catches_nothing():
+    lost = [dataclasses.replace(s, score=None, outcome=Outcome.LENGTH) for s in META]
+    assert (measured(lost)["meta_caught"].mean, measured(lost)["meta_caught"].n) == (0.0, 2)
+
+
+def answered_alike(samples, answer):
+    return [dataclasses.replace(s, score=answer, label=answer) for s in samples]
+
+
+@pytest.mark.parametrize(
+    ("name", "best"),
+    [
+        ("verifier_accuracy", max),
+        ("verifier_balanced_accuracy", max),
+        ("verifier_mean_error", min),
+        ("meta_accuracy", max),
+        ("meta_balanced_accuracy", max),
+        ("autolabel_precision", max),
+    ],
+)
+def test_the_constant_beside_a_metric_is_what_the_best_constant_answer_gets(name, best):
+    items = [*VERIFY, *VERIFY[2:], *META, *META[1:2], *AUTO, *AUTO[2:]]
+    found = [measured(answered_alike(items, score))[name] for score in records.SCORES]
+    assert [r.constant for r in found] == pytest.approx([best(r.mean for r in found)] * 3)
+
+
+def test_auto_labels_are_compared_with_a_constant_where_there_is_a_label():
+    before, after = measured(AUTO), measured(AUTO[:1])
+    found = evaluation.constants(before, after)
+    assert found["autolabel_precision"] == {"before": round(1 / 3, 6), "after": 1.0}
+    assert found["meta_accuracy"] == {"before": None, "after": None}  # of no items
+    assert "analysis_faithfulness" not in found and "generator_true_score" not in found
 
 
 def test_answers_of_other_roles_are_no_test_answers():
@@ -168,6 +205,32 @@ def test_a_paired_difference_of_ratios_is_that_of_the_bootstrap():
     )
     found = evaluation.difference_se(ratio(values[0], weights[0]), ratio(values[1], weights[1]))
     assert found == pytest.approx(np.std(after - before), rel=0.06)
+
+
+def test_the_errors_of_a_mean_of_strata_are_those_of_the_bootstrap():
+    rng = np.random.default_rng(3)
+    strata = rng.choice([0.0, 0.5, 1.0], size=400, p=[0.15, 0.25, 0.6])
+    chance = rng.random(400)  # the items decide both sides
+    sides = [
+        dataclasses.replace(ratio(chance < rate[(2 * strata).astype(int)]), strata=strata)
+        for rate in (np.asarray([0.9, 0.6, 0.1]), np.asarray([0.5, 0.7, 0.4]))
+    ]
+    picked = rng.integers(0, 400, size=(4000, 400))
+    drawn = [
+        np.mean(
+            [
+                (r.value * (strata == s))[picked].sum(axis=1) / (strata == s)[picked].sum(axis=1)
+                for s in records.SCORES
+            ],
+            axis=0,
+        )
+        for r in sides
+    ]
+    for side, means in zip(sides, drawn, strict=True):
+        assert side.se == pytest.approx(np.std(means), rel=0.06)
+        assert side.mean == np.mean([side.value[strata == s].mean() for s in records.SCORES])
+    found = evaluation.difference_se(*sides)
+    assert found == pytest.approx(np.std(drawn[1] - drawn[0]), rel=0.06)
 
 
 def test_a_difference_of_other_items_is_refused():
@@ -246,7 +309,7 @@ def parts(house, test_set, verdicts, proofs, seed=0):
 def test_the_figures_of_scripted_players_are_those_of_the_script(house, test_set):
     made = parts(house, test_set, {FOUND: 1.0}, {MADE[1.0]: 1.0})
     samples = [sample for part in made for sample in part()]
-    assert len({s.id for s in samples}) == len(samples) == 4 * SIZE + 12
+    assert len({s.id for s in samples}) == len(samples) == 4 * SIZE + 3 * 12  # with their opinions
     found = measured(samples)
     exact = judge.ExactJudge()
     true = [exact.proof_score(p.statement, p.text) for p in test_set.proofs]
@@ -255,9 +318,12 @@ def test_the_figures_of_scripted_players_are_those_of_the_script(house, test_set
     rated = [exact.analysis_quality(a.statement, a.proof, a.text) for a in test_set.analyses]
     expected = {
         "verifier_accuracy": np.mean([t == 0.0 for t in true]),
+        "verifier_balanced_accuracy": 1 / 3,
         "verifier_mean_error": np.mean(true),
         "analysis_faithfulness": np.mean(real),
         "meta_accuracy": np.mean([r == 1.0 for r in rated]),
+        "meta_balanced_accuracy": 1 / len(set(rated)),
+        "meta_caught": 0.0,
         "generator_true_score": np.mean(written),
         "overclaim_rate": np.mean([w < 1.0 for w in written]),
         "verifier_minus_true": -np.mean(written),
@@ -281,6 +347,58 @@ def test_parts_may_be_made_in_any_order_or_left_out(house, test_set):
     assert first != second  # parts do not share their noise
     other = [part() for part in parts(house, test_set, *script, seed=1)]
     assert [s.score for part in other for s in part] != [s.score for part in whole for s in part]
+
+
+def test_players_are_shown_what_they_are_to_judge(house, test_set):
+    verifier = house.engine({scripted.VERIFY: {FOUND: 1.0}, scripted.META: {RATED: 1.0}})
+    generator = house.engine({scripted.PROVE: {MADE[1.0]: 1.0}})
+    players = evaluation.Players(roles=scripted.ROLES, verifier=verifier, generator=generator)
+    one = dataclasses.replace(
+        test_set,
+        problems=test_set.problems[:1],
+        proofs=test_set.proofs[:1],
+        analyses=test_set.analyses[:1],
+    )
+    for part in evaluation.answers(players, one, "after", 0):
+        part()
+    (problem,), (proof,), (analysis,) = one.problems, one.proofs, one.analyses
+    names, shown = scripted.ROLES, scripted.shown
+    on_proof = dict(statement=proof.statement, proof=proof.text)
+    on_analysis = dict(statement=analysis.statement, proof=analysis.proof, analysis=analysis.text)
+    own = dict(statement=problem.statement, proof="Step 1: A implies B")
+    assert generator.asked == [shown(names.generator, statement=problem.statement)]
+    assert verifier.asked == [
+        shown(names.verifier, **on_proof),
+        shown(names.meta_verifier, **on_analysis),
+        shown(names.verifier, **own),
+        shown(names.verifier, **on_proof),
+        shown(names.meta_verifier, **on_proof, analysis=FOUND),
+    ]
+
+
+def test_a_machine_label_can_be_made_again_from_the_opinions_on_record(house, test_set):
+    rule = reward.AutoLabelRule(num_analyses=4, num_meta=2, num_valid=2)
+    script = {
+        scripted.VERIFY: {FOUND: 0.5, SILENT: 0.4, MADE[1.0]: 0.1},
+        scripted.META: {RATED: 0.7, SILENT: 0.3},
+    }
+    player = house.engine(script)
+    players = evaluation.Players(roles=scripted.ROLES, verifier=player, generator=player)
+    asked = dataclasses.replace(test_set, problems=(), analyses=(), rule=rule)
+    samples = [s for part in evaluation.answers(players, asked, "after", 0) for s in part()]
+    rows = [s for s in samples if s.role == evaluation.AUTOLABEL]
+    assert len(rows) == 12 and {s.label for s in rows} >= {None, 0.0, 1.0}
+    for row in rows:
+        analyses = [s for s in samples if s.role == "verifier" and s.target == row.target]
+        assert len(analyses) == 4 and analyses[0].text == row.text
+        judged = []
+        for a in (a for a in analyses if a.score is not None):
+            metas = [s for s in samples if s.role == "meta_verifier" and s.target == a.id]
+            assert [m.analysis for m in metas] == [a.text] * (2 if a.score < 1.0 else 0)
+            assert a.meta_votes == tuple(m.score for m in metas if m.score is not None)
+            judged.append((a.score, a.meta_votes))
+        assert roles.label_of(judged, rule) == row.label
+    assert measured(samples)["autolabel_coverage"].n == 12  # opinions are no rows of the table
 
 
 def test_a_proof_that_cannot_be_read_is_not_judged(house, test_set):

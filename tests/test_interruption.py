@@ -37,12 +37,13 @@ def test_a_run_killed_twice_and_asked_to_stop_once_ends_as_if_it_had_not_been(tm
     in_cold_start = "checkpoints/sft/steps/[1-9]*"
     assert stop_when(workdir, in_cold_start, signal.SIGKILL) == -signal.SIGKILL
     assert not (workdir / "summary.json").exists()
-    in_second_step = "records/generator-1/part-000002.jsonl"
-    assert stop_when(workdir, in_second_step, signal.SIGKILL) == -signal.SIGKILL
+    after_second_step = "checkpoints/generator-1/steps/2"
+    assert stop_when(workdir, after_second_step, signal.SIGKILL) == -signal.SIGKILL
     assert not (workdir / "records" / "generator-1" / "stage.json").exists()
     in_next_round = "records/verifier-2/part-000001.jsonl"
     assert stop_when(workdir, in_next_round, signal.SIGTERM) == 75
     assert list((workdir / "checkpoints" / "verifier-2" / "steps").iterdir())  # saved
+    assert "generator-1: goes on at step 2 of 3" in workdir.with_suffix(".log").read_text()
     smoke.run(smoke.command(workdir))
     found = check_resume.digests(workdir)
     assert found.keys() == expected.keys()

@@ -136,9 +136,9 @@ def shown(tmp_path, capsys, scalars, **config):
 
 
 def test_a_progress_line_shows_what_is_asked_for(tmp_path, capsys):
-    scalars = {"loss": 1.23456789, "reward": 0.5, "hidden": 7.0, "mine": 12345.678}
-    line = shown(tmp_path, capsys, scalars, shown=("reward", "mine", "loss", "absent"))
-    assert line == "rl 0/10  rew .50  mine 1.235e+04 loss 1.235"
+    scalars = {"loss": 1.23456789, "reward": 0.5, "hidden": 7.0, "tokens": 12345.678}
+    line = shown(tmp_path, capsys, scalars, shown=("reward", "tokens", "loss", "kl"))
+    assert line == "rl 0/10  rew .50  tokens 1.235e+04 loss 1.235"
     metrics.MetricWriter(tmp_path, "sft", config=QUIET).write(3, {})
     assert capsys.readouterr().out == "sft 3\n"
 
@@ -160,6 +160,12 @@ def test_a_step_with_a_reward_shows_its_components_and_its_health(tmp_path, caps
 def test_answers_that_were_cut_or_lost_are_shown_where_there_are_any(tmp_path, capsys):
     some = {"outcome/parsed": 0.9, "outcome/length": 0.07, "outcome/lost": 0.03}
     assert shown(tmp_path, capsys, RL | some).endswith("ok .90 cut .07 lost .03")
+
+
+def test_a_step_in_which_nothing_was_rewarded_still_shows_its_health(tmp_path, capsys):
+    scalars = {"loss": 0.0, "gradient_norm": 0.0, "zero_signal": 1.0, "length": 56.0}
+    line = shown(tmp_path, capsys, scalars | {"outcome/parsed": 0.25, "outcome/length": 0.75})
+    assert line == "rl 0/10  zero 1.00 len 56 ok .25 cut .75"
 
 
 def test_a_supervised_step_shows_loss_and_gradient_norm(tmp_path, capsys):
@@ -199,24 +205,37 @@ def test_figures_are_short(tmp_path, capsys, name, value, text):
 @pytest.mark.parametrize(
     ("tokens", "text"), [(999.0, "999"), (1000.0, "1.0k"), (9949.0, "9.9k"), (31_415.0, "31k")]
 )
-def test_tokens_a_second_are_short(tmp_path, capsys, monkeypatch, tokens, text):
-    clock = iter([0.0, 1.0])
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
-    assert shown(tmp_path, capsys, {"tokens": tokens}) == f"rl 0/10  {text} tok/s"
+def test_tokens_a_second_are_short(tmp_path, capsys, tokens, text):
+    config = metrics.MetricsConfig(tensorboard=False)
+    writer = metrics.MetricWriter(tmp_path, "rl", config=config)
+    writer.write(0, {"tokens": 5.0}, at=3.0)
+    writer.write(1, {"tokens": tokens}, at=4.0)
+    assert capsys.readouterr().out.splitlines() == ["rl 0", f"rl 1  {text} tok/s"]
 
 
-def test_the_time_left_follows_the_pace_of_all_steps_but_the_first(tmp_path, capsys, monkeypatch):
-    clock = iter([0.0, 100.0, 110.0, 140.0])  # made; then steps 4, 5 and 7
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+def test_the_speed_and_the_time_left_follow_the_steps_moments_and_leave_the_first_one_out(
+    tmp_path, capsys
+):
     config = metrics.MetricsConfig(tensorboard=False, shown=())
     writer = metrics.MetricWriter(tmp_path, "rl", total_steps=27, resume_from=3, config=config)
-    for step in (4, 5, 7):
-        writer.write(step, {"tokens": 60.0})
+    # Written all at once, as before a checkpoint; what counts is when the steps were taken.
+    for step, tokens, moment in ((4, 9e9, 100.0), (5, 60.0, 110.0), (7, 60.0, 140.0)):
+        writer.write(step, {"tokens": tokens}, at=moment)
     assert capsys.readouterr().out.splitlines() == [
-        "rl 4/27  1 tok/s",
+        "rl 4/27",
         "rl 5/27  6 tok/s 3m40s left",
-        "rl 7/27  2 tok/s 4m27s left",
+        "rl 7/27  3 tok/s 4m27s left",
     ]
+
+
+def test_the_speed_is_that_of_the_last_steps(tmp_path, capsys):
+    config = metrics.MetricsConfig(tensorboard=False)
+    writer = metrics.MetricWriter(tmp_path, "rl", config=config)
+    moments = [*range(0, 300, 10), *range(291, 321)]  # thirty slow steps, thirty quick ones
+    for step, moment in enumerate(moments):
+        writer.write(step, {"tokens": 100.0}, at=float(moment))
+    rates = [line.split()[2] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rates[28] == "10" and rates[-1] == "100"
 
 
 @pytest.mark.parametrize(
@@ -347,13 +366,23 @@ def test_tensorboard_gets_every_scalar_and_the_speed(tmp_path):
     run(tmp_path, range(2), config=config)
     found = list(events(tmp_path / "tensorboard" / "sft"))
     assert {(step, tag) for step, tag, _ in found} == {
-        (step, tag)
-        for step in range(2)
-        for tag in ("loss", "reward", "tokens", "time/sample", "time/tokens_per_second")
-    }
+        (step, tag) for step in range(2) for tag in ("loss", "reward", "tokens", "time/sample")
+    } | {(1, "time/tokens_per_second")}  # a rate needs two steps
     assert [value for _, tag, value in found if tag == "reward"] == [0.0, 0.25]
 
 
 def test_a_writer_that_never_flushes_is_refused():
     with pytest.raises(ValueError, match="flush_every=0"):
         metrics.MetricsConfig(flush_every=0)
+
+
+@pytest.mark.parametrize("field", ["shown", "shown_supervised"])
+def test_a_scalar_that_no_stage_reports_is_answered_with_the_nearest(field):
+    with pytest.raises(ValueError, match=rf"{field}: .* 'entropi'; did you mean 'entropy'\?"):
+        metrics.MetricsConfig(**{field: ("loss", "entropi")})
+
+
+def test_the_scalars_that_may_be_shown_are_those_that_stages_report(smoke_workdir):
+    rows = [json.loads(line) for line in (smoke_workdir / "metrics.jsonl").read_text().splitlines()]
+    reported = {name for row in rows for name in row} - {"stage", "step"}
+    assert reported == set(metrics.NAMES)

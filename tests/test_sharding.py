@@ -232,3 +232,13 @@ def test_many_devices_give_the_loss_load_and_gradients_of_one(on_one_device, siz
         error = np.linalg.norm(np.asarray(got) - wanted[path])
         size = np.linalg.norm(wanted[path])
         assert size > 0 and error < 1e-5 * size, f"{jax.tree_util.keystr(path)}: {error / size}"
+
+
+def test_a_host_array_does_not_slip_into_a_compiled_call() -> None:
+    double, here = jax.jit(lambda x: x + x), np.ones(2, np.float32)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    with sharding.computing(mesh):
+        put = jax.device_put(here, sharding.replicated(mesh))
+        assert double(put).tolist() == [2.0, 2.0]
+        with pytest.raises(jax.errors.JaxRuntimeError, match="Disallowed host-to-device transfer"):
+            double(here)

@@ -2,7 +2,7 @@
 
 A field that no dataclass has is an error that names the nearest one that it has; so is a value of
 the wrong type. Fields are of two kinds: runtime ones (how a run is carried out) may change when a
-run is resumed, all others (what is computed) may not.
+run is resumed, all others (what is computed) may not, but for stages that have not begun.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import difflib
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import ml_collections
@@ -18,13 +18,28 @@ import ml_collections
 from mathv2_jax import roles
 from mathv2_jax.cli import inputs
 from mathv2_jax.cli import overrides as overrides_lib
+from mathv2_jax.model import moe
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.rollout import engine
-from mathv2_jax.stages import iterate
+from mathv2_jax.stages import answer, iterate
 from mathv2_jax.stages import run as run_lib
+from mathv2_jax.text import prompts
 
 T = TypeVar("T")
 SCHEMA = 1
+AUTO = "auto"
+EXPERTS: Mapping[str, moe.Experts] = {
+    "sorted_blocks": moe.sorted_blocks,
+    "ragged": moe.ragged,
+    "every_expert": moe.every_expert,
+}
+
+
+def choose_experts(name: str, platform: str) -> moe.Experts:
+    """The experts' product by its name; `auto` is the quickest on JAX's `platform`."""
+    if name == AUTO:
+        return moe.sorted_blocks if platform == "cpu" else moe.ragged
+    return EXPERTS[name]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +55,7 @@ class TokenizerConfig:
     directory: str = ""
 
     def __post_init__(self):
-        if bool(self.directory) == (self.vocab_size > 0):
+        if self.vocab_size < 0 or bool(self.directory) == (self.vocab_size > 0):
             raise ValueError(
                 f"config.tokenizer: vocab_size = {self.vocab_size} and directory = "
                 f"{self.directory!r}: give one of the two, a size to train to or a tokenizer made "
@@ -51,11 +66,14 @@ class TokenizerConfig:
                 f"config.tokenizer.whole_phrases with directory = {self.directory!r}: phrases are "
                 "for a tokenizer that is trained; leave them out"
             )
+        if self.max_texts < 1:
+            raise ValueError(f"config.tokenizer.max_texts = {self.max_texts}: must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run. `before` and `after` name the answer stages that the result table compares.
+    """A whole run. `before` and `after` name the answer stages that the result table compares;
+    both empty: there is no table.
 
     `real` says how the files in the folder `data` are used; the world needs neither.
     """
@@ -75,7 +93,6 @@ class RunConfig:
     runtime: run_lib.RuntimeConfig = dataclasses.field(default_factory=run_lib.RuntimeConfig)
 
     def __post_init__(self):
-        iterate.check_stages(self.stages)
         for stage in self.stages:
             for part in ("sft", "rl"):
                 config = getattr(stage, part, None)
@@ -87,6 +104,43 @@ class RunConfig:
                 "a run reads real files (config.data = DIR) or the embedded world (config.world), "
                 f"one of the two; config.data is {self.data!r}"
             )
+        if not self.stages:
+            raise ValueError("config.stages is empty: list the stages to run")
+        iterate.check_stages(self.stages)
+        iterate.check_settings(
+            self.stages, self.roles.sampling, inputs.conversations(real=self.world is None)
+        )
+        self._check_compared()
+        chosen = self.runtime.model_kernels
+        if chosen not in (AUTO, *EXPERTS):
+            raise ValueError(
+                f"config.runtime.model_kernels = {chosen!r} is none of {[AUTO, *EXPERTS]}"
+                f"{_nearest(chosen, [AUTO, *EXPERTS])}"
+            )
+
+    def _check_compared(self) -> None:
+        answers = {s.name: s for s in self.stages if isinstance(s, answer.AnswerStage)}
+        compared = {"before": self.before, "after": self.after}
+        if not any(compared.values()):
+            return
+        for field, name in compared.items():
+            if name not in answers:
+                raise ValueError(
+                    f"config.{field} = {name!r} is no answer stage of config.stages, which has "
+                    f"{list(answers) or 'none'}{_nearest(name, answers)}; the result table "
+                    "compares two: name them, or add --config.before= --config.after= to have none"
+                )
+        sizes = [answers[name].num_autolabel for name in compared.values()]
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"stages {self.before!r} and {self.after!r} are compared on the same items, but "
+                f"their num_autolabel is {sizes[0]} and {sizes[1]}: give them one"
+            )
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(valid), n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def build(
@@ -103,7 +157,14 @@ def build(
                 "config.model.vocab_size must be given beside config.tokenizer.directory: the "
                 "number of tokens there or more, as the model was made (129280 of DeepSeek-V3)"
             )
-        body["model"].setdefault("vocab_size", body["tokenizer"].get("vocab_size", 0))
+        wanted = body["tokenizer"].get("vocab_size", 0)
+        given = body["model"].setdefault("vocab_size", wanted)
+        if given != wanted and not body["tokenizer"].get("directory"):
+            raise ValueError(
+                f"config.model.vocab_size = {given}, but a model's vocabulary is its tokenizer's, "
+                f"of {wanted}: set config.tokenizer.vocab_size"
+            )
+        _build(TokenizerConfig, body["tokenizer"], "config.tokenizer")  # before the model's share
     body["stages"] = _listed_stages(body.get("stages", ()), body.pop("stage", {}))
     return _build(RunConfig, body, "config")
 
@@ -114,15 +175,14 @@ def _listed_stages(names: Any, bodies: Any) -> tuple[iterate.Stage, ...]:
     listed = []
     for name in _convert(tuple[str, ...], names, "config.stages"):
         if name not in bodies:
-            near = difflib.get_close_matches(name, list(bodies), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"config.stages lists {name!r}, but config.stage has only {sorted(bodies)}{hint}"
+                f"config.stages lists {name!r}, but config.stage has only {sorted(bodies)}"
+                f"{_nearest(name, bodies)}"
             )
-        listed.append(_stage(name, bodies[name]))
+        listed.append(_stage(name, bodies[name], bodies))
     unlisted = [name for name in bodies if name not in {s.name for s in listed}]
     for name in unlisted:  # a typo in one of these should not wait until it is listed
-        _stage(name, bodies[name])
+        _stage(name, bodies[name], bodies)
     return tuple(listed)
 
 
@@ -182,15 +242,20 @@ def _convert_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, 
     return tuple(_convert(k, v, where) for k, v in zip(kinds, value, strict=True))
 
 
-def _stage(name: str, body: Any) -> iterate.Stage:
+def _stage(name: str, body: Any, others: Mapping[str, Any]) -> iterate.Stage:
     where = f"config.stage.{name}"
     if not isinstance(body, Mapping) or "kind" not in body:
-        raise ValueError(f"{where} must have a field 'kind', one of {sorted(iterate.KINDS)}")
+        known = [n for n, b in others.items() if isinstance(b, Mapping) and "kind" in b]
+        raise ValueError(
+            f"{where} must have a field 'kind', one of {sorted(iterate.KINDS)}"
+            f"{_nearest(name, known)}"
+        )
     kind = body["kind"]
     if kind not in iterate.KINDS:
-        near = difflib.get_close_matches(str(kind), list(iterate.KINDS), n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{where}.kind = {kind!r} is none of {sorted(iterate.KINDS)}{hint}")
+        raise ValueError(
+            f"{where}.kind = {kind!r} is none of {sorted(iterate.KINDS)}"
+            f"{_nearest(str(kind), iterate.KINDS)}"
+        )
     if body.get("name", name) != name:
         raise ValueError(
             f"{where}.name = {body['name']!r}: a stage's name is its key, leave it out"
@@ -200,7 +265,11 @@ def _stage(name: str, body: Any) -> iterate.Stage:
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
-    """What is computed, as JSON data: everything but the runtime fields."""
+    """What is computed, as JSON data: everything but the runtime fields.
+
+    `templates` are the fingerprints of the prompts, whose files may change under one name.
+    """
+    loaded = prompts.load(config.roles.templates)
     body = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
@@ -210,6 +279,9 @@ def identity(config: RunConfig) -> dict[str, Any]:
         {"kind": next(k for k, (t, _) in iterate.KINDS.items() if t is type(s)), **_plain(s)}
         for s in config.stages
     ]
+    body["templates"] = {
+        field.name: getattr(loaded, field.name).fingerprint for field in dataclasses.fields(loaded)
+    }
     return json.loads(json.dumps(_plain(body)))
 
 
@@ -228,30 +300,42 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def require_same(saved: Mapping[str, Any], asked: Mapping[str, Any], done: Sequence[str]) -> None:
+def require_same(
+    saved: Mapping[str, Any], asked: Mapping[str, Any], done: Sequence[str], begun: Sequence[str]
+) -> None:
     """ValueError where a resumed run would compute something else than the run it goes on from.
 
-    The stage list may grow at its end, and a stage that has not finished may take more steps;
-    stages in `done` never change.
+    A stage in `done` never changes, one in `begun` only in its number of steps; the list is free
+    behind the last of both.
     """
     for name in sorted(set(saved) | set(asked)):
         if name not in ("stages", "before", "after") and saved.get(name) != asked.get(name):
-            path = _first_difference(saved.get(name), asked.get(name), name)
+            where, old, new = next(differences(saved.get(name), asked.get(name), name))
             raise ValueError(
-                f"this workdir was begun with another config: {path}. Take another workdir, or "
-                "the old value; only runtime fields may change when a run goes on"
+                f"this workdir was begun with another config: {where} was {old}, now {new}. Take "
+                "another workdir, or the old value; only runtime fields, and stages that have not "
+                "begun, may change when a run goes on"
             )
-    for place, before in enumerate(saved["stages"]):
+    for place in range(num_fixed(saved, (*done, *begun))):
+        before = saved["stages"][place]
+        name = before["name"]
         now = asked["stages"][place] if place < len(asked["stages"]) else None
-        finished = before["name"] in done
-        if now is not None and not finished:
+        if now is not None and name not in done:
             before, now = _without_steps(before), _without_steps(now)
         if now != before:
-            path = _first_difference(before, now, f"stages[{place}]")
+            where, old, new = next(differences(before, now, f"stages[{place}]"))
+            state = "is finished" if name in done else "has begun, so only its steps may change"
             raise ValueError(
-                f"this workdir was begun with other stages: {path}. Stages may be added at the "
-                "end, and the steps of an unfinished stage may change, nothing else"
+                f"this workdir was begun with other stages: {where} was {old}, now {new}; stage "
+                f"{name!r} {state}. Take the old value, or --restart_stage={name}, which deletes "
+                "what it and the stages after it wrote, and runs them anew"
             )
+
+
+def num_fixed(saved: Mapping[str, Any], begun: Sequence[str]) -> int:
+    """How many stages, from the first on, a run holds fixed that was begun as `saved`."""
+    names = [stage["name"] for stage in saved["stages"]]
+    return max((place + 1 for place, name in enumerate(names) if name in begun), default=0)
 
 
 def _without_steps(stage: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,9 +345,10 @@ def _without_steps(stage: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _first_difference(saved: Any, asked: Any, where: str) -> str:
+def differences(saved: Any, asked: Any, where: str) -> Iterator[tuple[str, str, str]]:
+    """Each field that differs, with its values as short texts."""
     if isinstance(saved, Mapping) and isinstance(asked, Mapping):
         for name in sorted(set(saved) | set(asked)):
-            if saved.get(name) != asked.get(name):
-                return _first_difference(saved.get(name), asked.get(name), f"{where}.{name}")
-    return f"{where} was {saved!r:.80}, now {asked!r:.80}"
+            yield from differences(saved.get(name), asked.get(name), f"{where}.{name}")
+    elif saved != asked:
+        yield where, f"{saved!r:.80}", f"{asked!r:.80}"

@@ -5,9 +5,11 @@ written for training.
 """
 
 import dataclasses
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from mathv2_jax import records, storage
@@ -20,6 +22,14 @@ WorldConfig = corpus.WorldConfig
 RealConfig = real_corpus.RealConfig
 
 TRAINING = real_corpus.TRAINING
+
+
+def conversations(*, real: bool) -> tuple[str, ...]:
+    """The input files of demonstrations that a run of real data, or of the world, begins with."""
+    if real:
+        return ("demonstrations",)
+    hints = typing.get_type_hints(corpus.Corpus)
+    return tuple(n for n, hint in hints.items() if hint == tuple[records.Demonstration, ...])
 
 
 def write_world(
@@ -122,6 +132,17 @@ def make_tokenizer(
     if not storage.exists(path):
         phrases = (*parse.KEY_PHRASES, *whole_phrases)
         texts = training_texts(workdir, limit)
-        model = tokenizer_lib.train(texts, vocab_size=vocab_size, whole_phrases=phrases)
+        try:
+            model = tokenizer_lib.train(texts, vocab_size=vocab_size, whole_phrases=phrases)
+        except ValueError as error:
+            raise ValueError(f"config.tokenizer: {error}") from error
         storage.write_whole(path, model)
+        made = tokenizer_lib.SentencePieceTokenizer.from_bytes(model).vocab_size
+        if made < vocab_size:
+            logging.warning(
+                "the vocabulary has %d tokens, not config.tokenizer.vocab_size = %d: the texts "
+                "hold no more to merge",
+                made,
+                vocab_size,
+            )
     return tokenizer_lib.SentencePieceTokenizer.from_bytes(storage.read_bytes(path))

@@ -18,8 +18,15 @@ PREFIX = "--config."
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """(the other arguments, overrides as (path, value)); ValueError where one has no value."""
+    """(the other arguments, overrides as (path, value)).
+
+    ValueError where one has no value, or a field or another flag is given twice.
+    """
     rest, overrides = [], []
+    given = [a.partition("=")[0] for a in argv if a.startswith("--") and "=" in a]
+    for name in given:
+        if given.count(name) > 1:
+            raise ValueError(f"{name} is given {given.count(name)} times: leave one")
     for argument in argv:
         if not argument.startswith(PREFIX):
             rest.append(argument)
@@ -58,7 +65,7 @@ def load(path: str) -> ml_collections.ConfigDict:
 
 
 def apply(body: dict[str, Any], overrides: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """A copy of a config's fields with each `config.a.b` set; later overrides win.
+    """A copy of a config's fields with each `config.a.b` set, one after the other.
 
     ValueError where a path leads through a value that has no fields.
     """

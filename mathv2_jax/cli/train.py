@@ -2,31 +2,35 @@
 
 mathv2-train --config=configs/quick.py --workdir=DIR [--config.field=value ...]
 
+The same command goes on with a run. What may then change: runtime fields, the steps of the stage
+that has begun, and every setting of stages that have not. SIGTERM and the first Ctrl-C save and
+leave; the second Ctrl-C ends at once, and what came after the last checkpoint is done again.
+
 Exit codes: 0 finished, 75 preempted after a save, 2 bad usage or input, 1 failure.
 """
 
+import contextlib
 import dataclasses
-import functools
 import json
+import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
-from mathv2_jax import evaluation, metrics, roles, sharding, storage
+from mathv2_jax import evaluation, metrics, records, roles, sharding, storage
 from mathv2_jax.cli import config as config_lib
-from mathv2_jax.cli import inputs, shell, table
 from mathv2_jax.cli import overrides as overrides_lib
+from mathv2_jax.cli import shell, table
+from mathv2_jax.cli import workdir as workdir_lib
 from mathv2_jax.model import transformer
 from mathv2_jax.rl import learner
 from mathv2_jax.stages import iterate, probe, steps
 from mathv2_jax.stages import run as run_lib
-from mathv2_jax.text import tokenizer as tokenizer_lib
 from mathv2_jax.world import judge as world_judge
 
 LEASE_SECONDS = 600.0
@@ -35,31 +39,41 @@ _CONFIG = flags.DEFINE_string(
     "config", None, "The run's config file; --config.field=value overrides any of its fields."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; the same one continues it.")
+_RESTART = flags.DEFINE_string(
+    "restart_stage",
+    None,
+    "Delete what this stage and those after it wrote, and run them anew, with any settings. Give "
+    "it once: the same command again would restart again.",
+)
 _CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
     "Folder of compiled programs, shared by runs. Default: compilation_cache beside the workdir.",
 )
+_FLAGS = (_CONFIG, _WORKDIR, _RESTART, _CACHE)
 
 
 def main(argv: Sequence[str]) -> int:
     """Usage and input errors are one line and exit code 2; what is a bug keeps its traceback."""
     try:
-        app.define_help_flags()
         rest, overrides = overrides_lib.split(argv)
-        flags.FLAGS(rest)
+        if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(rest):
+            print(__doc__)
+            print("\n".join(f"--{f.name}: {flags.FLAGS[f.name].help}" for f in _FLAGS))
+            return shell.FINISHED
+        rest = flags.FLAGS(rest)
         config_file, workdir = _CONFIG.value, _WORKDIR.value
-        if config_file is None or workdir is None:
-            raise ValueError("--config=FILE and --workdir=DIR must be given")
-        if len(rest) > 1 and not rest[-1].startswith("-"):
-            raise ValueError(f"unexpected argument {rest[-1]!r}: every setting is a --flag")
+        if not config_file or not workdir or not workdir.strip():
+            raise ValueError("--config=FILE and --workdir=DIR must be given, and not empty")
+        if len(rest) > 1:
+            raise ValueError(f"unexpected argument {rest[1]!r}: every setting is a --flag")
         config = config_lib.build(overrides_lib.load(config_file), overrides)
-        return train(config, shell.absolute(workdir), _CACHE.value)
+        return train(config, shell.absolute(workdir), _CACHE.value, _RESTART.value)
     except run_lib.Preempted:
         logging.warning("preempted; the same command goes on from here")
         return shell.PREEMPTED
     except (steps.NotFiniteError, probe.DriftError) as error:
-        print(f"mathv2-train: {error}", file=sys.stderr)
+        print("\n".join([f"mathv2-train: {error}", *_notes(error)]), file=sys.stderr)
         return shell.FAILED
     except (ValueError, FileNotFoundError, flags.Error) as error:
         if not shell.is_of_input(error):
@@ -68,95 +82,150 @@ def main(argv: Sequence[str]) -> int:
         return shell.BAD_INPUT
 
 
-def train(config: config_lib.RunConfig, workdir: epath.Path, cache: str | None) -> int:
+def _notes(error: BaseException) -> list[str]:
+    return getattr(error, "__notes__", [])
+
+
+def train(
+    config: config_lib.RunConfig, workdir: epath.Path, cache: str | None, restart: str | None = None
+) -> int:
     """One run from its config to its table."""
     cache_folder = cache or str(workdir.parent / "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", cache_folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    with storage.Lease(workdir / "lease.json", "mathv2-train", LEASE_SECONDS) as lease:
-        begin(workdir, config)
-        run = make_run(workdir, config, _stop_on_sigterm(lease))
-        if storage.exists(workdir / "summary.json"):
-            summary = json.loads(storage.read_bytes(workdir / "summary.json"))
-            if set(summary["stages"]) == {s.name for s in config.stages}:
-                print(f"this run is finished; nothing was changed. {workdir / 'summary.json'}:")
-                print(table.render(summary, *run_seconds(workdir, config.stages)))
-                return shell.FINISHED
-        figures = iterate.run_all(run, config.stages)
-        summary = summarise(run, config, figures)
-        body = json.dumps(summary, indent=1, sort_keys=True) + "\n"
-        storage.write_whole(workdir / "summary.json", body.encode())
+    mesh = make_mesh(config)
+    with _asked_to_stop() as asked, _lease(workdir) as lease:
+
+        def should_stop() -> bool:
+            lease.renew()
+            return bool(asked)
+
+        if restart is not None:
+            workdir_lib.restart(workdir, restart)
+        workdir_lib.begin(workdir, config)
+        summary = workdir_lib.finished(workdir, config)
+        if summary is not None and compared(summary) == (config.before, config.after):
+            print(f"this run is finished; nothing was changed. {workdir / 'summary.json'}:")
+        else:
+            workdir_lib.write_config(workdir, config)
+            if asked:
+                raise run_lib.Preempted
+            run = make_run(workdir, config, should_stop, mesh)
+            summary = summarise(run, config, _run_stages(run, config.stages))
+            body = json.dumps(summary, indent=1, sort_keys=True) + "\n"
+            storage.write_whole(workdir / "summary.json", body.encode())
         print(table.render(summary, *run_seconds(workdir, config.stages)))
     return shell.FINISHED
 
 
-def begin(workdir: epath.Path, config: config_lib.RunConfig) -> None:
-    """Write config and input files of a new run, or check that this one may go on."""
-    path = workdir / "config.json"
-    asked = config_lib.identity(config)
-    if storage.exists(path):
-        saved = json.loads(storage.read_bytes(path))
-        done = [
-            s.name
-            for s in config.stages
-            if storage.exists(workdir / "records" / s.name / "stage.json")
-        ]
-        config_lib.require_same(saved["identity"], asked, done)
-    else:
-        began = time.monotonic()
-        if config.tokenizer.directory:
-            folder = shell.absolute(config.tokenizer.directory)
-            inputs.copy_tokenizer(workdir, folder, config.model.vocab_size)
-        templates = config.roles.templates
-        if config.world is None:
-            real = config.real or inputs.RealConfig()
-            counts = inputs.write_real(
-                workdir,
-                shell.absolute(config.data),
-                real,
-                templates,
-                functools.partial(run_tokenizer, workdir, config),
-            )
-        else:
-            counts = inputs.write_world(workdir, config.world, config.seed, templates)
-        shown = "  ".join(f"{name} {count}" for name, count in counts.items())
-        print(f"input: {shown}", flush=True)
-        metrics.write_timing(workdir, "input", {"seconds": time.monotonic() - began})
-    body = {
-        "schema": config_lib.SCHEMA,
-        "identity": asked,
-        "runtime": config_lib.runtime(config),
-    }
-    storage.write_whole(path, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+def _run_stages(run: run_lib.Run, stages: Sequence[iterate.Stage]) -> dict[str, dict[str, float]]:
+    """Every stage's figures; an error that a setting may mend says which, and how."""
+    try:
+        return iterate.run_all(run, stages)
+    except (steps.NotFiniteError, probe.DriftError) as error:
+        stage = next(s for s in stages if not workdir_lib.is_done(run.workdir, s.name))
+        error.add_note(ways_out(stage, stages))
+        raise
 
 
-def run_tokenizer(workdir: epath.Path, config: config_lib.RunConfig) -> tokenizer_lib.Tokenizer:
-    """The run's tokenizer: its copy of the one given, or trained on its input the first time."""
-    if config.tokenizer.directory:
-        return inputs.read_tokenizer(workdir)
-    return inputs.make_tokenizer(
-        workdir,
-        config.tokenizer.vocab_size,
-        config.tokenizer.whole_phrases,
-        config.tokenizer.max_texts,
+def ways_out(stage: iterate.Stage, stages: Sequence[iterate.Stage]) -> str:
+    """How a run may go on whose `stage` was refused or broke."""
+    if not isinstance(stage, probe.ProbeStage):
+        return (
+            "The same command takes the step again. To change what the stage is made of, such as "
+            f"its learning rate, give the new settings and --restart_stage={stage.name}, which "
+            "runs it anew from its first step"
+        )
+    before = [s for s in stages if isinstance(s, probe.ProbeStage) and s.name == stage.predecessor]
+    older = before[0].verifier if before else "OLDER"
+    where = f"--config.stage.{stage.name}"
+    return (
+        "Ways to go on, each with the same command: train the verifier anew with other settings "
+        f"(--restart_stage={stage.verifier} and the settings); stay with its predecessor "
+        f"({where}.verifier={older}, and {older} for {stage.verifier} in the stages after); or "
+        f"take it nevertheless ({where}.tolerance_se={2 * stage.tolerance_se:g})"
     )
 
 
+def compared(summary: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The answer stages that a summary's table compares, both empty where it has none."""
+    names = summary.get("compared")
+    return None if names is None else (names["before"], names["after"])
+
+
+@contextlib.contextmanager
+def _lease(workdir: epath.Path) -> Iterator[storage.Lease]:
+    """The right to write into `workdir`, which is made; ValueError where it cannot be."""
+    lease = storage.Lease(workdir / "lease.json", "mathv2-train", LEASE_SECONDS)
+    try:
+        lease.acquire()
+    except OSError as error:
+        raise ValueError(
+            f"--workdir={workdir}: nothing can be written there ({error}); name a folder, there or "
+            "to be made, of yours"
+        ) from error
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+@contextlib.contextmanager
+def _asked_to_stop() -> Iterator[list[int]]:
+    """The signals that have asked the run to stop. A second Ctrl-C ends the process at once."""
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        asked.append(number)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.write(2, b"mathv2-train: saving, then leaving; Ctrl-C again ends at once, unsaved\n")
+
+    # A run in the background of a script is to ignore Ctrl-C, as its shell has arranged.
+    numbers = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in numbers}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def make_mesh(config: config_lib.RunConfig) -> jax.sharding.Mesh:
+    """The run's mesh; ValueError names a stage whose rows it does not divide."""
+    mesh = sharding.make_mesh(config.runtime.mesh)
+    ways = sharding.batch_ways(mesh)
+    for stage in config.stages:
+        for loop in ("sft", "rl"):
+            rows = getattr(getattr(stage, loop, None), "rows", ways)
+            if rows % ways:
+                raise ValueError(
+                    f"config.stage.{stage.name}.{loop}.rows = {rows} cannot be split {ways} ways, "
+                    "over the mesh's axes data and fsdp: give a multiple, or another "
+                    "config.runtime.mesh"
+                )
+    return mesh
+
+
 def make_run(
-    workdir: epath.Path, config: config_lib.RunConfig, should_stop: Callable[[], bool]
+    workdir: epath.Path,
+    config: config_lib.RunConfig,
+    should_stop: Callable[[], bool],
+    mesh: jax.sharding.Mesh | None = None,
 ) -> run_lib.Run:
-    """Tokenizer, roles, model and engines of a run."""
-    tokenizer = run_tokenizer(workdir, config)
+    """Tokenizer, roles, model and engines of a run; on `make_mesh(config)` by default."""
+    tokenizer = workdir_lib.run_tokenizer(workdir, config)
     model = config.model
     if not config.tokenizer.directory:  # a trained vocabulary may be smaller than asked for
         model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+    experts = config_lib.choose_experts(config.runtime.model_kernels, jax.default_backend())
     run = run_lib.Run(
         workdir=workdir,
         seed=config.seed,
-        trunk=learner.Trunk(config=model, kernels=transformer.Kernels()),
+        trunk=learner.Trunk(config=model, kernels=transformer.Kernels(experts=experts)),
         tokenizer=tokenizer,
         roles=roles.make_roles(config.roles),
-        mesh=sharding.make_mesh(config.runtime.mesh),
+        mesh=mesh or make_mesh(config),
         engine_config=config.engine,
         runtime=config.runtime,
         router_bias_rate=config.router_bias_rate,
@@ -174,41 +243,43 @@ def summarise(
 ) -> dict[str, Any]:
     """The final table as data, free of the clock. Only here does the judge meet the records."""
     measured: dict[str, Any] | None = None
-    if config.world is not None:
+    constants: dict[str, Any] = {}
+    if config.world is not None and config.before:
         judge = world_judge.ExactJudge()
-        before, after = (run.samples(name) for name in (config.before, config.after))
-        measured = evaluation.compare(
-            evaluation.measure(before, judge), evaluation.measure(after, judge)
-        )
+        before, after = (_answers(run, name, figures) for name in (config.before, config.after))
+        sides = evaluation.measure(before, judge), evaluation.measure(after, judge)
+        measured, constants = evaluation.compare(*sides), evaluation.constants(*sides)
     return {
         "schema": config_lib.SCHEMA,
         "seed": config.seed,
+        "compared": {"before": config.before, "after": config.after},
         "metrics": measured,
+        "constants": constants,
         "stages": dict(figures),
     }
+
+
+def _answers(run: run_lib.Run, stage: str, figures: Mapping[str, Any]) -> list[records.Sample]:
+    """The samples of a finished answer stage; ValueError where some of them are gone."""
+    found, wrote = run.samples(stage), figures[stage]["answers"]
+    if len(found) != wrote:
+        raise ValueError(
+            f"{run.workdir / 'records' / stage} holds {len(found)} of the {wrote:.0f} answers that "
+            "the stage wrote: restore its files, manifest-*.json among them, or answer again with "
+            f"--restart_stage={stage}"
+        )
+    return found
 
 
 def run_seconds(
     workdir: epath.Path, stages: Sequence[iterate.Stage]
 ) -> tuple[Mapping[str, float], float]:
     """Seconds by stage, and how many of them all went into compiling, from timing.json."""
-    sections = json.loads(storage.read_bytes(workdir / "timing.json"))["sections"]
+    sections = metrics.read_timing(workdir)
     places = {"input": "input", **{s.name: f"stage/{s.name}" for s in stages}}
     found = {name: sections[place] for name, place in places.items() if place in sections}
     compiling = sum(values.get("compile_seconds", 0.0) for values in found.values())
     return {name: values["seconds"] for name, values in found.items()}, compiling
-
-
-def _stop_on_sigterm(lease: storage.Lease) -> Callable[[], bool]:
-    """Asked between steps: keeps the lease, and says whether SIGTERM has arrived."""
-    asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
-
-    def should_stop() -> bool:
-        lease.renew()
-        return bool(asked)
-
-    return should_stop
 
 
 def run() -> None:

@@ -128,13 +128,12 @@ class _Reader:
                 try:
                     cluster = self._clusters.of(row.text("problem"), remember=remember)
                     item = Item(make(row, cluster), row, cluster)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     self.rejects.append(row.reject("malformed", str(error)))
                     continue
                 first = found.setdefault(item.record.id, item)
                 if first is not item:
-                    where = f"{first.row.file}, line {first.row.line}"
-                    self.rejects.append(row.reject("duplicate", f"the same text as {where}"))
+                    self.rejects.append(_again(first, item))
         return list(found.values())
 
     def part(self, items: Sequence[Item], clusters: Collection[str], rule: str, reason: str) -> Any:
@@ -205,6 +204,19 @@ def make_corpus(folder: epath.Path, config: RealConfig, templates: prompts.Promp
     corpus = Corpus(files, reader.rejects)
     require_disjoint(corpus)
     return require_enough(corpus, config)
+
+
+def _again(first: Item, item: Item) -> graded.Reject:
+    """Why a text that was read before is left out: its label tells a duplicate from a conflict."""
+    where = f"{first.row.file}, line {first.row.line}"
+    old, new = (getattr(i.record, "label", None) for i in (first, item))
+    if old is None or new is None or old.score == new.score:
+        return item.row.reject("duplicate", f"the same text as {where}")
+    reason = (
+        f"the same text as {where}, which is a {old.score:g} ({old.scale}); here it is a "
+        f"{new.score:g} ({new.scale})"
+    )
+    return item.row.reject("conflicting-label", reason)
 
 
 def _once(reader: _Reader, items: Sequence[Item]) -> list[Item]:

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from absl import logging
 from etils import epath
 
 from mathv2_jax import records, storage
@@ -90,7 +91,7 @@ def read_rows(folder: epath.Path, file: str, rejects: list[Reject]) -> list[Row]
             continue
         try:
             body = json.loads(line.decode("utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # the latter where it nests too deeply
             body, fault = None, f"no JSON: {error}"
         else:
             fault = f"a row is a JSON object, this is a {type(body).__name__}"
@@ -99,6 +100,8 @@ def read_rows(folder: epath.Path, file: str, rejects: list[Reject]) -> list[Row]
             rows.append(row)
         else:
             rejects.append(row.reject("malformed", fault))
+    if not rows:
+        logging.warning("%s holds no row that can be read, though config.real names it", path)
     return rows
 
 

@@ -1,5 +1,6 @@
 """Record files to Grain: typed reading with errors that name file and line, and endless streams."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -35,8 +36,12 @@ def stream(
     """An endless, shuffled mixture with random access: element i is a function of (seed, i).
 
     Each source is reshuffled every epoch. A stage's data position is one number, the index of
-    the next element, whatever the number of hosts or workers. ValueError names an empty source.
+    the next element, whatever the number of hosts or workers. A source of weight 0 is left out;
+    ValueError names one that is empty, or whose weight is negative or not finite.
     """
+    for name, weight in weights.items():
+        if not 0.0 <= weight < math.inf:
+            raise ValueError(f"source {name!r} has weight {weight}: give it 0 or more")
     names = sorted(name for name in sources if weights.get(name, 0.0) > 0.0)
     if not names:
         raise ValueError(f"no source has a positive weight among {sorted(sources)}")

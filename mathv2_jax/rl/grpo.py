@@ -48,7 +48,7 @@ class GrpoConfig:
                 f"grpo.clip_low = {self.clip_low}, grpo.clip_high = {self.clip_high}: the ratio is "
                 "kept in [1 - clip_low, 1 + clip_high]; clip_low lies in (0, 1), clip_high above 0"
             )
-        for name in ("kl_coefficient", "off_policy_delta"):
+        for name in ("kl_coefficient", "entropy_coefficient", "off_policy_delta"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"grpo.{name} = {getattr(self, name)}: must not be negative")
         if self.constant_length < 1:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
@@ -264,7 +265,7 @@ class Learner:
 
     def logprobs(self, variables: transformer.Variables, batch: packing.Batch) -> jax.Array:
         """log-probability [B, T] of every token of a batch (already `put`)."""
-        with jax.set_mesh(self.mesh):
+        with sharding.computing(self.mesh):
             return self._logprobs(variables, batch)
 
     def put(self, batch: packing.Batch) -> packing.Batch:
@@ -283,13 +284,14 @@ class Learner:
         Where loss or gradient is not finite the state comes back as it was, `finite` 0.
         """
         total, tokens = None, None
-        with jax.set_mesh(self.mesh):
+        with sharding.computing(self.mesh):
             if self._counts_tokens:
                 tokens = functools.reduce(self._add, map(self._count, batches))
             for batch, reference in zip(batches, references, strict=True):
                 found = self._gradients(state.variables, batch, reference, tokens)
                 total = found if total is None else self._add(total, found)
-            return self._update(state, total, jnp.float32(learning_rate))
+            rate = jax.device_put(np.float32(learning_rate), sharding.replicated(self.mesh))
+            return self._update(state, total, rate)
 
 
 def put_batch(batch: packing.Batch, mesh: Mesh) -> packing.Batch:

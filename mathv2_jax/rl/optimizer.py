@@ -38,6 +38,20 @@ class OptimizerConfig:
                 f"optimizer.warmup_steps = {self.warmup_steps} must not be negative and "
                 f"optimizer.final_share = {self.final_share} must lie in 0..1"
             )
+        if self.weight_decay < 0 or self.epsilon <= 0:
+            raise ValueError(
+                f"optimizer.weight_decay = {self.weight_decay} must not be negative and "
+                f"optimizer.epsilon = {self.epsilon} must be positive"
+            )
+        if not (0.0 <= self.beta1 < 1.0 and 0.0 <= self.beta2 < 1.0):
+            raise ValueError(
+                f"optimizer.beta1 = {self.beta1}, optimizer.beta2 = {self.beta2}: each must lie "
+                "in [0, 1)"
+            )
+
+    def without_rate(self) -> "OptimizerConfig":
+        """Equal for configs that make the same optimizer: what decides the rate alone is gone."""
+        return dataclasses.replace(self, learning_rate=1.0, warmup_steps=0, final_share=1.0)
 
 
 def learning_rate(config: OptimizerConfig, step: int, num_steps: int) -> float:

@@ -170,7 +170,7 @@ class Engine:
         if self._variables is None:
             raise ValueError("this engine has no variables yet: call load before the first request")
         rows = sharding.batch_sharding(self.mesh)
-        with jax.set_mesh(self.mesh):
+        with sharding.computing(self.mesh):
             return self._programs.prefill(
                 self._variables, jax.device_put(ids, rows), jax.device_put(lengths, rows)
             )
@@ -181,16 +181,16 @@ class Engine:
         """One compiled call; `jobs` are requests with the index of their first answer."""
         together, number = shape.together, self._prompts_per_call(shape.together)
         ids, lengths = self._pad([r.prompt for r, _ in jobs], shape.prompt, number)
-        rows = sharding.batch_sharding(self.mesh)
+        rows, everywhere = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
         settings = _settings(jobs, number, together, rows)
         prefilled = self._call_prefill(ids, lengths)
-        with jax.set_mesh(self.mesh):
+        with sharding.computing(self.mesh):
             decoded = self._programs.decode(
                 self._variables,
                 prefilled,
                 jax.device_put(lengths, rows),
                 settings,
-                np.asarray(shape.stop_ids, np.int32),
+                jax.device_put(np.asarray(shape.stop_ids, np.int32), everywhere),
                 slots=shape.slots,
                 truncate=shape.truncate,
             )

@@ -1,6 +1,7 @@
 """Auto-labelling: the newest proofs scored by many analyses and their meta-verification."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,7 +18,8 @@ class AutolabelStage:
 
     All of the newest `num_candidates` are analysed n times; those whose analyses disagree most
     come first (ours: the variance of the parsed scores). The undecided are for humans: proofs
-    without a label, in the records of `NAME-undecided`.
+    without a label, in the records of `NAME-undecided`. A figure that is a mean of nothing is left
+    out.
     """
 
     name: str
@@ -68,22 +70,43 @@ def newest_proofs(run: run_lib.Run, stage: str, number: int) -> list[records.Pro
     return list(found.values())
 
 
+@dataclasses.dataclass(frozen=True)
+class _Verdict:
+    """What the written analyses of one proof come to."""
+
+    label: float | None
+    votes: tuple[float, ...]
+
+    @property
+    def disagreement(self) -> float:
+        """Variance of the parsed scores; 0 without any."""
+        return float(np.var(self.votes)) if self.votes else 0.0
+
+
 def run_stage(run: run_lib.Run, stage: AutolabelStage) -> dict[str, float]:
-    """Analyse the candidates part by part, then write the labelled proofs, hardest first."""
+    """Analyse the candidates part by part, then write the labelled proofs, hardest first.
+
+    A part counts as soon as it is written; parts that are there already are not asked again.
+    """
     candidates = newest_proofs(run, stage.proofs_from, stage.num_candidates)
     run.judge.load(run.variables(stage.judge), stage.judge)
     parts = run.parts(stage.name)
-    found: list[tuple[records.Proof, roles.AutoLabelled]] = []
+    written = {storage.part_step(name) for name in parts.names()}
     chunks = [candidates[i : i + CHUNK] for i in range(0, len(candidates), CHUNK)]
     progress = metrics.PartProgress(stage.name, len(chunks))
     for number, chunk in enumerate(chunks, start=1):
         run.check_stop(lambda: None)
-        seed = (run.seed, stage.name, number)
-        labelled = roles.auto_label(run.judge, run.roles, chunk, stage.rule, seed)
-        found.extend(zip(chunk, labelled, strict=True))
-        written = [s for p, v in zip(chunk, labelled, strict=True) for s in _samples(stage, p, v)]
-        parts.write_part(storage.part_name(number), records.to_lines(written))
+        if number not in written:
+            seed = (run.seed, stage.name, number)
+            labelled = roles.auto_label(run.judge, run.roles, chunk, stage.rule, seed)
+            samples = [
+                s for p, v in zip(chunk, labelled, strict=True) for s in _samples(stage, p, v)
+            ]
+            parts.write_part(storage.part_name(number), records.to_lines(samples))
+            parts.commit(number)
         progress.done(number)
+    verdicts = _verdicts(run.samples(stage.name), stage.rule)
+    found = [(proof, verdicts[proof.id]) for proof in candidates]
     found.sort(key=lambda pair: -pair[1].disagreement)
     decided = [(p, v) for p, v in found if v.label is not None][: stage.num_proofs]
     undecided = [(p, v) for p, v in found if v.label is None]
@@ -95,7 +118,7 @@ def run_stage(run: run_lib.Run, stage: AutolabelStage) -> dict[str, float]:
                 source="auto",
                 scale="auto",
                 rater=stage.judge,
-                votes=tuple(verdict.votes),
+                votes=verdict.votes,
             ),
         )
         for proof, verdict in decided
@@ -107,57 +130,43 @@ def run_stage(run: run_lib.Run, stage: AutolabelStage) -> dict[str, float]:
     last = len(chunks) + 1
     parts.write_part(storage.part_name(last), records.to_lines(proofs))
     parts.commit(last)
+    means: dict[str, list[float]] = {
+        "coverage": [v.label is not None for _, v in found],
+        "mean_label": [p.label.score for p in proofs if p.label is not None],
+        "disagreement": [v.disagreement for _, v in found],
+    }
     return {
         "candidates": float(len(candidates)),
         "labelled": float(len(decided)),
         "undecided": float(len(undecided)),
-        "coverage": sum(v.label is not None for _, v in found) / max(len(found), 1),
-        "mean_label": _mean([p.label.score for p in proofs if p.label is not None]),
-        "disagreement": _mean([v.disagreement for _, v in found]),
+        **{name: float(np.mean(values)) for name, values in means.items() if values},
     }
 
 
 def _samples(
     stage: AutolabelStage, proof: records.Proof, found: roles.AutoLabelled
 ) -> list[records.Sample]:
-    common = {
-        "stage": stage.name,
-        "step": 0,
-        "problem_id": proof.problem_id,
-        "statement": proof.statement,
-        "proof": proof.text,
+    return roles.auto_label_samples(
+        found,
+        f"{stage.name}/{proof.id}",
+        stage=stage.name,
+        step=0,
+        problem_id=proof.problem_id,
+        target=proof.id,
+        statement=proof.statement,
+        proof=proof.text,
+    )
+
+
+def _verdicts(samples: Sequence[records.Sample], rule: reward.AutoLabelRule) -> dict[str, _Verdict]:
+    """By proof, from the records alone, so that it does not matter which process asked."""
+    judged: dict[str, list[tuple[float, Sequence[float]]]] = {}
+    for sample in samples:
+        if sample.role == roles.VERIFIER:
+            heard = judged.setdefault(sample.target, [])
+            if sample.score is not None:
+                heard.append((sample.score, sample.meta_votes))
+    return {
+        proof: _Verdict(roles.label_of(heard, rule), tuple(score for score, _ in heard))
+        for proof, heard in judged.items()
     }
-    samples = []
-    reporting = iter(found.metas)
-    for index, opinion in enumerate(found.analyses):
-        name = f"{stage.name}/{proof.id}/{index}"
-        metas = next(reporting) if opinion.score is not None and opinion.score < 1.0 else ()
-        samples.append(
-            roles.make_sample(
-                opinion,
-                id=name,
-                role=roles.VERIFIER,
-                target=proof.id,
-                index=index,
-                analysis="",
-                meta_votes=tuple(roles.votes(metas)),
-                **common,
-            )
-        )
-        samples += [
-            roles.make_sample(
-                meta,
-                id=f"{name}/{number}",
-                role=roles.META_VERIFIER,
-                target=name,
-                index=number,
-                analysis=opinion.text,
-                **common,
-            )
-            for number, meta in enumerate(metas)
-        ]
-    return samples
-
-
-def _mean(values: list[float]) -> float:
-    return float(np.mean(values)) if values else 0.0

@@ -1,7 +1,7 @@
 """The answers to one task, scored: advantages, records and a step's scalars."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from absl import logging
@@ -105,8 +105,50 @@ def _judgements(
             )
 
 
-def measure(groups: Sequence[Group], lost_alarm: float, stage: str) -> dict[str, float]:
-    """The step's scalars: reward components, outcomes, lengths, signal; alarms on lost votes."""
+class Alarms:
+    """Warns, once a stage and kind, where votes are lost or a policy's answers fail too often.
+
+    `lost` limits the share of lost answers and of the judge's lost votes, `failed` that of a
+    policy's answers that are unparseable, and that of those cut.
+    """
+
+    def __init__(self, stage: str, lost: float, failed: float):
+        self._stage = stage
+        self._waiting = {
+            "lost_votes": (lost, "of the judge's votes are lost"),
+            f"outcome/{records.Outcome.LOST}": (lost, "of the policy's answers are lost"),
+            f"outcome/{records.Outcome.UNPARSEABLE}": (
+                failed,
+                "of the policy's answers are unparseable",
+            ),
+            f"outcome/{records.Outcome.LENGTH}": (
+                failed,
+                "of the policy's answers are cut at their limit",
+            ),
+        }
+
+    def check(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Look at what `measure` gave for a step."""
+        for name, (limit, what) in list(self._waiting.items()):
+            share = scalars.get(name, 0.0)
+            if share > limit:
+                del self._waiting[name]
+                logging.warning(
+                    "%s, step %d: %.0f %% %s, the limit is %.0f %%; said once a stage",
+                    self._stage,
+                    step,
+                    100 * share,
+                    what,
+                    100 * limit,
+                )
+
+
+def measure(groups: Sequence[Group]) -> dict[str, float]:
+    """The step's scalars: reward components, outcomes, lengths, signal.
+
+    A mean of nothing is left out: the reward where every answer left its group, `score` where none
+    was parsed, `lost_votes` where no vote was asked.
+    """
     answered = [a for g in groups for a in g.answered]
     scored = [s for g in groups for s in g.scored]
     parts: dict[str, list[float]] = {}
@@ -116,25 +158,20 @@ def measure(groups: Sequence[Group], lost_alarm: float, stage: str) -> dict[str,
     total = len(answered)
     scores = [a.opinion.score for a in answered if a.opinion.score is not None]
     judged = [o for s in scored for o in (*s.verifier, *s.meta)]
-    lost = sum(o.outcome is not records.Outcome.PARSED for o in judged) / max(len(judged), 1)
-    if lost > lost_alarm:
-        logging.warning("%s: %.0f %% of the judge's votes are lost", stage, 100 * lost)
     outcomes = {
         f"outcome/{kind.value}": sum(a.opinion.outcome is kind for a in answered) / total
         for kind in records.Outcome
     }
-    components = {f"reward/{n}": _mean(v) for n, v in sorted(parts.items()) if n != "total"}
+    means: dict[str, Sequence[float | int]] = {
+        "reward": parts.pop("total", []),
+        **{f"reward/{name}": values for name, values in sorted(parts.items())},
+        "length": [len(a.opinion.response.token_ids) for a in answered],
+        "score": scores,
+        "zero_signal": [not g.has_signal for g in groups],
+        "lost_votes": [o.outcome is not records.Outcome.PARSED for o in judged],
+    }
     return {
-        "reward": _mean(parts.get("total", [])),
-        **components,
+        **{name: float(np.mean(values)) for name, values in means.items() if values},
         **outcomes,
-        "length": _mean([len(a.opinion.response.token_ids) for a in answered]),
-        "score": _mean(scores),
-        "zero_signal": _mean([not g.has_signal for g in groups]),
-        "lost_votes": lost,
         "left_group": sum(s.components is None for s in scored) / total,
     }
-
-
-def _mean(values: Sequence[float | int]) -> float:
-    return float(np.mean(values)) if values else 0.0

@@ -1,11 +1,12 @@
 """The recipe as a list of stages: run what is not finished, in order."""
 
+import difflib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from mathv2_jax import metrics, storage
+from mathv2_jax import metrics, roles, storage
 from mathv2_jax.stages import answer, autolabel, probe, rejection, rl, sft
 from mathv2_jax.stages import run as run_lib
 
@@ -27,25 +28,111 @@ KINDS: dict[str, tuple[type[Any], Callable[[run_lib.Run, Any], dict[str, float]]
     "answer": (answer.AnswerStage, answer.run_stage),
 }
 _RUNNERS = {kind: runner for kind, runner in KINDS.values()}
-_REFERENCES = ("init", "judge", "verifier", "generator", "proofs_from", "predecessor")
+
+# What a stage leaves to later ones, in the words of error messages.
+VARIABLES = "variables"
+REWARDED = "responses with rewards"
+GENERATED = "a generator's proofs"
+LABELLED = "labelled proofs"
+PROBED = "a probe's scores"
+ANSWERS = "answers to the test set"
+
+_NEEDED = {
+    "init": VARIABLES,
+    "judge": VARIABLES,
+    "verifier": VARIABLES,
+    "generator": VARIABLES,
+    "samples_from": REWARDED,
+    "proofs_from": GENERATED,
+    "proofs": LABELLED,
+    "predecessor": PROBED,
+}
+_GIVEN = {run_lib.FRESH: VARIABLES, rl.INPUT_PROOFS: LABELLED}  # before any stage
+
+
+def leaves(stage: Stage) -> set[str]:
+    """What later stages may take from a stage."""
+    match stage:
+        case rl.RlStage():
+            generates = roles.GENERATOR in stage.mixture
+            return {VARIABLES, REWARDED, *([GENERATED] if generates else [])}
+        case sft.SftStage() | rejection.RejectionStage():
+            return {VARIABLES}
+        case autolabel.AutolabelStage():
+            return {LABELLED}
+        case probe.ProbeStage():
+            return {PROBED}
+        case answer.AnswerStage():
+            return {ANSWERS}
 
 
 def check_stages(stages: Sequence[Stage]) -> None:
-    """ValueError where a name repeats, or a stage refers to one that does not stand before it."""
-    known: set[str] = {run_lib.FRESH}
+    """ValueError where a name repeats, a reference does not name a stage before it that leaves
+    what it needs, or a generator's judge has not been probed before."""
+    known = {name: {left} for name, left in _GIVEN.items()}
+    probed: set[str] = set()
+    for place, stage in enumerate(stages):
+        if stage.name in known or stage.name == "input":
+            taken = "another stage's" if stage.name in [s.name for s in stages[:place]] else "taken"
+            raise ValueError(
+                f"stages[{place}]: the name {stage.name!r} is {taken}; give it its own"
+            )
+        for field, need in _NEEDED.items():
+            names = getattr(stage, field, None)
+            for name in (names,) if isinstance(names, str) else names or ():
+                if need not in known.get(name, ()):
+                    where = f"stage.{stage.name}.{field} = {name!r}"
+                    raise ValueError(f"{where}: {_fault(name, need, known, stages, place)}")
+        if isinstance(stage, probe.ProbeStage):
+            probed.add(stage.verifier)
+        generates = GENERATED in leaves(stage)
+        judge = stage.judge if isinstance(stage, rl.RlStage) and generates else None
+        if judge is not None and judge not in probed:
+            raise ValueError(
+                f"stage.{stage.name}.judge = {judge!r}: no probe stage before {stage.name!r} "
+                "scores that verifier, and none rewards a generator unprobed; list a stage of "
+                f"kind 'probe' with verifier = {judge!r} before it"
+            )
+        known[stage.name] = leaves(stage)
+
+
+def _fault(
+    name: str, need: str, known: Mapping[str, Collection[str]], stages: Sequence[Stage], place: int
+) -> str:
+    """What is wrong with a reference of `stages[place]`, and what would do."""
+    fitting = [n for n, left in known.items() if need in left]
+    later = [s.name for s in stages[place + 1 :]]
+    if name == stages[place].name:
+        fault = "a stage cannot use itself"
+    elif name in known:
+        fault = f"it leaves {', '.join(sorted(known[name]))}; this field takes {need}"
+    elif name in later:
+        fault = f"that stage comes after {stages[place].name!r}, this field looks back"
+    else:
+        near = difflib.get_close_matches(name, fitting, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        fault = f"no stage in the list has that name{hint}"
+    found = f"before it {fitting} leave {need}" if fitting else f"no stage before it leaves {need}"
+    return f"{fault}; {found}"
+
+
+def check_settings(
+    stages: Sequence[Stage],
+    sampling: Mapping[str, roles.Sampling],
+    conversations: Collection[str],
+) -> None:
+    """ValueError where a stage does not go with the roles' sampling, or reads an input file that
+    is none of `conversations`."""
     for stage in stages:
-        if stage.name in known:
-            raise ValueError(f"two stages are named {stage.name!r}: names are unique")
-        wanted = [getattr(stage, field, None) for field in _REFERENCES]
-        wanted += getattr(stage, "samples_from", ())
-        wanted += [p for p in getattr(stage, "proofs", ()) if p != "proofs"]
-        for name in wanted:
-            if name is not None and name not in known:
-                raise ValueError(
-                    f"stage {stage.name!r} uses {name!r}, which is no stage before it; those are "
-                    f"{sorted(known)}"
-                )
-        known.add(stage.name)
+        if isinstance(stage, rl.RlStage):
+            rl.require_trainable(stage, sampling)
+        if isinstance(stage, sft.SftStage) and stage.demonstrations not in conversations:
+            near = difflib.get_close_matches(stage.demonstrations, list(conversations), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"stage.{stage.name}.demonstrations = {stage.demonstrations!r}: the run's input "
+                f"has conversations in {sorted(conversations)}{hint}"
+            )
 
 
 def report_path(run: run_lib.Run, name: str) -> Any:
@@ -72,17 +159,24 @@ def run_all(run: run_lib.Run, stages: Sequence[Stage]) -> dict[str, dict[str, fl
 
 
 def _run_timed(run: run_lib.Run, stage: Stage, compiling: metrics.CompileTime) -> dict[str, float]:
+    """Its time is added to what earlier sessions spent on the stage, stopped ones too; that of a
+    killed one is lost."""
+    section = f"stage/{stage.name}"
+    before = metrics.read_timing(run.workdir).get(section, {})
     began, compiled = time.monotonic(), compiling.seconds
-    found = _RUNNERS[type(stage)](run, stage)
-    times = {
-        "seconds": time.monotonic() - began,
-        "compile_seconds": compiling.seconds - compiled,
-    }
-    metrics.write_timing(run.workdir, f"stage/{stage.name}", times)
+    try:
+        found = _RUNNERS[type(stage)](run, stage)
+    finally:
+        spent = {
+            "seconds": time.monotonic() - began,
+            "compile_seconds": compiling.seconds - compiled,
+        }
+        times = {name: before.get(name, 0.0) + seconds for name, seconds in spent.items()}
+        metrics.write_timing(run.workdir, section, times)
     figures = {name: float(value) for name, value in sorted(found.items())}
-    spent = {name: metrics.duration(seconds) for name, seconds in times.items()}
+    said = {name: metrics.duration(seconds) for name, seconds in times.items()}
     print(
-        f"{stage.name}: done in {spent['seconds']} ({spent['compile_seconds']} compiling)  "
+        f"{stage.name}: done in {said['seconds']} ({said['compile_seconds']} compiling)  "
         + "  ".join(f"{name} {value:.4g}" for name, value in figures.items()),
         flush=True,
     )

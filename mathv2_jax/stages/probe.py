@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from mathv2_jax import records, reward, roles, storage
+from mathv2_jax import evaluation, records, reward, roles, storage
 from mathv2_jax.stages import run as run_lib
 
 
@@ -18,7 +18,10 @@ class ProbeStage:
     """Scores the input file `probe` with `verifier`; `predecessor` names the probe stage before.
 
     Refused where the mean absolute error of its first opinion rises by more than
-    `tolerance_se` paired standard errors.
+    `tolerance_se` paired standard errors. Without a predecessor, as the first probe is, it only
+    records what later ones are compared with. `iterate.check_stages` holds that no verifier
+    rewards a generator unprobed; a meta-verifier, as the judge of a verifier stage is, scores no
+    proofs, and is not probed.
     """
 
     name: str
@@ -32,8 +35,19 @@ class ProbeStage:
 
 
 def run_stage(run: run_lib.Run, stage: ProbeStage) -> dict[str, float]:
-    """The probe's figures; DriftError with both verifiers' figures where the new one is worse."""
+    """The probe's figures; DriftError with both verifiers' figures where the new one is worse.
+
+    It is short: a run that is asked to stop while it lasts stops after it. ValueError where the
+    file holds an unlabelled proof, or fewer than 2, which have no standard error.
+    """
+    run.check_stop(lambda: None)
     proofs = run.input("probe", records.Proof)
+    unlabelled = [p.id for p in proofs if p.label is None]
+    if unlabelled or len(proofs) < 2:
+        raise ValueError(
+            f"stage {stage.name}: the input file probe holds {len(proofs)} proofs, "
+            f"{len(unlabelled)} of them without a label: give it at least 2, all labelled"
+        )
     run.judge.load(run.variables(stage.verifier), stage.verifier)
     fields = [{"statement": p.statement, "proof": p.text} for p in proofs]
     seed = (run.seed, "probe")
@@ -66,6 +80,8 @@ def run_stage(run: run_lib.Run, stage: ProbeStage) -> dict[str, float]:
         "mean_error": float(np.mean(errors)),
         "accuracy": float(np.mean(errors == 0.0)),
         "head_mean_error": float(np.mean(np.abs(head - labels))),
+        # The best constant answer's: what a head that has learnt anything stays below.
+        "constant_mean_error": evaluation.least_error(labels.tolist()),
         "n": float(len(errors)),
     }
     if stage.predecessor is not None:
@@ -73,7 +89,7 @@ def run_stage(run: run_lib.Run, stage: ProbeStage) -> dict[str, float]:
         rise = errors - before
         se = float(np.std(rise, ddof=1)) / math.sqrt(len(rise))
         figures |= {"rise": float(np.mean(rise)), "rise_se": se}
-        if np.mean(rise) > stage.tolerance_se * se:
+        if not np.mean(rise) <= stage.tolerance_se * se:  # so that nan never passes
             raise DriftError(
                 f"verifier {stage.verifier!r} is refused as a reward: on {len(errors)} labelled "
                 f"proofs its mean error is {np.mean(errors):.3f}, that of its predecessor "

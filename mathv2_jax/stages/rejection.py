@@ -57,11 +57,14 @@ def _demonstration(role: roles.Role, sample: records.Sample) -> records.Demonstr
         role.template, statement=sample.statement, proof=sample.proof, analysis=sample.analysis
     )
     return records.Demonstration(
-        id=records.content_id("demonstration", user, sample.text),
+        id=records.content_id(
+            "demonstration", user, *(t for t in (sample.thinking, sample.text) if t is not None)
+        ),
         role=sample.role,
         problem_id=sample.problem_id,
         user=user,
         assistant=sample.text,
+        thinking=sample.thinking,
         source=sample.stage,
         parents=(sample.id,),
     )

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -20,7 +21,9 @@ from mathv2_jax.stages import run as run_lib
 from mathv2_jax.stages import scoring, steps
 from mathv2_jax.stages import tasks as tasks_lib
 
+INPUT_PROOFS = "proofs"  # the input file of D_v
 LENGTH_REWARDS = ("zero", "mask")
+OF_ANSWERS = ("kl", "entropy", "clipped", "dropped", "ratio")  # means over answers with a signal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,9 @@ class RlConfig:
             raise ValueError(f"rl.max_refills = {self.max_refills}: must not be negative")
         if self.on_length not in LENGTH_REWARDS:
             raise ValueError(f"rl.on_length = {self.on_length!r}: must be one of {LENGTH_REWARDS}")
+        for name in ("head_weight", "head_auto_weight"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"rl.{name} = {getattr(self, name)}: must not be negative")
         if self.auxiliary.indexer and self.auxiliary.indexer_stage == "dense":
             raise ValueError(
                 "rl.auxiliary.indexer_stage = 'dense': the sampler's attention is sparse, and the "
@@ -74,14 +80,15 @@ class RlStage:
 
     `judge` names the stage whose variables judge: with verifier tasks it turns R_meta on, with
     generator tasks it is the frozen verifier. `proofs` names what D_v is made of: the input file
-    and any auto-labelling stages; `fresh_share` is the weight of the latter in it.
+    and any auto-labelling stages; `fresh_share` is the weight of the latter in it. Those that hold
+    no labelled proof leave their weight to the others.
     """
 
     name: str
     init: str
     mixture: Mapping[str, float]
     judge: str | None = None
-    proofs: tuple[str, ...] = ("proofs",)
+    proofs: tuple[str, ...] = (INPUT_PROOFS,)
     fresh_share: float = 0.5
     rl: RlConfig
 
@@ -90,6 +97,16 @@ class RlStage:
         if unknown or not self.mixture:
             raise ValueError(
                 f"stage {self.name}: mixture {dict(self.mixture)} must weigh some of {roles.NAMES}"
+            )
+        weights = self.mixture.values()
+        if not all(0.0 <= w < math.inf for w in weights) or not any(weights):
+            raise ValueError(
+                f"stage {self.name}: mixture {dict(self.mixture)}: a weight must not be negative, "
+                "and one must be positive"
+            )
+        if not 0.0 <= self.fresh_share <= 1.0:
+            raise ValueError(
+                f"stage {self.name}: fresh_share = {self.fresh_share} must lie in 0..1"
             )
         if roles.GENERATOR in self.mixture and self.judge is None:
             raise ValueError(f"stage {self.name}: a generator needs a judge, name its stage")
@@ -100,13 +117,14 @@ class RlStage:
 def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
     """Train a policy on a reward; leaves the stage's variables and every sample as records."""
     config = stage.rl
-    temperature = require_trainable(run, stage)
+    temperature = require_trainable(stage, run.roles.sampling)
     stream = task_stream(run, stage)
     score = make_score(run, stage)
     learner = run.learner(
-        ("rl", config.grpo, config.optimizer, config.auxiliary, temperature),
+        ("rl", config.grpo, config.optimizer.without_rate(), config.auxiliary, temperature),
         functools.partial(_make_learner, run, config, temperature),
     )
+    alarms = groups_lib.Alarms(stage.name, run.runtime.lost_alarm, run.runtime.failed_alarm)
     with steps.Loop(run, stage.name, config.steps, learner, stage.init) as loop:
         position = loop.position.get("next", 0)
         for step in loop.remaining():
@@ -117,20 +135,23 @@ def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
             if config.grpo.kl_coefficient:
                 references = [learner.logprobs(loop.initial, b) for b in batches]
             rate = optimizer_lib.learning_rate(config.optimizer, step, config.steps)
-            fresh = learner.step(loop.state, batches, references, rate)
+            state, measured = learner.step(loop.state, batches, references, rate)
+            empty = () if any(g.has_signal for g in groups) else OF_ANSWERS
+            measured = {name: x for name, x in measured.items() if name not in empty}
             written = groups_lib.to_samples(stage.name, step, groups)
-            scalars = groups_lib.measure(groups, run.runtime.lost_alarm, stage.name)
-            loop.advance(*fresh, batches, {"next": position}, scalars, written)
+            scalars = groups_lib.measure(groups)
+            alarms.check(step + 1, scalars)
+            loop.advance(state, measured, batches, {"next": position}, scalars, written)
         return loop.finish()
 
 
-def require_trainable(run: run_lib.Run, stage: RlStage) -> float:
-    """The temperature that the policy is sampled and trained at.
+def require_trainable(stage: RlStage, sampling: Mapping[str, roles.Sampling]) -> float:
+    """The temperature that the policy is sampled and trained at; `sampling` is by role.
 
     ValueError where its roles differ in it, sample greedily, or truncate: the trainer's
     log-probabilities would not be the sampler's.
     """
-    settings = {name: run.roles.named(name).sampling for name in stage.mixture}
+    settings = {name: sampling[name] for name in stage.mixture}
     temperatures = sorted({s.temperature for s in settings.values()})
     if len(temperatures) != 1 or temperatures[0] <= 0.0:
         raise ValueError(
@@ -140,8 +161,8 @@ def require_trainable(run: run_lib.Run, stage: RlStage) -> float:
     truncated = {name: s.top_p for name, s in settings.items() if s.top_p < 1.0}
     if truncated:
         raise ValueError(
-            f"stage {stage.name}: top_p = {truncated}; training needs top_p = 1, since the "
-            "trainer does not replay truncated distributions"
+            f"stage {stage.name} trains roles with top_p = {truncated}: training needs roles.NAME."
+            "top_p = 1, since the trainer does not replay truncated distributions"
         )
     return temperatures[0]
 
@@ -174,18 +195,10 @@ def task_stream(run: run_lib.Run, stage: RlStage) -> grain.MapDataset:
             found[name] = tasks_lib.meta_verifier_tasks(role, run.tokenizer, analyses)
             weights[name] = weight
         else:
-            for source, share in _proof_shares(stage).items():
-                proofs = (
-                    run.input(source, records.Proof)
-                    if source == "proofs"
-                    else run.stage_records(source, records.Proof)
-                )
-                labelled = [p for p in proofs if p.label is not None]
-                if not labelled:
-                    logging.warning("%s: %s holds no labelled proof", stage.name, source)
-                    continue
+            labelled = _labelled_proofs(run, stage)
+            for source, share in _proof_shares(stage, labelled).items():
                 key = f"{name}:{source}"
-                found[key] = tasks_lib.verifier_tasks(role, run.tokenizer, labelled)
+                found[key] = tasks_lib.verifier_tasks(role, run.tokenizer, labelled[source])
                 weights[key] = weight * share
     longest = run.engine_config.prompt_buckets[-1]
     for name, items in found.items():
@@ -200,14 +213,29 @@ def task_stream(run: run_lib.Run, stage: RlStage) -> grain.MapDataset:
     return sources.stream(found, weights, run.seed_for(stage.name, "tasks"))
 
 
-def _proof_shares(stage: RlStage) -> dict[str, float]:
-    fresh = [p for p in stage.proofs if p != "proofs"]
-    if not fresh:
-        return {"proofs": 1.0}
+def _labelled_proofs(run: run_lib.Run, stage: RlStage) -> dict[str, list[records.Proof]]:
+    """D_v by where it comes from; sources without a labelled proof are reported and left out."""
+    found = {}
+    for source in stage.proofs:
+        proofs = (
+            run.input(source, records.Proof)
+            if source == INPUT_PROOFS
+            else run.stage_records(source, records.Proof)
+        )
+        found[source] = [p for p in proofs if p.label is not None]
+        if not found[source]:
+            logging.warning("%s: %s holds no labelled proof", stage.name, source)
+    return {source: labelled for source, labelled in found.items() if labelled}
+
+
+def _proof_shares(stage: RlStage, sources_left: Collection[str]) -> dict[str, float]:
+    """The sources' weights, which sum to 1, or to 0 where only weightless ones are left."""
+    fresh = [p for p in sources_left if p != INPUT_PROOFS]
     shares = {p: stage.fresh_share / len(fresh) for p in fresh}
-    if "proofs" in stage.proofs:
-        shares["proofs"] = 1.0 - stage.fresh_share
-    return shares
+    if INPUT_PROOFS in sources_left:
+        shares[INPUT_PROOFS] = 1.0 - stage.fresh_share if fresh else 1.0
+    total = sum(shares.values())
+    return {p: share / total if total else 0.0 for p, share in shares.items()}
 
 
 def collect(
@@ -262,18 +290,20 @@ def pack(config: RlConfig, groups: Sequence[groups_lib.Group]) -> list[packing.B
     items = []
     for group, token_weights in zip(groups, weights, strict=True):
         task, label = group.task, group.head_label
-        answers = [
-            packing.Answer(
-                tokens=response.token_ids,
-                weights=[weight] * len(response.token_ids),
-                old_logprobs=response.logprobs,
-                advantage=float(advantage),
-            )
+        answers = []
+        if group.has_signal:
             for i, weight, advantage in zip(
-                group.kept, token_weights, group.advantages, strict=False
-            )
-            for response in [group.answered[i].opinion.response]
-        ]
+                group.kept, token_weights, group.advantages, strict=True
+            ):
+                response = group.answered[i].opinion.response
+                answers.append(
+                    packing.Answer(
+                        tokens=response.token_ids,
+                        weights=[weight] * len(response.token_ids),
+                        old_logprobs=response.logprobs,
+                        advantage=float(advantage),
+                    )
+                )
         trust = config.head_auto_weight if task.auto else config.head_weight
         if answers or label is not None:
             items.append(

@@ -34,9 +34,14 @@ class RuntimeConfig:
         default_factory=metrics_lib.MetricsConfig
     )
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
-    lost_alarm: float = 0.05
+    model_kernels: str = "auto"  # the experts' product: sorted_blocks, ragged or every_expert
+    lost_alarm: float = 0.05  # shares of votes or answers beyond which a stage warns
+    failed_alarm: float = 0.25
 
     def __post_init__(self):
+        for name in ("lost_alarm", "failed_alarm"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"runtime.{name} = {getattr(self, name)}: must lie in 0..1")
         if self.save_every < 1:
             raise ValueError(f"runtime.save_every = {self.save_every}: must be at least 1")
 
@@ -122,8 +127,8 @@ class Run:
             found = saved.restore(abstract)
         if found is None:
             raise ValueError(
-                f"stage {stage!r} has left no variables in {self._final(stage)}: it must stand "
-                "before the stages that use it"
+                f"stage {stage!r} has left no variables in {self._final(stage)}: it has not "
+                "finished, or they were removed; take records/NAME/stage.json away to run it again"
             )
         return found[0]
 

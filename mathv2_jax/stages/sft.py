@@ -62,7 +62,9 @@ def supervised_item(
     user = tokenizer_lib.Message("user", demonstration.user)
     prompt = tokenizer.encode([user], think=think)
     whole = demonstration.assistant
-    answer = [tokenizer.end_think_id] if think else []
+    answer: list[int] = []
+    if think:
+        answer = [*tokenizer.encode_text(demonstration.thinking or ""), tokenizer.end_think_id]
     weights = [0.0 if demonstration.learned else 1.0] * len(answer)
     at = 0
     for start, end in (*demonstration.learned, (len(whole), len(whole))):
@@ -108,7 +110,8 @@ def train(
         {"demonstrations": fitting}, {"demonstrations": 1.0}, run.seed_for(name)
     )
     learner = run.learner(
-        ("sft", config.optimizer, config.auxiliary), functools.partial(_make_learner, run, config)
+        ("sft", config.optimizer.without_rate(), config.auxiliary),
+        functools.partial(_make_learner, run, config),
     )
     with steps.Loop(run, name, config.steps, learner, init) as loop:
         position = loop.position.get("next", 0)

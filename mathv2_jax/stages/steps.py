@@ -1,5 +1,6 @@
 """What all training loops share: resume, metrics, records, checkpoints, stop."""
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -71,8 +72,8 @@ class Loop:
             resume_from=self.first_step,
             config=run.runtime.metrics,
         )
-        self._pending: tuple[int, Mapping[str, Any], Mapping[str, float], Any] | None = None
-        self._last: dict[str, float] = {}
+        self._pending: tuple[int, float, Mapping[str, Any], Mapping[str, float], Any] | None = None
+        self._last = self._figures_of(self.first_step)
 
     def __enter__(self) -> "Loop":
         return self
@@ -99,10 +100,11 @@ class Loop:
         written: Sequence[records.Sample],
     ) -> None:
         """Take over a step's outcome; `batches` are kept for inspection until it proves finite."""
+        moment = time.monotonic()  # of the dispatch: metrics are read sooner or later
         self._read_pending()
         self._step += 1
         self.state, self.position = state, position
-        self._pending = (self._step, measured, scalars, batches)
+        self._pending = (self._step, moment, measured, scalars, batches)
         if written:
             name = storage.part_name(self._step)
             self._parts.write_part(name, records.to_lines(written))
@@ -110,7 +112,10 @@ class Loop:
             self._save()
 
     def finish(self) -> dict[str, float]:
-        """Leave the variables to later stages; the last step's metrics."""
+        """Leave the variables to later stages; the last step's metrics.
+
+        A run killed anywhere before the stage's report is written gets the same ones again.
+        """
         self._save()
         self.run.keep_variables(self.name, self.state.variables, self._step)
         self._writer.finish()
@@ -123,10 +128,15 @@ class Loop:
         if self._checkpoints.latest_step() != self._step:
             self._checkpoints.save(self._step, self.state, dict(self.position))
 
+    def _figures_of(self, step: int) -> dict[str, float]:
+        """What a step measured, from its committed row; nothing of step 0."""
+        rows = [row for row in metrics.read(self.run.workdir, self.name) if row["step"] == step]
+        return {n: v for row in rows for n, v in row.items() if n not in ("stage", "step")}
+
     def _read_pending(self) -> None:
         if self._pending is None:
             return
-        step, measured, scalars, batches = self._pending
+        step, moment, measured, scalars, batches = self._pending
         self._pending = None
         values = {name: float(x) for name, x in jax.device_get(dict(measured)).items()}
         if not values.pop("finite"):
@@ -138,7 +148,7 @@ class Loop:
                 f"its batch is in {folder}"
             )
         self._last = {**values, **scalars}
-        self._writer.write(step, self._last)
+        self._writer.write(step, self._last, at=moment)
 
 
 def write_batches(folder: Any, batches: Sequence[packing.Batch]) -> None:

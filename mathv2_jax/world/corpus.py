@@ -21,8 +21,11 @@ PATIENCE = 10_000  # problems drawn in vain before the dials are said to be too 
 class WorldConfig:
     """Sizes of what is written, difficulty, and the error rate of the human-like labels.
 
-    `num_graded_proofs` and `num_graded_analyses` are all the labels that training ever gets from
-    the judge (D_v and D_mv), each wrong with probability `label_error`.
+    `num_graded_proofs` and `num_graded_analyses` are all the labels of the judge that training is
+    given (D_v and D_mv), each wrong with probability `label_error`. It learns of the truth from the
+    demonstrations too: `writers` begin from the judge's findings before they err, and the drills
+    cite where things stand. How often a writer's verdict is the judge's in the end is what
+    `python tools/writer_agreement.py` prints.
     """
 
     dials: problems.Dials = dataclasses.field(default_factory=problems.Dials)
@@ -138,6 +141,22 @@ class _Author:
             parents=(proof.id,),
         )
 
+    def analysis_of_kind(
+        self, problem: problems.WorldProblem, record: records.Problem, *, faulty: bool
+    ) -> tuple[records.Analysis, float]:
+        """Proofs and analyses are written until one is faulty, or sound; with its true quality."""
+        for _ in range(PATIENCE):
+            analysis = self.analysis(self.proof(problem, record))
+            quality = true_quality(analysis).quality
+            if (quality < 1.0) == faulty:
+                return analysis, quality
+        raise ValueError(
+            f"none of {PATIENCE} analyses was {'faulty' if faulty else 'sound'}: D_mv holds as "
+            "many of either kind; "
+            + ("raise" if faulty else "lower")
+            + " world.writers.redraw, invent_flawed, invent_sound or overlook"
+        )
+
     def human_label(self, true_score: float, rubric: str) -> records.Label:
         score = demonstrations.noisy_score(self.rng, true_score, self.config.label_error)
         return records.Label(score=score, source="world", rater="noisy expert", rubric=rubric)
@@ -179,13 +198,17 @@ def graded_proofs(
 def graded_analyses(
     config: WorldConfig, seed: int, split: str, number: int, *, labelled: bool
 ) -> list[records.Analysis]:
-    """`number` distinct problems of a split, a proof and one analysis of it each."""
+    """`number` distinct problems of a split, a proof and one analysis of it each.
+
+    Every other analysis is a faulty one: writers err seldom, and where most analyses are sound, a
+    meta-verifier earns more by calling all of them sound than by looking.
+    """
     author = _Author(config, seed, split, 2)
     analyses = []
-    for problem, record in _distinct(author, number):
-        analysis = author.analysis(author.proof(problem, record))
+    for place, (problem, record) in enumerate(_distinct(author, number)):
+        analysis, quality = author.analysis_of_kind(problem, record, faulty=place % 2 == 1)
         if labelled:
-            label = author.human_label(true_quality(analysis).quality, "I_mv")
+            label = author.human_label(quality, "I_mv")
             analysis = dataclasses.replace(analysis, label=label)
         analyses.append(analysis)
     return analyses

@@ -2,13 +2,14 @@
 
 import copy
 import pathlib
+import shutil
 
 import jax
 import pytest
 
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import overrides
-from mathv2_jax.model import transformer
+from mathv2_jax.model import moe, transformer
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
@@ -77,8 +78,14 @@ def test_auxiliary_losses_are_fields_of_a_stage_that_the_model_must_have_the_par
 
 
 def test_a_part_of_the_recipe_is_an_override():
-    config = smoke(("stages", "rule-drills, source-drills,sft,before"))
+    part, none = (
+        ("stages", "rule-drills, source-drills,sft,before"),
+        [("before", ""), ("after", "")],
+    )
+    config = smoke(part, *none)
     assert [s.name for s in config.stages] == ["rule-drills", "source-drills", "sft", "before"]
+    with pytest.raises(ValueError, match=r"after = 'after' .*has \['before'\].*--config.after= "):
+        smoke(part)
 
 
 def test_the_models_vocabulary_is_the_tokenizers():
@@ -100,6 +107,16 @@ def test_the_models_vocabulary_is_the_tokenizers():
             r"stage\.sft\.sft has no field .stesp.; did you mean config\.stage\.sft\.sft\.steps",
         ),
         ("model.qqqqq", "8", r"config\.model has no field 'qqqqq'; it has \["),
+        ("stages", "", r"config\.stages is empty"),
+        ("before", "sft", r"config\.before = 'sft' is no answer stage .*--config\.before= --c"),
+        ("after", "", r"config\.after = '' is no answer stage"),
+        ("after", "aftr", r"config\.after = 'aftr' .*did you mean 'after'\?"),
+        ("stage.after.num_autolabel", "7", r"'before' and 'after' .* num_autolabel is 8 and 7"),
+        ("stage.verifer-1.rl.steps", "3", r"config\.stage\.verifer-1 .*mean 'verifier-1'\?"),
+        ("tokenizer.vocab_size", "0", r"config\.tokenizer: vocab_size = 0 and .*: give one"),
+        ("model.vocab_size", "9", r"config\.model\.vocab_size = 9, .*of 448: set config\.tok"),
+        ("runtime.model_kernels", "raged", r"model_kernels = 'raged' .*did you mean 'ragged'\?"),
+        ("runtime.metrics.shown", "loss,entropi", r"no .* 'entropi'; did you mean 'entropy'\?"),
         ("stages", "sft,befor", r"config\.stages lists 'befor'.*did you mean 'before'\?"),
         ("stage.sft.kind", "sftt", r"config\.stage\.sft\.kind = 'sftt'.*did you mean 'sft'\?"),
         (
@@ -124,7 +141,7 @@ def test_the_models_vocabulary_is_the_tokenizers():
         ("model", "3", r"config\.model must hold the fields of ModelConfig"),
         ("data", "DIR", r"one of the two; config\.data is 'DIR'"),
         ("world", "None", r"one of the two; config\.data is ''"),
-        ("stages", "before,sft", r"stage 'before' uses 'sft', which is no stage before it"),
+        ("stages", "before,sft", r"'before'|stage\.before\.verifier = 'sft'"),
     ],
 )
 def test_a_bad_setting_is_named_by_its_full_path(path, value, complaint):
@@ -147,9 +164,9 @@ def test_a_typo_in_a_stage_that_is_not_listed_is_found_too():
 # What may change when a run goes on.
 
 
-def require_same(*changes, done=(), saved=()):
+def require_same(*changes, done=(), begun=(), saved=()):
     config_lib.require_same(
-        config_lib.identity(smoke(*saved)), config_lib.identity(smoke(*changes)), done
+        config_lib.identity(smoke(*saved)), config_lib.identity(smoke(*changes)), done, begun
     )
 
 
@@ -174,37 +191,62 @@ def test_what_is_computed_may_not_change(path, value, complaint):
         require_same((path, value))
 
 
+def test_prompts_that_were_edited_under_the_same_name_are_noticed(tmp_path):
+    source = REPOSITORY / "mathv2_jax" / "text" / "templates" / "world"
+    folder = tmp_path / "mine"
+    shutil.copytree(source, folder)
+    mine = smoke(("roles.templates", str(folder)))
+    before = config_lib.identity(mine)
+    with (folder / "verifier.txt").open("a") as file:
+        file.write(" Be brief.")
+    with pytest.raises(ValueError, match=r"another config: templates\.verifier was"):
+        config_lib.require_same(before, config_lib.identity(mine), (), ())
+
+
+SHORT, LONG = "rule-drills,source-drills,sft,before", "rule-drills,source-drills,sft,before,meta"
+DONE, NO_TABLE = ("rule-drills", "source-drills", "sft"), [("before", ""), ("after", "")]
+
+
 def test_a_stage_takes_other_steps_until_it_has_finished():
     change = ("stage.sft.sft.steps", "500")
-    require_same(change, done=("rule-drills",))
-    with pytest.raises(ValueError, match=r"stages\[2\].sft.steps was 90, now 500"):
-        require_same(change, done=("rule-drills", "source-drills", "sft"))
+    require_same(change, done=DONE[:1])
+    require_same(change, done=DONE[:2], begun=("sft",))
+    with pytest.raises(ValueError, match=r"stages\[2\].sft.steps was 90, now 500; .*finished"):
+        require_same(change, done=DONE)
 
 
-def test_nothing_else_of_a_stage_that_has_not_finished_may_change():
-    with pytest.raises(ValueError, match=r"stages\[4\].rl.groups was 4, now 8"):
-        require_same(("stage.verifier-0.rl.groups", "8"))
-    with pytest.raises(ValueError, match=r"optimizer.learning_rate was"):
-        require_same(("stage.verifier-0.rl.optimizer.learning_rate", "0.5"))
+def test_every_setting_of_a_stage_that_has_not_begun_may_change():
+    rate = ("stage.verifier-0.rl.optimizer.learning_rate", "0.5")
+    judge = ("stage.verifier-1.judge", "None")
+    require_same(rate, judge, done=(*DONE, "before"))
+    with pytest.raises(ValueError, match=r"learning_rate was .*--restart_stage=verifier-0"):
+        require_same(rate, judge, done=(*DONE, "before"), begun=("verifier-0",))
 
 
-def test_stages_are_added_at_the_end_and_never_taken_away_or_put_between():
-    short, long = (
-        "rule-drills,source-drills,sft,before",
-        "rule-drills,source-drills,sft,before,meta",
-    )
-    first = [("before", "before"), ("after", "before")]
-    require_same(("stages", long), *first, saved=[("stages", short), *first], done=("sft",))
-    with pytest.raises(ValueError, match="begun with other stages"):
-        require_same(("stages", short), *first, saved=[("stages", long), *first])
+def test_stages_change_behind_the_last_that_has_begun_and_nowhere_else():
+    def changed(old, new, *begun):
+        changes, saved = [("stages", new), *NO_TABLE], [("stages", old), *NO_TABLE]
+        require_same(*changes, saved=saved, done=DONE, begun=begun)
+
+    changed(SHORT, LONG, "before")
+    changed(LONG, SHORT, "before")
     between = "rule-drills,source-drills,sft,meta,before"
+    changed(SHORT, between)
     with pytest.raises(ValueError, match=r"begun with other stages: stages\[3\]"):
-        require_same(("stages", between), *first, saved=[("stages", short), *first])
+        changed(SHORT, between, "before")
+    with pytest.raises(ValueError, match=r"begun with other stages: stages\[4\] was .*now None"):
+        changed(LONG, SHORT, "meta")
+
+
+def test_on_cpus_experts_are_sorted_into_blocks_and_elsewhere_the_platforms_own_product_is_used():
+    assert config_lib.choose_experts("auto", "cpu") is moe.sorted_blocks
+    assert {config_lib.choose_experts("auto", p) for p in ("gpu", "tpu")} == {moe.ragged}
+    assert config_lib.choose_experts("every_expert", "cpu") is moe.every_expert
 
 
 def test_an_identity_is_plain_data_that_says_each_stages_kind():
     found = config_lib.identity(smoke())
     again = copy.deepcopy(found)
-    config_lib.require_same(found, again, ())
+    config_lib.require_same(found, again, (), ())
     kinds = {s["name"]: s["kind"] for s in found["stages"]}
     assert (kinds["sft"], kinds["meta"], kinds["probe-1"]) == ("sft", "rl", "probe")

@@ -174,6 +174,7 @@ def test_missing_data_are_one_clear_line_and_exit_code_2(
     if missing.endswith(".jsonl"):
         (folder / missing).unlink()
     flags = [f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}"]
+    flags.append("--config.runtime.mesh.context=-1")  # eight devices, and none to split rows over
     if missing != "config.data":
         flags.append(f"--config.data={folder}")
     assert train.main(["mathv2-train", *flags]) == shell.BAD_INPUT

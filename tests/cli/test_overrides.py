@@ -70,10 +70,16 @@ def test_a_field_of_any_depth_is_set_whether_it_was_there_or_not():
     assert found == dict(seed=7, stage={"verifier-0": {"rl": rl}}, runtime={"save_every": 1})
 
 
-def test_the_later_of_two_overrides_wins_and_the_given_fields_stay_as_they_were():
+def test_the_given_fields_stay_as_they_were():
     body = dict(model=dict(width=32))
-    found = overrides.apply(body, [("config.model.width", "8"), ("config.model.width", "16")])
+    found = overrides.apply(body, [("config.model.width", "16")])
     assert found == dict(model=dict(width=16)) and body == dict(model=dict(width=32))
+
+
+@pytest.mark.parametrize("name", ["--config", "--config.model.width", "--workdir"])
+def test_what_is_given_twice_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is given 2 times: leave one"):
+        overrides.split(["train", f"{name}=1", "--config.seed=1", f"{name}=2"])
 
 
 def test_a_path_through_a_plain_value_is_refused():

@@ -9,6 +9,7 @@ from etils import epath
 from mathv2_jax import records
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import inputs, overrides, train
+from mathv2_jax.cli import workdir as workdir_lib
 from mathv2_jax.stages import sft
 from mathv2_jax.text import hf_tokenizer, tokenizer_files
 from mathv2_jax.text.tokenizer import Message
@@ -23,7 +24,7 @@ def configured(directory: pathlib.Path, vocab_size: int | None = 1280) -> config
         "tokenizer.vocab_size": "0",
         "tokenizer.whole_phrases": "()",
         "tokenizer.directory": str(directory),
-        "runtime.mesh.data": "-1",
+        "runtime.mesh.context": "-1",
         "world.num_drills": "4",
         "world.num_demonstrations": "8",
         "world.num_problems": "8",
@@ -49,9 +50,9 @@ def directory(tmp_path: pathlib.Path) -> pathlib.Path:
 
 def test_the_run_uses_its_own_copy_and_the_models_vocabulary(tmp_path, directory):
     workdir, config = epath.Path(tmp_path / "run"), configured(directory)
-    train.begin(workdir, config)
+    workdir_lib.begin(workdir, config)
     shutil.rmtree(directory)
-    train.begin(workdir, config)  # goes on without the folder
+    workdir_lib.begin(workdir, config)  # goes on without the folder
     run = train.make_run(workdir, config, lambda: False)
     assert run.tokenizer.fingerprint == TOKENIZER.fingerprint
     assert run.trunk.config.vocab_size == 1280 > run.tokenizer.vocab_size
@@ -82,7 +83,7 @@ def test_a_vocabulary_larger_than_the_models_is_refused_before_anything_is_writt
     size = TOKENIZER.vocab_size
     expected = f"vocab_size = {size - 1}: .* has {size} tokens.*set config.model.vocab_size to"
     with pytest.raises(ValueError, match=expected):
-        train.begin(workdir, configured(directory, size - 1))
+        workdir_lib.begin(workdir, configured(directory, size - 1))
     assert not workdir.exists()
     inputs.copy_tokenizer(workdir, epath.Path(directory), size)
     assert inputs.read_tokenizer(workdir).vocab_size == size
@@ -111,12 +112,12 @@ def test_a_missing_or_broken_file_is_refused_with_its_folder(
     if data is not None:
         (directory / name).write_bytes(data)
     with pytest.raises(ValueError, match=f"{directory}.*{message}"):
-        train.begin(epath.Path(tmp_path / "run"), configured(directory))
+        workdir_lib.begin(epath.Path(tmp_path / "run"), configured(directory))
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere: there is no such folder"):
-        train.begin(epath.Path(tmp_path / "run"), configured(tmp_path / "nowhere"))
+        workdir_lib.begin(epath.Path(tmp_path / "run"), configured(tmp_path / "nowhere"))
 
 
 def test_settings_that_contradict_each_other_are_refused(directory):

@@ -299,6 +299,22 @@ def test_each_text_is_taken_once(tmp_path: pathlib.Path) -> None:
     assert (reject.line, reject.id) == (13, "again") and "line 2" in reject.reason
 
 
+def test_the_same_proof_with_another_label_is_a_conflict_and_no_duplicate(
+    tmp_path: pathlib.Path,
+) -> None:
+    rows = real_rows()
+    first = rows["graded/opc.jsonl"][0]
+    flipped = {**first, "id": "flipped", "human_score": 1 - first["human_score"]}
+    rows["graded/opc.jsonl"] += [flipped, {**first, "id": "same"}]
+    found = make(tmp_path, rows)
+    rules = {r.id: r for r in found.rejects if r.rule in ("duplicate", "conflicting-label")}
+    assert {name: r.rule for name, r in rules.items()} == {
+        "flipped": "conflicting-label",
+        "same": "duplicate",
+    }
+    assert "line 1, which is a 0 (opc-5-of-7); here it is a 1" in rules["flipped"].reason
+
+
 def test_too_few_graded_problems_to_hold_some_out_is_an_error(tmp_path: pathlib.Path) -> None:
     config = dataclasses.replace(SMALL, num_probe=7)
     with pytest.raises(ValueError, match="only 8 graded problems"):

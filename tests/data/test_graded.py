@@ -198,3 +198,13 @@ def test_no_object_makes_a_reader_raise_anything_but_value_errors(body: dict[str
                 make(found)
             except ValueError as error:
                 assert str(error)
+
+
+def test_a_row_that_nests_too_deeply_is_a_reject_and_an_empty_file_is_said_so(tmp_path, caplog):
+    depth = 100_000
+    (tmp_path / "deep.jsonl").write_text('{"id": ' + "[" * depth + "]" * depth + "}\n")
+    rejects: list[graded.Reject] = []
+    assert graded.read_rows(epath.Path(tmp_path), "deep.jsonl", rejects) == []
+    (reject,) = rejects
+    assert (reject.line, reject.rule) == (1, "malformed") and "no JSON" in reject.reason
+    assert "deep.jsonl holds no row that can be read" in caplog.text

@@ -84,6 +84,12 @@ def test_an_empty_source_is_named_only_where_it_has_a_weight():
     assert sources.stream({"a": [1], "b": []}, {"a": 1.0}, 0)[3] == 1
 
 
+@pytest.mark.parametrize("weight", [-0.5, float("nan"), float("inf")])
+def test_a_weight_that_is_none_is_named(weight):
+    with pytest.raises(ValueError, match=f"source 'b' has weight {weight}"):
+        sources.stream({"a": [1], "b": [2]}, {"a": 1.0, "b": weight}, 0)
+
+
 def test_a_mixture_of_nothing_is_an_error_that_lists_the_sources():
     with pytest.raises(ValueError, match=r"no source has a positive weight among \['a', 'b'\]"):
         sources.stream({"b": [1], "a": [2]}, {"a": 0.0}, 0)

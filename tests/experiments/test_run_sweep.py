@@ -138,7 +138,9 @@ def test_an_entry_that_fails_is_named_with_its_exit_code(write_sweep, tmp_path, 
 def summary(mean, se):
     figures = {"before": (0.25, 0.1), "after": (0.25 + mean, 0.1), "difference": (mean, se)}
     metric = {side: {"mean": m, "se": s, "n": 9} for side, (m, s) in figures.items()}
-    return {"metrics": {name: metric for name in evaluation.METRICS}}
+    constants = {"verifier_accuracy": {"before": 0.4, "after": 0.4 + mean}}
+    metrics = {name: metric for name in evaluation.METRICS}
+    return {"metrics": metrics, "constants": constants, "stages": {}}
 
 
 def test_finished_runs_of_the_same_config_are_collected(write_sweep, tmp_path, capsys):
@@ -150,7 +152,8 @@ def test_finished_runs_of_the_same_config_are_collected(write_sweep, tmp_path, c
         config = overrides.load(str(run_sweep.ROOT / SMOKE))
         made = config_lib.build(config, [("config.seed", str(seed))])
         (tmp_path / name).mkdir()
-        body = json.dumps({"identity": config_lib.identity(made)})
+        identity = config_lib.identity(made)
+        body = json.dumps({"schema": config_lib.SCHEMA, "identity": identity, "runtime": {}})
         (tmp_path / name / "config.json").write_text(body)
         if name != "stopped":
             (tmp_path / name / "summary.json").write_text(json.dumps(summary(0.5, 0.1)))
@@ -167,17 +170,29 @@ def test_entries_that_differ_in_the_seed_are_pooled_by_the_mean_of_their_changes
         "long-seed0": summary(0.1, 0.03),
         "long-seed1": summary(0.2, 0.04),
         "long-seed12": summary(0.6, 0.12),
-        "short-seed0": summary(0.5, 0.07),
+        "short-seed0": summary(0.5, 0.07),  # one run is no pool
         "short": summary(0.9, 0.01),
     }
     pooled = run_sweep.pool(summaries)
-    assert set(pooled) == {"long", "short"}
+    assert set(pooled) == {"long"}
     assert pooled["long"]["entries"] == ["long-seed0", "long-seed1", "long-seed12"]
     for metric in evaluation.METRICS:
         change = pooled["long"]["metrics"][metric]["difference"]
         assert change["mean"] == pytest.approx(0.3)
         assert change["se"] == pytest.approx(0.13 / 3)  # 3, 4, 12, 13
-        assert pooled["short"]["metrics"][metric]["difference"] == {"mean": 0.5, "se": 0.07}
+
+
+def test_a_summary_of_an_older_version_is_left_out_and_says_so(write_sweep, tmp_path, capsys):
+    (entry,) = run_sweep.load(write_sweep({"old": ["config.seed=4"]}))
+    (tmp_path / "old").mkdir()
+    identity = config_lib.identity(entry.config)
+    body = json.dumps({"schema": config_lib.SCHEMA, "identity": identity, "runtime": {}})
+    (tmp_path / "old" / "config.json").write_text(body)
+    old = summary(0.5, 0.1) | {"stages": {}}
+    del old["metrics"]["meta_caught"]
+    (tmp_path / "old" / "summary.json").write_text(json.dumps(old))
+    assert run_sweep.collect([entry], str(tmp_path)) == {}
+    assert "old: left out, an older version" in capsys.readouterr().err
 
 
 def test_a_seed_without_a_figure_leaves_the_pooled_one_open():
@@ -198,7 +213,8 @@ def test_the_table_shows_every_entry_and_how_many_standard_errors_the_pooled_cha
     )
     assert " ".join(second.split()) == "a-seed1 0.250 ±0.100 0.450 ±0.100 0.200 ±0.040"
     assert pooled.split()[:3] == ["a,", "2", "pooled"]
-    assert pooled.split()[-4:] == ["0.150", "±0.025", "+6.0", "se"]  # 0.15 / (0.05 / 2)
+    assert pooled.split()[-6:-2] == ["0.150", "±0.025", "+6.0", "se"]  # 0.15 / (0.05 / 2)
+    assert pooled.split()[-2:] == ["constant", "0.550"]  # the mean of 0.5 and 0.6
 
 
 def test_entries_without_an_exact_judge_have_no_table():

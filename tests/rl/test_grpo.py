@@ -347,6 +347,7 @@ def test_cutting_a_batch_into_micro_batches_changes_neither_loss_nor_gradient(no
         (dict(clip_low=1.0), r"clip_low = 1.0.*lies in \(0, 1\)"),
         (dict(clip_high=0.0), "clip_high = 0.0.*above 0"),
         (dict(kl_coefficient=-0.1), "kl_coefficient = -0.1: must not be negative"),
+        (dict(entropy_coefficient=-0.1), "entropy_coefficient = -0.1: must not be negative"),
         (dict(off_policy_delta=-1.0), "off_policy_delta = -1.0: must not be negative"),
         (dict(constant_length=0), "constant_length = 0: must be positive"),
     ],

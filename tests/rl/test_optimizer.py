@@ -157,6 +157,9 @@ def test_without_a_gradient_the_verifier_head_stays_where_it_is():
         (dict(clip_norm=-1.0), "clip_norm = -1.0: both must be positive"),
         (dict(warmup_steps=-1), "warmup_steps = -1 must not be negative"),
         (dict(final_share=1.5), r"final_share = 1.5 must lie in 0..1"),
+        (dict(weight_decay=-0.1), "weight_decay = -0.1 must not be negative"),
+        (dict(epsilon=0.0), "epsilon = 0.0 must be positive"),
+        (dict(beta2=1.0), r"beta2 = 1.0: each must lie in \[0, 1\)"),
     ],
 )
 def test_a_bad_setting_is_named_with_its_rule(fields, message):

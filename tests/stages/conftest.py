@@ -1,5 +1,8 @@
 """A run whose engines speak by a script."""
 
+import functools
+import pathlib
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -21,13 +24,13 @@ class MakeRun(Protocol):
     def __call__(self, **models: scripted.Script) -> run_lib.Run: ...
 
 
-@pytest.fixture
-def make_run(house, tmp_path) -> MakeRun:
-    """A run in which each named stage has left a model that speaks by its script."""
+@pytest.fixture(scope="session")
+def make_run_in(house) -> Callable[..., run_lib.Run]:
+    """A run in a folder, in which each named stage has left a model that speaks by its script."""
 
-    def make(**models: scripted.Script) -> run_lib.Run:
+    def make(folder: pathlib.Path, **models: scripted.Script) -> run_lib.Run:
         run = run_lib.Run(
-            workdir=epath.Path(tmp_path),
+            workdir=epath.Path(folder),
             seed=0,
             trunk=learner_lib.Trunk(config=house.programs.config, kernels=house.programs.kernels),
             tokenizer=house.tokenizer,
@@ -43,3 +46,9 @@ def make_run(house, tmp_path) -> MakeRun:
         return run
 
     return make
+
+
+@pytest.fixture
+def make_run(make_run_in, tmp_path) -> MakeRun:
+    """Such a run in the test's own folder."""
+    return functools.partial(make_run_in, tmp_path)

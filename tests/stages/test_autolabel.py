@@ -5,6 +5,7 @@ import pytest
 
 from mathv2_jax import records, reward, roles, storage
 from mathv2_jax.stages import autolabel
+from mathv2_jax.stages import run as run_lib
 from mathv2_jax.text import parse
 from tests import scripted
 from tests.by_hand import NOISE, RATINGS, VERDICTS, sample
@@ -88,6 +89,7 @@ def test_the_hardest_to_verify_are_labelled_first_and_only_so_many(labelled):
     undecided = {p.id for p in proofs if p.label is None}
     decided = [s for name, s in spread.items() if name not in undecided]
     assert taken == sorted(decided, reverse=True)[:6]
+    assert figures["disagreement"] == pytest.approx(np.mean(list(spread.values())), rel=0.2)
     assert {p.label.source for p in found} == {"auto"}
     assert {p.label.rater for p in found} == {"judge"}
 
@@ -97,6 +99,37 @@ def test_the_undecided_are_all_written_to_a_file_of_their_own(labelled):
     undecided = [p for p in proofs if p.label is None]
     assert len(undecided) == figures["undecided"] > 0
     assert figures["coverage"] == pytest.approx(1 - len(undecided) / figures["candidates"])
+
+
+def test_a_stage_that_is_asked_to_stop_keeps_its_parts_and_ends_as_if_it_had_not_been(make_run):
+    run = make_run(judge=MIXED)
+    write(run, [written(f"Proof {n}.") for n in range(autolabel.CHUNK + 6)])
+    more = stage(num_candidates=autolabel.CHUNK + 6)
+
+    def contents():
+        folders = [run.workdir / "records" / name for name in ("label", "label-undecided")]
+        return {p.name: p.read_bytes() for f in folders for p in sorted(f.glob("part-*.jsonl"))}
+
+    figures, whole = autolabel.run_stage(run, more), contents()
+    for name in ("label", "label-undecided"):
+        (run.workdir / "records" / name).rmtree()
+    stops = iter([False, True])
+    run.should_stop = lambda: next(stops, False)
+    with pytest.raises(run_lib.Preempted):
+        autolabel.run_stage(run, more)
+    assert run.parts("label").names() == [storage.part_name(1)]
+    run.judge.asked.clear()
+    assert autolabel.run_stage(run, more) == figures and contents() == whole
+    asked = [text for text in run.judge.asked if text.endswith(scripted.VERIFY)]
+    assert len(asked) == 6  # the second part's proofs alone
+    assert autolabel.run_stage(run, more) == figures and contents() == whole
+
+
+def test_without_candidates_there_is_no_mean(make_run):
+    run = make_run(judge=MIXED)
+    write(run, [NOISE], outcome=records.Outcome.UNPARSEABLE)
+    figures = autolabel.run_stage(run, stage())
+    assert figures == {"candidates": 0.0, "labelled": 0.0, "undecided": 0.0}
 
 
 def test_more_labels_than_candidates_are_refused():

@@ -55,7 +55,7 @@ def test_the_steps_scalars_by_hand():
         scoring.Scored({"format": 0.0, "total": 0.0}),
     ]
     found = groups.measure(
-        [groups.make_group(answered, rewards, "mean"), verifier_group(0.25, 0.25)], 1.0, "s"
+        [groups.make_group(answered, rewards, "mean"), verifier_group(0.25, 0.25)]
     )
     assert found == pytest.approx(
         {
@@ -73,6 +73,31 @@ def test_the_steps_scalars_by_hand():
             "left_group": 1 / 6,
         }
     )
+
+
+def test_a_mean_of_nothing_is_left_out():
+    answered = [answer(ROLES.verifier, NOISE, 1.0)] * 2
+    found = groups.measure([groups.make_group(answered, [scored(None)] * 2, "mean")])
+    assert not {"reward", "score", "lost_votes"} & set(found)
+    assert (found["outcome/unparseable"], found["left_group"], found["length"]) == (1.0, 1.0, 3.0)
+    asked = [scored(None, meta=(opinion(ROLES.meta_verifier, RATINGS[1.0]),))] * 2
+    assert groups.measure([groups.make_group(answered, asked, "mean")])["lost_votes"] == 0.0
+
+
+def test_each_kind_of_failure_is_said_once_a_stage_with_its_step(caplog):
+    alarms = groups.Alarms("gen", lost=0.05, failed=0.25)
+    alarms.check(1, {"outcome/unparseable": 0.25, "outcome/length": 0.1, "lost_votes": 0.05})
+    assert not caplog.messages
+    for step in (2, 3):
+        alarms.check(step, {"outcome/unparseable": 0.5, "outcome/length": 0.1, "lost_votes": 0.1})
+    alarms.check(4, {"outcome/unparseable": 0.5, "outcome/length": 0.3, "outcome/lost": 0.06})
+    said = [message.split(",")[:2] for message in caplog.messages]
+    assert said == [
+        ["gen", " step 2: 10 % of the judge's votes are lost"],
+        ["gen", " step 2: 50 % of the policy's answers are unparseable"],
+        ["gen", " step 4: 6 % of the policy's answers are lost"],
+        ["gen", " step 4: 30 % of the policy's answers are cut at their limit"],
+    ]
 
 
 def test_every_answer_is_recorded_and_followed_by_what_was_said_about_it():

@@ -1,23 +1,29 @@
 """The stage list: its errors, and the whole recipe end to end on configs/smoke.py."""
 
+import dataclasses
 import hashlib
 import json
+import re
 
 import pytest
 from etils import epath
 
-from mathv2_jax import records
+from mathv2_jax import metrics, records, roles, storage
 from mathv2_jax.cli import config as config_lib
-from mathv2_jax.cli import overrides
+from mathv2_jax.cli import inputs, overrides
 from mathv2_jax.rl import optimizer
 from mathv2_jax.stages import answer, autolabel, iterate, probe, rejection, rl, sft
-from tests import smoke
+from mathv2_jax.stages import run as run_lib
+from tests import by_hand, scripted, smoke
 
 METRICS = {
     "verifier_accuracy",
+    "verifier_balanced_accuracy",
     "verifier_mean_error",
     "analysis_faithfulness",
     "meta_accuracy",
+    "meta_balanced_accuracy",
+    "meta_caught",
     "generator_true_score",
     "overclaim_rate",
     "verifier_minus_true",
@@ -37,38 +43,87 @@ COLD = sft.SftStage(name="cold", sft=SFT)
 PROVE = {"generator": 1.0}
 
 
+JUDGE = rl.RlStage(name="judge", init="cold", mixture={"verifier": 1.0}, rl=RL)
+PROBE = probe.ProbeStage(name="probe", verifier="judge")
+GENERATOR = rl.RlStage(name="gen", init="judge", judge="judge", mixture=PROVE, rl=RL)
+LABELS = autolabel.AutolabelStage(
+    name="labels", proofs_from="gen", judge="judge", num_candidates=1, num_proofs=1
+)
+AGAIN = rejection.RejectionStage(name="again", init="gen", samples_from=("judge", "gen"), sft=SFT)
+TEST = answer.AnswerStage(name="test", verifier="judge", generator="gen")
+NEXT = rl.RlStage(
+    name="next", init="again", mixture={"verifier": 1.0}, proofs=("proofs", "labels"), rl=RL
+)
+DRIFT = probe.ProbeStage(name="drift", verifier="next", predecessor="probe")
+RECIPE = [COLD, JUDGE, PROBE, GENERATOR, LABELS, AGAIN, TEST, NEXT, DRIFT]
+
+
+def changed(which, **fields):
+    return [dataclasses.replace(s, **fields) if s.name == which else s for s in RECIPE]
+
+
 @pytest.mark.parametrize(
-    ("stage", "complaint"),
+    ("stages", "complaint"),
     [
-        (sft.SftStage(name="cold", sft=SFT), "two stages are named 'cold'"),
-        (sft.SftStage(name="fresh", sft=SFT), "two stages are named 'fresh'"),
-        (sft.SftStage(name="a", init="b", sft=SFT), "stage 'a' uses 'b'"),
-        (sft.SftStage(name="a", init="a", sft=SFT), "stage 'a' uses 'a'"),
-        (rl.RlStage(name="a", init="cold", judge="b", mixture=PROVE, rl=RL), "uses 'b'"),
+        (changed("drift", name="cold"), "stages[8]: the name 'cold' is another stage's"),
+        (changed("drift", name="fresh"), "the name 'fresh' is taken"),
+        (changed("drift", name="input"), "the name 'input' is taken"),
+        (changed("judge", init="colt"), "stage.judge.init = 'colt': no stage in the list has that"),
+        (changed("judge", init="colt"), "did you mean 'cold'?; before it ['fresh', 'cold'] leave"),
+        (changed("judge", init="judge"), "stage.judge.init = 'judge': a stage cannot use itself"),
+        (changed("judge", init="gen"), "stage.judge.init = 'gen': that stage comes after 'judge'"),
         (
-            rl.RlStage(
-                name="a", init="cold", mixture={"verifier": 1.0}, proofs=("proofs", "b"), rl=RL
-            ),
-            "uses 'b'",
+            changed("next", judge="test"),
+            "stage.next.judge = 'test': it leaves answers to the test set; this field takes "
+            "variables",
         ),
+        (changed("drift", predecessor="judge"), "stage.drift.predecessor = 'judge': it leaves"),
+        (changed("labels", proofs_from="judge"), "this field takes a generator's proofs"),
+        (changed("again", samples_from=("gen", "cold")), "takes responses with rewards"),
         (
-            autolabel.AutolabelStage(
-                name="a", proofs_from="b", judge="cold", num_candidates=1, num_proofs=1
-            ),
-            "uses 'b'",
+            changed("next", proofs=("proofs", "gen")),
+            "before it ['proofs', 'labels'] leave labelled",
         ),
-        (
-            rejection.RejectionStage(name="a", init="cold", samples_from=("cold", "b"), sft=SFT),
-            "uses 'b'",
-        ),
-        (probe.ProbeStage(name="a", verifier="cold", predecessor="b"), "uses 'b'"),
-        (answer.AnswerStage(name="a", verifier="cold", generator="b"), "uses 'b'"),
+        (changed("test", generator="probe"), "stage.test.generator = 'probe': it leaves a probe's"),
+        (changed("probe", verifier="proofs"), "it leaves labelled proofs; this field takes"),
+        (changed("gen", judge="cold"), "stage.gen.judge = 'cold': no probe stage before 'gen'"),
+        ([COLD, JUDGE, GENERATOR, PROBE], "list a stage of kind 'probe' with verifier = 'judge'"),
     ],
 )
-def test_a_stage_uses_only_what_stands_before_it_and_names_are_unique(stage, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        iterate.check_stages([COLD, stage])
-    iterate.check_stages([COLD])
+def test_a_stage_takes_what_stages_before_it_leave_and_a_reward_is_probed_first(stages, complaint):
+    iterate.check_stages(RECIPE)
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        iterate.check_stages(stages)
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        (("config.stage.sft.demonstrations", "rule_drill"), "did you mean 'rule_drills'?"),
+        (("config.roles.verifier.top_p", "0.9"), "top_p = {'verifier': 0.9}"),
+    ],
+)
+def test_a_stage_that_could_not_run_is_named_before_the_first_one_runs(override, complaint):
+    with pytest.raises(ValueError, match=re.escape(complaint)):
+        config_lib.build(overrides.load(str(smoke.CONFIG)), [override])
+
+
+def test_a_stages_time_is_added_to_what_stopped_sessions_spent(make_run):
+    run = make_run(judge={scripted.VERIFY: {by_hand.NOISE: 1.0}})
+    storage.write_whole(iterate.report_path(run, "judge"), b"{}")  # finished before
+    metrics.write_timing(run.workdir, "stage/probe", {"seconds": 1000.0, "compile_seconds": 9.0})
+    proofs = [by_hand.proof(f"p{n}", score=1.0) for n in range(2)]
+    inputs.write_files(run.workdir, {"probe": proofs})
+    stages = [sft.SftStage(name="judge", sft=SFT), PROBE]
+    run.should_stop = lambda: True
+    with pytest.raises(run_lib.Preempted):
+        iterate.run_all(run, stages)
+    stopped = metrics.read_timing(run.workdir)["stage/probe"]
+    run.should_stop = lambda: False
+    iterate.run_all(run, stages)
+    ended = metrics.read_timing(run.workdir)["stage/probe"]
+    assert 1000.0 < stopped["seconds"] < ended["seconds"] < 1500.0
+    assert 9.0 <= stopped["compile_seconds"] <= ended["compile_seconds"] < 500.0
 
 
 # The recipe end to end.
@@ -94,7 +149,7 @@ def test_every_listed_stage_leaves_its_figures(smoke_workdir, summary):
 
 
 def test_the_summary_holds_the_stated_metrics_and_nothing_of_the_clock(summary):
-    assert set(summary) == {"schema", "seed", "metrics", "stages"}
+    assert set(summary) == {"schema", "seed", "compared", "metrics", "constants", "stages"}
     assert set(summary["metrics"]) == METRICS
     for row in summary["metrics"].values():
         assert set(row) == {"before", "after", "difference"}
@@ -147,7 +202,20 @@ def test_the_smoke_run_is_alive(summary):
         assert figures["gradient_norm"] > 0.0, name
     assert sum(summary["stages"][n]["zero_signal"] for n in trained) / len(trained) < 0.7
     assert summary["stages"]["autolabel-1"]["labelled"] > 0
-    assert summary["stages"]["rejection-1"]["chosen/generator"] > 0
+    assert sum(summary["stages"]["rejection-1"][f"chosen/{name}"] for name in roles.NAMES) > 0
+
+
+def test_of_each_group_the_best_that_reach_the_bar_are_chosen_in_every_role(smoke_workdir, summary):
+    (stage,) = (s for s in CONFIG.stages if isinstance(s, rejection.RejectionStage))
+    groups: dict[str, list[records.Sample]] = {}
+    for source in stage.samples_from:
+        for s in sampled(smoke_workdir, source):
+            if s.rewards.get("total", 0.0) >= stage.min_reward:
+                groups.setdefault(s.id.rsplit("/", 1)[0], []).append(s)
+    for name in roles.NAMES:
+        own = [g for g in groups.values() if g[0].role == name]
+        expected = sum(min(len(g), stage.per_group) for g in own)
+        assert summary["stages"][stage.name][f"chosen/{name}"] == expected
 
 
 def contents(workdir):

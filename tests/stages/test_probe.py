@@ -60,9 +60,40 @@ def test_the_tolerance_decides(probed):
     assert figures["head_mean_error"] == pytest.approx(0.5)  # its head is untrained: even odds
 
 
+def test_the_error_of_the_best_constant_stands_beside_the_heads(make_run):
+    run = make_run(first=says(right=1.0))
+    scores = [1.0] * 5 + [0.5] * 2 + [0.0] * 2
+    proofs = [proof(f"p{n}", text=f"Proof {n}.", score=s) for n, s in enumerate(scores)]
+    inputs.write_files(run.workdir, {"probe": proofs})
+    figures = probe.run_stage(run, probe.ProbeStage(name="probe-1", verifier="first"))
+    assert figures["constant_mean_error"] == pytest.approx((2 * 0.5 + 2 * 1.0) / 9)  # always 1
+
+
 def test_an_analysis_that_cannot_be_read_is_as_bad_as_a_wrong_one(probed):
     _, before, _ = probed(says(noise=1.0), says(right=1.0))
     assert (before["mean_error"], before["accuracy"]) == (1.0, 0.0)
+
+
+def test_a_verifier_is_shown_each_proof(make_run):
+    run = make_run(first=says(right=1.0))
+    proofs = [proof(f"p{n}", text=f"Proof {n}.", score=1.0) for n in range(2)]
+    inputs.write_files(run.workdir, {"probe": proofs})
+    probe.run_stage(run, probe.ProbeStage(name="probe-1", verifier="first"))
+    verifier = scripted.ROLES.verifier
+    shown = [scripted.shown(verifier, statement=p.statement, proof=p.text) for p in proofs]
+    assert run.judge.asked == shown
+
+
+@pytest.mark.parametrize(
+    ("scores", "complaint"),
+    [((), "holds 0 proofs"), ((1.0,), "holds 1 proofs"), ((1.0, None, 0.0), "1 of them without")],
+)
+def test_a_probe_without_a_standard_error_or_a_label_is_refused(make_run, scores, complaint):
+    run = make_run(first=says(right=1.0))
+    proofs = [proof(f"p{n}", text=f"Proof {n}.", score=s) for n, s in enumerate(scores)]
+    inputs.write_files(run.workdir, {"probe": proofs})
+    with pytest.raises(ValueError, match=complaint):
+        probe.run_stage(run, probe.ProbeStage(name="probe-1", verifier="first"))
 
 
 def test_a_tolerance_is_positive():

@@ -64,6 +64,18 @@ def test_a_chosen_response_is_imitated_under_the_prompt_that_it_answered(make_ru
     assert STATEMENT in found.user and PROOF in found.user and found.learned == ()
 
 
+def test_a_chosen_response_is_imitated_with_its_thinking(make_run):
+    run = make_run()
+    fields = dict(rewards={"total": 1.0})
+    found = [sample(f"rl/0/{n}/0", VERDICTS[1.0], thinking=f"So {n}.", **fields) for n in range(2)]
+    parts = run.parts("rl")
+    parts.write_part(storage.part_name(1), records.to_lines(found))
+    parts.commit(1)
+    first, second = rejection.best_responses(run, stage())
+    assert (first.thinking, second.thinking) == ("So 0.", "So 1.")
+    assert first.id != second.id
+
+
 def test_sources_follow_each_other(make_run):
     run = make_run()
     write(run, {"rl/0/0/0": 1.0})

@@ -136,6 +136,36 @@ def test_fresh_proofs_have_their_share_and_unlabelled_ones_none(make_run):
     assert {t.target for t in drawn} == {p.id for p in (*human, *auto)}
 
 
+@pytest.mark.parametrize("proofs", [("proofs", "label"), ("label", "proofs"), ("proofs",)])
+def test_a_source_without_labels_leaves_its_weight_to_the_others_of_its_role(make_run, proofs):
+    run = make_run()
+    quality = records.Label(score=1.0, source="human", rubric="I_mv")
+    analysis = records.Analysis(
+        id="v",
+        problem_id="p",
+        proof_id="y",
+        statement=STATEMENT,
+        proof="P",
+        text=VERDICTS[0.5],
+        score=0.5,
+        label=quality,
+    )
+    write_inputs(run, proofs=[proof("h", score=1.0)], analyses=[analysis])
+    parts = run.parts("label")
+    parts.write_part(storage.part_name(1), records.to_lines([proof("u", text="U")]))
+    parts.commit(1)
+    tasks = rl.task_stream(run, stage(proofs=proofs, fresh_share=0.75, rl=config(row_length=400)))
+    drawn = [tasks[n].role.name for n in range(40)]
+    assert drawn.count(roles.VERIFIER) == drawn.count(roles.META_VERIFIER) == 20
+
+
+def test_fresh_proofs_alone_have_the_whole_weight_of_the_verifier():
+    alone = stage(proofs=("a", "b"), fresh_share=0.25)
+    assert rl._proof_shares(alone, ["a", "b"]) == {"a": 0.5, "b": 0.5}
+    both = stage(proofs=("proofs", "a", "b"), fresh_share=0.25)
+    assert rl._proof_shares(both, both.proofs) == {"a": 0.125, "b": 0.125, "proofs": 0.75}
+
+
 def test_a_stage_without_any_labelled_proof_says_so(make_run):
     run = make_run()
     write_inputs(run, proofs=[proof("u")])
@@ -179,9 +209,9 @@ def test_what_the_trainer_could_not_replay_is_refused(make_run, changes, complai
     run = make_run()
     run.roles = sampled(**changes)
     with pytest.raises(ValueError, match=complaint):
-        rl.require_trainable(run, stage())
+        rl.require_trainable(stage(), run.roles.sampling)
     run.roles = sampled(generator=dict(temperature=0.0, top_p=0.5))  # is not trained here
-    assert rl.require_trainable(run, stage()) == 1.0
+    assert rl.require_trainable(stage(), run.roles.sampling) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -189,6 +219,10 @@ def test_what_the_trainer_could_not_replay_is_refused(make_run, changes, complai
     [
         (dict(mixture={}), "must weigh some of"),
         (dict(mixture={"prover": 1.0}), "must weigh some of"),
+        (dict(mixture={"verifier": 1.0, "meta_verifier": -0.5}), "must not be negative"),
+        (dict(mixture={"verifier": 0.0}), "one must be positive"),
+        (dict(fresh_share=1.5), "fresh_share = 1.5 must lie in 0..1"),
+        (dict(fresh_share=-0.5), "fresh_share = -0.5 must lie in 0..1"),
         (dict(mixture={"generator": 1.0}), "a generator needs a judge"),
         (dict(mixture={"generator": 1.0, "verifier": 1.0}, judge="j"), "a generator trains alone"),
     ],
@@ -199,7 +233,15 @@ def test_an_impossible_mixture_is_refused(fields, complaint):
 
 
 @pytest.mark.parametrize(
-    "fields", [dict(steps=0), dict(samples=1), dict(max_refills=-1), dict(on_length="ignore")]
+    "fields",
+    [
+        dict(steps=0),
+        dict(samples=1),
+        dict(max_refills=-1),
+        dict(on_length="ignore"),
+        dict(head_weight=-1.0),
+        dict(head_auto_weight=-0.5),
+    ],
 )
 def test_an_impossible_setting_is_named(fields):
     ((name, value),) = fields.items()

@@ -6,7 +6,7 @@ from mathv2_jax import reward
 from mathv2_jax.records import Finish
 from mathv2_jax.stages import scoring
 from tests import scripted
-from tests.by_hand import GENERATIONS, NOISE, RATINGS, VERDICTS, answer
+from tests.by_hand import GENERATIONS, NOISE, PROOF, RATINGS, STATEMENT, VERDICTS, answer
 
 ROLES = scripted.ROLES
 ONE = scoring.JudgeConfig()
@@ -56,6 +56,14 @@ def test_r_meta_multiplies_the_verifiers_rewards_and_no_others(house):
     assert [len(s.meta) for s in scored] == [1, 0, 1, 0]  # only parsed analyses are judged
 
 
+def test_a_meta_verifier_is_shown_the_policys_analysis(house):
+    judge = house.engine({scripted.META: {RATINGS[0.5]: 1.0}})
+    score = scoring.meta_scorer(judge, ROLES, ONE, mask_length=False)
+    score([answer(ROLES.verifier, VERDICTS[0.5], 1.0), answer(ROLES.verifier, NOISE)], SEED)
+    fields = dict(statement=STATEMENT, proof=PROOF, analysis=VERDICTS[0.5])
+    assert judge.asked == [scripted.shown(ROLES.meta_verifier, **fields)]
+
+
 def test_without_enough_meta_votes_an_analysis_leaves_its_group(house):
     answered = [
         answer(ROLES.verifier, VERDICTS[1.0], 1.0),
@@ -93,6 +101,18 @@ def test_a_generator_is_paid_by_the_votes_on_its_proof_and_on_its_own_analysis(h
     expected = [proof + 0.24 * 0.5 * 0.5, proof + 0.24 * 1.0 * 0.5, proof + 0.24 * 0.5 * 0.5, 0.0]
     assert totals(scored) == pytest.approx(expected)
     assert [(len(s.verifier), len(s.meta)) for s in scored] == [(1, 1)] * 3 + [(0, 0)]
+
+
+def test_a_generators_judge_is_shown_its_proof_alone_and_then_its_self_analysis(house):
+    judge = house.engine({scripted.VERIFY: {NOISE: 1.0}, scripted.META: {NOISE: 1.0}})
+    weights = reward.GeneratorWeights()
+    score = scoring.generator_scorer(judge, ROLES, ONE, weights, mask_length=False)
+    score([answer(ROLES.generator, GENERATIONS[0.5])], SEED)
+    fields = dict(statement=STATEMENT, proof=PROOF)
+    assert judge.asked == [
+        scripted.shown(ROLES.verifier, **fields),
+        scripted.shown(ROLES.meta_verifier, **fields, analysis=VERDICTS[0.5]),
+    ]
 
 
 def test_a_generators_reward_is_over_the_votes_that_are_left(house):

@@ -50,6 +50,17 @@ def test_a_role_that_thinks_learns_to_end_its_thinking_where_all_is_learned(hous
         assert len(answer.weights) == len(answer.tokens)
 
 
+def test_what_was_thought_is_learned_before_the_end_of_thinking(house):
+    thought = records.Demonstration(
+        id="d", role="r", problem_id="p", user="Recite.", assistant=RECITAL, thinking="A (1)."
+    )
+    (answer,) = sft.supervised_item(house.tokenizer, thought, 0.0, think=True).answers
+    thinking, final = house.tokenizer.split_thinking(answer.tokens[:-1], think=True)
+    assert house.tokenizer.decode(thinking) == "A (1)."
+    assert house.tokenizer.decode(final) == RECITAL
+    assert answer.weights == [1.0] * len(answer.tokens)
+
+
 def test_a_prompt_weight_teaches_the_prompt_too(house):
     plain, weighted = item(house.tokenizer), item(house.tokenizer, prompt_weight=0.25)
     assert weighted.prompt == ()

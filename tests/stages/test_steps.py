@@ -59,6 +59,18 @@ def test_a_stage_that_is_asked_to_stop_saves_and_goes_on_to_the_same_end(make_ru
     jax.tree.map(np.testing.assert_array_equal, run.variables("stopped"), first)
 
 
+def test_a_run_killed_as_it_leaves_its_variables_gets_the_same_figures_again(make_run):
+    run = make_run(start={})
+    figures = sft.train(run, "cold", "start", config(1e-2, num_steps=2), TAUGHT)
+    assert figures["loss"] > 0.0
+    # What is on disk when keep_variables begins, the last act of a loop but its metrics.jsonl.
+    (run.workdir / "checkpoints" / "cold" / "final").rmtree()
+    (run.workdir / "metrics.jsonl").unlink()
+    assert sft.train(run, "cold", "start", config(1e-2, num_steps=2), TAUGHT) == figures
+    assert len((run.workdir / "metrics.jsonl").read_text().splitlines()) == 2
+    run.variables("cold")
+
+
 def test_conversations_that_no_row_holds_are_counted_or_refused(caplog):
     steps.report_left_out("s", 0, 5, 16)
     assert not caplog.text

@@ -11,6 +11,7 @@ import pytest
 from mathv2_jax import records
 from mathv2_jax.text import parse, prompts
 from mathv2_jax.world import corpus, judge, problems
+from tools import writer_agreement
 
 CONFIG = corpus.WorldConfig(
     num_drills=90,
@@ -210,6 +211,14 @@ def test_every_demonstration_is_in_the_format_of_its_role(made):
         assert READERS[demonstration.role](demonstration.assistant) is not None
         seen.add(demonstration.role)
     assert seen == set(ASKED)
+
+
+def test_the_writers_verdicts_are_often_the_judges_and_often_not(made):
+    found = writer_agreement.shares(d for d in made.demonstrations if d.role != "refiner")
+    expected = {"generator": 0.79, "verifier": 0.79, "meta_verifier": 0.85}  # README has them
+    assert set(found) == set(expected)
+    for role, (share, number) in found.items():
+        assert share_is(share * number, number, expected[role]), role
 
 
 def test_the_roles_take_turns():

@@ -1,0 +1,217 @@
+"""What a workdir says about its run: how it was begun, how far it is, and how it may go on."""
+
+import difflib
+import functools
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+import mathv2_jax
+from mathv2_jax import metrics, storage
+from mathv2_jax.cli import config as config_lib
+from mathv2_jax.cli import inputs, shell
+from mathv2_jax.stages import autolabel
+from mathv2_jax.text import tokenizer as tokenizer_lib
+
+
+def begin(workdir: epath.Path, config: config_lib.RunConfig) -> None:
+    """Write input files and config of a new run, or check that this one may go on.
+
+    ValueError where the workdir holds another run, or stages of one without its config.
+    """
+    if storage.exists(workdir / "config.json"):
+        asked = config_lib.identity(config)
+        saved = begun_as(workdir, asked)
+        names = [stage["name"] for stage in saved["stages"]]
+        done = [name for name in names if is_done(workdir, name)]
+        _forget_refused_probes(workdir, saved, done)
+        begun = [name for name in names if has_begun(workdir, name)]
+        config_lib.require_same(saved, asked, done, begun)
+        return
+    left = [n for n in storage.list_names(workdir / "records") if n != "input"]
+    if left:
+        raise ValueError(
+            f"{workdir / 'config.json'} is missing, though {workdir / 'records' / left[0]} is "
+            "there: restore that file, or take another workdir"
+        )
+    began = time.monotonic()
+    # What an interrupted start left may be of other settings, the tokenizer above all.
+    storage.remove_folder(workdir / "records" / "input")
+    if config.tokenizer.directory:
+        given = shell.absolute(config.tokenizer.directory)
+        inputs.copy_tokenizer(workdir, given, config.model.vocab_size)
+    templates = config.roles.templates
+    if config.world is None:
+        real = config.real or inputs.RealConfig()
+        folder = shell.absolute(config.data)
+        make_tokenizer = functools.partial(run_tokenizer, workdir, config)
+        counts = inputs.write_real(workdir, folder, real, templates, make_tokenizer)
+    else:
+        counts = inputs.write_world(workdir, config.world, config.seed, templates)
+    shown = "  ".join(f"{name} {count}" for name, count in counts.items())
+    print(f"input: {shown}", flush=True)
+    metrics.write_timing(workdir, "input", {"seconds": time.monotonic() - began})
+    write_config(workdir, config)
+
+
+def write_config(workdir: epath.Path, config: config_lib.RunConfig) -> None:
+    """Put config and code of the session that begins into config.json; print what changed."""
+    body = {
+        "schema": config_lib.SCHEMA,
+        "identity": config_lib.identity(config),
+        "runtime": config_lib.runtime(config),
+        "commit": code_commit(),
+    }
+    path = workdir / "config.json"
+    if storage.exists(path):
+        saved = read_config(workdir)
+        for name in ("runtime", "commit"):
+            for where, old, new in config_lib.differences(saved.get(name), body[name], name):
+                print(f"goes on with another {where}: it was {old}, now {new}", flush=True)
+    storage.write_whole(path, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+
+
+def read_config(workdir: epath.Path) -> dict[str, Any]:
+    """What config.json holds; ValueError where it is damaged or of another schema."""
+    path = workdir / "config.json"
+    way_out = "restore it, or take another workdir"
+    body = read_json(path, ("schema", "identity", "runtime"), way_out)
+    if body["schema"] != config_lib.SCHEMA:
+        raise ValueError(
+            f"{path} has schema {body['schema']!r}, this program reads {config_lib.SCHEMA}: use "
+            "the program that wrote it"
+        )
+    return body
+
+
+def begun_as(workdir: epath.Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity in config.json. Where it says nothing of templates, they are those `asked`."""
+    return {"templates": asked["templates"], **read_config(workdir)["identity"]}
+
+
+def finished(workdir: epath.Path, config: config_lib.RunConfig) -> dict[str, Any] | None:
+    """The summary of a run whose stages are those of `config`, None where it is not finished.
+
+    Its table may compare others than `config` asks for.
+    """
+    if not storage.exists(workdir / "summary.json"):
+        return None
+    summary = read_summary(workdir)
+    asked = [s.name for s in config.stages]
+    same = set(summary["stages"]) == set(asked) and all(is_done(workdir, n) for n in asked)
+    return summary if same else None
+
+
+def read_summary(workdir: epath.Path) -> dict[str, Any]:
+    """What summary.json holds; ValueError where it is damaged."""
+    way_out = "delete it, and the run's command writes it anew from the records"
+    return read_json(workdir / "summary.json", ("metrics", "stages"), way_out)
+
+
+def is_done(workdir: epath.Path, stage: str) -> bool:
+    """Whether the stage has finished."""
+    return storage.exists(workdir / "records" / stage / "stage.json")
+
+
+def has_begun(workdir: epath.Path, stage: str) -> bool:
+    """Whether anything that the stage wrote counts: a checkpoint, a part of its records."""
+    saved = storage.list_names(workdir / "checkpoints" / stage / "steps", "[0-9]*")
+    steps = [name for name in saved if name.isdecimal()]
+    return (
+        bool(steps)
+        or bool(storage.Parts(workdir / "records" / stage).names())
+        or is_done(workdir, stage)
+    )
+
+
+def _forget_refused_probes(workdir: epath.Path, saved: Any, done: Sequence[str]) -> None:
+    """A probe that has not passed keeps nothing, so that its settings may change."""
+    for stage in saved["stages"]:
+        if stage["kind"] == "probe" and stage["name"] not in done:
+            storage.remove_folder(workdir / "records" / stage["name"])
+
+
+def restart(workdir: epath.Path, stage: str) -> None:
+    """Delete what a stage and those after it wrote; they then run anew, with any settings.
+
+    ValueError where the run has no such stage.
+    """
+    if not storage.exists(workdir / "config.json"):
+        raise ValueError(f"--restart_stage={stage}: {workdir} holds no run yet; leave the flag out")
+    names = [s["name"] for s in read_config(workdir)["identity"]["stages"]]
+    if stage not in names:
+        near = difflib.get_close_matches(stage, names, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f", which has {names}"
+        raise ValueError(f"--restart_stage={stage} is no stage of the run in {workdir}{hint}")
+    gone = names[names.index(stage) :]
+    storage.remove(workdir / "summary.json")
+    for name in reversed(gone):  # killed at any moment, what is left is a run that goes on
+        storage.remove(workdir / "records" / name / "stage.json")
+        for folder in ("checkpoints", "records", "metrics", "tensorboard"):
+            storage.remove_folder(workdir / folder / name)
+        storage.remove_folder(workdir / "records" / f"{name}{autolabel.UNDECIDED}")
+    lines = workdir / "metrics.jsonl"
+    if storage.exists(lines):
+        rows = storage.read_bytes(lines).decode().splitlines()
+        kept = [row for row in rows if json.loads(row)["stage"] not in gone]
+        storage.write_whole(lines, "".join(f"{row}\n" for row in kept).encode())
+    print(f"restarting at {stage}: dropped what {', '.join(gone)} wrote", flush=True)
+
+
+def run_tokenizer(workdir: epath.Path, config: config_lib.RunConfig) -> tokenizer_lib.Tokenizer:
+    """The run's tokenizer: its copy of the one given, or trained on its input the first time."""
+    settings = config.tokenizer
+    if settings.directory:
+        return inputs.read_tokenizer(workdir)
+    return inputs.make_tokenizer(
+        workdir, settings.vocab_size, settings.whole_phrases, settings.max_texts
+    )
+
+
+def read_json(path: epath.Path, fields: Sequence[str], way_out: str) -> dict[str, Any]:
+    """The JSON object in a file, which holds `fields`; a ValueError ends with the `way_out`.
+
+    FileNotFoundError where there is no file.
+    """
+    data = storage.read_bytes(path)
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({len(data)} bytes that are no JSON: {error}); {way_out}"
+        ) from error
+    missing = [f for f in fields if not isinstance(body, dict) or f not in body]
+    if missing:
+        raise ValueError(f"{path} is damaged (it has no field {missing[0]!r}); {way_out}")
+    return body
+
+
+def code_commit() -> str:
+    """The commit of the code that runs, `-dirty` where a tracked file differs, or `unknown`.
+
+    Asked of git in a checkout, else of what pip noted down when it installed from one.
+    """
+    root = pathlib.Path(mathv2_jax.__file__).resolve().parents[1]
+    if (root / ".git").exists():
+        words = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
+        try:
+            told = subprocess.run(
+                ["git", "--no-optional-locks", "-C", str(root), *words],
+                capture_output=True,
+                text=True,
+                timeout=30,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return "unknown"
+        return told.stdout.strip() if told.returncode == 0 else "unknown"
+    try:
+        noted = importlib.metadata.distribution("mathv2_jax").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+    return json.loads(noted or "{}").get("vcs_info", {}).get("commit_id", "unknown")
