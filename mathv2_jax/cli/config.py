@@ -18,6 +18,7 @@ import ml_collections
 from mathv2_jax import roles
 from mathv2_jax.cli import inputs
 from mathv2_jax.cli import overrides as overrides_lib
+from mathv2_jax.cli import start as start_lib
 from mathv2_jax.model import moe
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.rollout import engine
@@ -75,7 +76,8 @@ class RunConfig:
     """A whole run. `before` and `after` name the answer stages that the result table compares;
     both empty: there is no table.
 
-    `real` says how the files in the folder `data` are used; the world needs neither.
+    `real` says how the files in the folder `data` are used; the world needs neither. `start` is a
+    folder that mathv2-convert --from_hf wrote: the run trains that model, not a fresh one.
     """
 
     seed: int
@@ -89,6 +91,7 @@ class RunConfig:
     before: str
     after: str
     real: inputs.RealConfig | None = None
+    start: str = ""
     router_bias_rate: float = 1e-3
     runtime: run_lib.RuntimeConfig = dataclasses.field(default_factory=run_lib.RuntimeConfig)
 
@@ -151,6 +154,9 @@ def build(
     In the file, `stages` is the recipe, a tuple of names, and `stage.NAME` holds each one's fields.
     """
     body = overrides_lib.apply(config.to_dict(), overrides)
+    if body.get("start"):
+        _convert(str, body["start"], "config.start")
+        body = start_lib.complete(body)
     if isinstance(body.get("model"), dict) and isinstance(body.get("tokenizer"), dict):
         if body["tokenizer"].get("directory") and "vocab_size" not in body["model"]:
             raise ValueError(
@@ -267,14 +273,17 @@ def _stage(name: str, body: Any, others: Mapping[str, Any]) -> iterate.Stage:
 def identity(config: RunConfig) -> dict[str, Any]:
     """What is computed, as JSON data: everything but the runtime fields.
 
-    `templates` are the fingerprints of the prompts, whose files may change under one name.
+    `templates` are the fingerprints of the prompts, whose files may change under one name, and
+    `start` has that of the variables; it is there only where the run starts from a folder.
     """
     loaded = prompts.load(config.roles.templates)
     body = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
-        if field.name not in ("runtime", "stages")
+        if field.name not in ("runtime", "stages", "start")
     }
+    if config.start:
+        body["start"] = {"folder": config.start, "weights": start_lib.weights(config.start)}
     body["stages"] = [
         {"kind": next(k for k, (t, _) in iterate.KINDS.items() if t is type(s)), **_plain(s)}
         for s in config.stages

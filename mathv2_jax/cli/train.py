@@ -26,6 +26,7 @@ from mathv2_jax import evaluation, metrics, records, roles, sharding, storage
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.cli import shell, table
+from mathv2_jax.cli import start as start_lib
 from mathv2_jax.cli import workdir as workdir_lib
 from mathv2_jax.model import transformer
 from mathv2_jax.rl import learner
@@ -230,6 +231,7 @@ def make_run(
         runtime=config.runtime,
         router_bias_rate=config.router_bias_rate,
         should_stop=should_stop,
+        start=start_lib.locate(config.start) if config.start else None,
     )
     size = transformer.num_parameters(
         transformer.boxed_abstract(run.trunk.config, run.trunk.kernels)

@@ -110,16 +110,28 @@ def locate(path: epath.Path, stage: str | None = None, step: int | None = None) 
             f"{path} holds no config.json: give a folder made by mathv2-convert or the workdir of "
             "mathv2-train"
         )
-    body = json.loads(storage.read_bytes(path / "config.json"))
-    if "identity" in body:
+    try:
+        body = json.loads(storage.read_bytes(path / "config.json"))
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'} is damaged: {error}") from error
+    if isinstance(body, dict) and "identity" in body:
         return _locate_in_run(path, body["identity"], stage, step)
-    if body.get("schema") != SCHEMA or "model" not in body:
+    if not isinstance(body, dict) or {"schema", "model", "tokens"} - set(body):
         raise ValueError(f"{path / 'config.json'} is neither mathv2-convert's nor mathv2-train's")
+    if body["schema"] != SCHEMA:
+        raise ValueError(
+            f"{path / 'config.json'} has schema {body['schema']!r}, this program reads {SCHEMA}: "
+            "use the program that wrote it"
+        )
     if stage is not None:
         raise ValueError(f"{path} is an imported model: it has no stages, so none is {stage!r}")
     tokenizer = path / TOKENIZER
+    try:
+        config = ModelConfig(**body["model"])
+    except TypeError as error:  # a field that this program does not have, or one too few
+        raise ValueError(f"{path / 'config.json'} has another program's model: {error}") from error
     return Trained(
-        config=ModelConfig(**body["model"]),
+        config=config,
         checkpoints=path / CHECKPOINTS,
         steps=_steps(path / CHECKPOINTS, step),
         prefix="",

@@ -12,7 +12,9 @@ from jax.sharding import Mesh
 from mathv2_jax import checkpoint, records, roles, sharding, storage
 from mathv2_jax import metrics as metrics_lib
 from mathv2_jax.data import sources
+from mathv2_jax.hf import folder
 from mathv2_jax.model import transformer
+from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.rl import learner as learner_lib
 from mathv2_jax.rollout import decode, engine
 from mathv2_jax.text import tokenizer as tokenizer_lib
@@ -48,7 +50,10 @@ class RuntimeConfig:
 
 @dataclasses.dataclass(kw_only=True)
 class Run:
-    """The context of a run. Stages take it and their own config, and see only files beside it."""
+    """The context of a run. Stages take it and their own config, and see only files beside it.
+
+    The fresh variables are drawn, or those of the imported model `start`.
+    """
 
     workdir: epath.Path
     seed: int
@@ -60,6 +65,7 @@ class Run:
     runtime: RuntimeConfig
     router_bias_rate: float
     should_stop: Callable[[], bool] = lambda: False
+    start: folder.Trained | None = None
 
     def __post_init__(self):
         programs = decode.Programs(self.trunk.config, self.trunk.kernels)
@@ -111,18 +117,15 @@ class Run:
 
     def variables(self, stage: str) -> transformer.Variables:
         """The variables that a finished stage left, or the fresh ones."""
-        boxed = transformer.boxed_abstract(self.trunk.config, self.trunk.kernels)
-        shardings = sharding.shardings_for(boxed, self.mesh)
+        if stage == FRESH and self.start is not None:
+            return self._imported(self.start)
+        abstract = self._abstract(self.trunk.config)
         if stage == FRESH:
+            shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
             key = jax.random.key(self.seed_for("init") % 2**32)
             return jax.device_put(
                 transformer.init(self.trunk.config, key, self.trunk.kernels), shardings
             )
-        abstract = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            transformer.unboxed(boxed),
-            shardings,
-        )
         with checkpoint.Checkpoints(self._final(stage), keep=1) as saved:
             found = saved.restore(abstract)
         if found is None:
@@ -131,6 +134,29 @@ class Run:
                 "finished, or they were removed; take records/NAME/stage.json away to run it again"
             )
         return found[0]
+
+    def _abstract(self, config: ModelConfig) -> transformer.Variables:
+        """Shapes, dtypes and shardings of a model's variables on the run's mesh."""
+        boxed = transformer.boxed_abstract(config, self.trunk.kernels)
+        return jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            transformer.unboxed(boxed),
+            sharding.shardings_for(boxed, self.mesh),
+        )
+
+    def _imported(self, start: folder.Trained) -> transformer.Variables:
+        """Those of `start`, read shard by shard, in the run's dtypes."""
+        wanted = self._abstract(self.trunk.config)
+        dtype = start.config.param_dtype
+        stored = self._abstract(dataclasses.replace(self.trunk.config, param_dtype=dtype))
+        with checkpoint.Checkpoints(start.checkpoints) as saved:
+            found = saved.restore(stored, start.steps[0])
+        assert found is not None, f"{start.checkpoints} had step {start.steps[0]}"
+        leaves, structure = jax.tree.flatten(found[0])
+        del found  # so that each leaf gives way to its cast
+        for place, leaf in enumerate(jax.tree.leaves(wanted)):
+            leaves[place] = leaves[place].astype(leaf.dtype)
+        return jax.tree.unflatten(structure, leaves)
 
     def keep_variables(self, stage: str, variables: transformer.Variables, step: int) -> None:
         """Leave a stage's result for later stages; returns when it is on disk."""
