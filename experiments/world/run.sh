@@ -7,5 +7,9 @@ workdir="${1:-runs/world}"
 here=experiments/world
 runs="$workdir/world-seed0,$workdir/world-seed1,$workdir/world-seed2"
 .venv/bin/python experiments/run_sweep.py --sweep=configs/sweeps/world.py --workdir="$workdir"
-.venv/bin/python experiments/arms.py --workdirs="$runs" --arms=after-fixed,after-loop --out="$here/result.json"
-.venv/bin/python experiments/arms.py --workdirs="$runs" --arms=after-1,after-fixed,after-loop,after-score
+.venv/bin/python experiments/arms.py --workdirs="$runs" --arms=after-alone,after-fixed,after-loop --out="$here/loop.json"
+.venv/bin/python experiments/arms.py --workdirs="$runs" --arms=after-1,after-score --out="$here/meta.json"
+for seed in 0 1 2; do
+  .venv/bin/python experiments/curves.py --workdir="$workdir/world-seed$seed" \
+    --stages=generator-1,alone-2,loop-2 --out="$here/curve-seed$seed.json"
+done

@@ -113,12 +113,16 @@ def test_restarting_a_finished_stage_takes_those_after_it_along(workdir):
 
 
 def test_the_first_interrupt_asks_and_the_second_ends_at_once():
-    usual = signal.getsignal(signal.SIGINT)
-    with train._asked_to_stop() as asked:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert asked == [signal.SIGINT]
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is usual
+    # A shell starts what runs in its background with SIGINT ignored; so may these tests have been.
+    outside = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with train._asked_to_stop() as asked:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert asked == [signal.SIGINT]
+            assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, outside)
 
 
 def test_a_run_that_is_asked_to_stop_while_it_writes_its_input_leaves_with_75_and_no_lease(workdir):
