@@ -22,10 +22,9 @@ from absl import flags
 from etils import epath
 
 from mathv2_jax import evaluation, records, storage
+from mathv2_jax.cli import shell
 from mathv2_jax.data import sources
 from mathv2_jax.world import judge
-
-FINISHED, BAD_INPUT = 0, 2
 
 Measured = Mapping[str, evaluation.Ratio]
 
@@ -125,14 +124,8 @@ def main(argv: Sequence[str]) -> int:
     """Usage and input errors are one line and exit code 2."""
     asked = make_flags()
     try:
-        if "--help" in argv:
-            print(f"{__doc__}{asked.get_help()}")
-            return FINISHED
-        rest = asked(argv)[1:]
-        if rest or not asked.workdirs or not asked.arms:
-            raise ValueError(
-                "--workdirs=DIR,... and --arms=STAGE,... must be given, and flags only"
-            )
+        if not shell.read_flags(asked, argv, __doc__, ("workdirs", "arms")):
+            return shell.FINISHED
         arms = asked.arms
         if len(set(arms)) < len(arms):
             raise ValueError(f"--arms={','.join(arms)}: name each arm once")
@@ -141,12 +134,12 @@ def main(argv: Sequence[str]) -> int:
         result = compare(seeds, arms)
     except (ValueError, flags.Error) as error:
         print(f"arms: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return shell.BAD_INPUT
     print(render(result, arms))
     if asked.out:
         body = {"arms": arms, "seeds": len(seeds), "metrics": result}
         storage.write_whole(asked.out, (json.dumps(body, indent=1) + "\n").encode())
-    return FINISHED
+    return shell.FINISHED
 
 
 if __name__ == "__main__":

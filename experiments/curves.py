@@ -24,11 +24,11 @@ from absl import flags
 from etils import epath
 
 from mathv2_jax import evaluation, records, reward, roles, storage
+from mathv2_jax.cli import shell
 from mathv2_jax.data import sources
 from mathv2_jax.text import parse
 from mathv2_jax.world import judge
 
-FINISHED, BAD_INPUT = 0, 2
 SCHEMA = 1
 SCORES = {"true_score": "true", "verifier_score": "verifier", "self_score": "generator itself"}
 CURVES = ("parsed", *SCORES, "verifier_minus_true", "proof_characters")
@@ -173,18 +173,14 @@ def main(argv: Sequence[str]) -> int:
     """Usage errors are one line and exit code 2."""
     asked = make_flags()
     try:
-        if "--help" in argv:
-            print(f"{__doc__}{asked.get_help()}")
-            return FINISHED
-        rest = asked(argv)[1:]
-        if rest or not asked.workdir or not asked.stages:
-            raise ValueError("--workdir=DIR and --stages=NAME,NAME must be given, and flags only")
+        if not shell.read_flags(asked, argv, __doc__, ("workdir", "stages")):
+            return shell.FINISHED
         if asked.out and not asked.out.endswith(".json"):
             raise ValueError(f"--out={asked.out}: the curves are JSON, name a file .json")
         stages = {stage: curves(read_stage(asked.workdir, stage)) for stage in asked.stages}
     except (ValueError, flags.Error) as error:
         print(f"curves: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return shell.BAD_INPUT
     for stage, rows in stages.items():
         print(f"{stage}\n{render(rows)}\n")
     if asked.out:
@@ -193,7 +189,7 @@ def main(argv: Sequence[str]) -> int:
         storage.write_whole(out, body.encode())
         if storage.is_local(out):
             draw(stages, out.removesuffix(".json") + ".png")
-    return FINISHED
+    return shell.FINISHED
 
 
 if __name__ == "__main__":

@@ -33,11 +33,10 @@ from etils import epath
 from mathv2_jax import evaluation, storage
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import overrides as overrides_lib
-from mathv2_jax.cli import table
+from mathv2_jax.cli import shell, table
 from mathv2_jax.cli import workdir as workdir_lib
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FINISHED, FAILED, BAD_INPUT, PREEMPTED = 0, 1, 2, 75
 SCHEMA = 1
 SIDES = ("before", "after", "difference")
 
@@ -139,8 +138,8 @@ def run_commands(commands: Mapping[str, Sequence[str]]) -> dict[str, int]:
             running.clear()
             if codes[name]:
                 print(f"{name}: exit code {codes[name]}", file=sys.stderr, flush=True)
-            if codes[name] == PREEMPTED or asked:
-                codes[name] = PREEMPTED
+            if codes[name] == shell.PREEMPTED or asked:
+                codes[name] = shell.PREEMPTED
                 break
     finally:
         for number, handler in before.items():
@@ -265,32 +264,28 @@ def main(argv: Sequence[str]) -> int:
     """Usage errors are one line and exit code 2."""
     asked = make_flags()
     try:
-        if "--help" in argv:
-            print(f"{__doc__}{asked.get_help()}")
-            return FINISHED
-        rest = asked(argv)[1:]
-        if rest or not asked.sweep or not (asked.workdir or "").strip():
-            raise ValueError("--sweep=FILE and --workdir=DIR must be given, and flags only")
+        if not shell.read_flags(asked, argv, __doc__, ("sweep", "workdir")):
+            return shell.FINISHED
         entries = load(asked.sweep)
         chosen = choose(entries, asked.only)
     except (ValueError, FileNotFoundError, flags.Error) as error:
         print(f"run_sweep: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return shell.BAD_INPUT
     if asked.print:
         print("\n".join(shlex.join(e.command(asked.workdir)) for e in chosen))
-        return FINISHED
+        return shell.FINISHED
     workdir = asked.workdir
     if storage.is_local(workdir):
         workdir = os.path.abspath(os.path.expanduser(workdir))
     codes = run_commands({e.name: e.command(workdir, sys.executable) for e in chosen})
     failed = {name: code for name, code in codes.items() if code}
     report(entries, workdir, asked.sweep)
-    if PREEMPTED in failed.values():
+    if shell.PREEMPTED in failed.values():
         print("preempted: the same command goes on from here", file=sys.stderr)
-        return PREEMPTED
+        return shell.PREEMPTED
     for name, code in failed.items():
         print(f"failed: {name} with exit code {code}", file=sys.stderr)
-    return FAILED if failed else FINISHED
+    return shell.FAILED if failed else shell.FINISHED
 
 
 if __name__ == "__main__":

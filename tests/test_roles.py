@@ -81,29 +81,9 @@ def test_a_lost_vote_is_no_vote():
     assert roles.votes([roles.understand(ROLES.verifier, a) for a in answers]) == [1.0, 0.5]
 
 
-def test_a_samples_record_says_what_became_of_the_response():
-    opinion = roles.understand(ROLES.verifier, response("hm", final=VERDICTS[0.5]))
-    sample = roles.make_sample(
-        opinion,
-        id="1",
-        role="verifier",
-        stage="rl",
-        step=4,
-        problem_id="p",
-        target="t",
-        index=2,
-        statement="s",
-        proof="y",
-        analysis="",
-    )
-    assert (sample.text, sample.score, sample.outcome) == (VERDICTS[0.5], 0.5, Outcome.PARSED)
-    assert (sample.num_tokens, sample.checkpoint, sample.finish) == (3, "rl@3", Finish.STOP)
-    assert sample.thinking is None and "thinking" not in records.to_json(sample)
-
-
-def test_what_was_thought_is_kept_beside_the_final_text():
-    answer = dataclasses.replace(response(VERDICTS[0.5]), thinking_text="Is it?")
-    sample = roles.make_sample(
+def sample_of(answer):
+    """The record of an analysis of statement s and proof y."""
+    return roles.make_sample(
         roles.understand(ROLES.verifier, answer),
         id="1",
         role="verifier",
@@ -116,6 +96,18 @@ def test_what_was_thought_is_kept_beside_the_final_text():
         proof="y",
         analysis="",
     )
+
+
+def test_a_samples_record_says_what_became_of_the_response():
+    sample = sample_of(response("hm", final=VERDICTS[0.5]))
+    assert (sample.text, sample.score, sample.outcome) == (VERDICTS[0.5], 0.5, Outcome.PARSED)
+    assert (sample.num_tokens, sample.checkpoint, sample.finish) == (3, "rl@3", Finish.STOP)
+    assert sample.thinking is None and "thinking" not in records.to_json(sample)
+
+
+def test_what_was_thought_is_kept_beside_the_final_text():
+    answer = dataclasses.replace(response(VERDICTS[0.5]), thinking_text="Is it?")
+    sample = sample_of(answer)
     assert (sample.thinking, sample.text) == ("Is it?", VERDICTS[0.5])
     assert records.from_json(records.Sample, records.to_json(sample)) == sample
 

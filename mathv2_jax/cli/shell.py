@@ -1,6 +1,7 @@
 """What the commands share towards the shell: exit codes, and whose fault an error is."""
 
 import os
+from collections.abc import Sequence
 
 from absl import flags
 from etils import epath
@@ -23,3 +24,22 @@ def is_of_input(error: BaseException) -> bool:
 def absolute(path: str) -> epath.Path:
     """A folder named on the command line, local (relative to where it was given) or gs://."""
     return epath.Path(os.path.abspath(os.path.expanduser(path)) if storage.is_local(path) else path)
+
+
+def read_flags(
+    asked: flags.FlagValues, argv: Sequence[str], doc: str | None, required: Sequence[str]
+) -> bool:
+    """Parses a program's own flags; False where --help was asked for, which is then printed.
+
+    ValueError where an argument is no flag, or one of the `required` flags is missing or empty.
+    """
+    if "--help" in argv:
+        print(f"{doc}{asked.get_help()}")
+        return False
+    rest = asked(argv)[1:]
+    if rest:
+        raise ValueError(f"unexpected argument {rest[0]!r}: every setting is a --flag")
+    missing = [n for n in required if not "".join(asked[n].value or "").strip()]
+    if missing:
+        raise ValueError(f"{', '.join(f'--{n}=...' for n in missing)} must be given")
+    return True

@@ -84,7 +84,7 @@ def test_differences_are_paired_within_a_seed_and_pooled_over_seeds(tmp_path, ca
         (["--workdirs=a,b,a", "--arms=old"], "a and a both have seed 0"),
         (["--workdirs=a,same", "--arms=old"], "a and same both have seed 0"),
         (["--workdirs=a,c", "--arms=old"], "a and c differ in more than the seed, in config.world"),
-        (["--workdirs=a", "--arms=old", "more"], "flags only"),
+        (["--workdirs=a", "--arms=old", "more"], "unexpected argument 'more'"),
         (["--workdir=x"], "Unknown command line flag 'workdir'"),
     ],
 )

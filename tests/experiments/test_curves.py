@@ -6,6 +6,7 @@ import pytest
 
 from experiments import curves
 from mathv2_jax import records, roles, storage
+from mathv2_jax.cli import shell
 from mathv2_jax.records import Finish, Outcome
 from mathv2_jax.text import parse
 
@@ -118,7 +119,7 @@ def test_the_curves_of_a_stage_are_read_from_its_records(workdir, monkeypatch, c
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as where it is not installed
     out = workdir / "curve.json"
     flags = [f"--workdir={workdir}", "--stages=gen", f"--out={out}"]
-    assert curves.main(["", *flags]) == curves.FINISHED
+    assert curves.main(["", *flags]) == shell.FINISHED
     rows = json.loads(out.read_text())["stages"]["gen"]
     assert [row["n"] for row in rows] == [1, 1]
     assert [row["true_score"]["mean"] for row in rows] == [1.0, 0.0]
@@ -140,7 +141,7 @@ def test_the_curves_of_a_stage_are_read_from_its_records(workdir, monkeypatch, c
 )
 def test_stages_without_proofs_and_bad_usage_are_one_line(workdir, capsys, stages, out, message):
     flags = [f"--workdir={workdir}", f"--stages={stages}", f"--out={workdir / out}"]
-    assert curves.main(["", *flags]) == curves.BAD_INPUT
+    assert curves.main(["", *flags]) == shell.BAD_INPUT
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (workdir / out).exists()

@@ -10,7 +10,7 @@ import pytest
 from experiments import run_sweep
 from mathv2_jax import evaluation
 from mathv2_jax.cli import config as config_lib
-from mathv2_jax.cli import overrides
+from mathv2_jax.cli import overrides, shell
 
 SMOKE = "configs/smoke.py"
 SEEDS = str(run_sweep.ROOT / "configs" / "sweeps" / "seeds.py")
@@ -38,7 +38,7 @@ def test_the_committed_sweep_is_one_config_at_three_seeds():
 def test_a_typo_in_the_last_entry_is_found_before_anything_runs(write_sweep, tmp_path, capsys):
     path = write_sweep({"good": [], "bad": ["config.stage.sft.sft.stepps=3"]})
     workdir = tmp_path / "runs"
-    assert run_sweep.main(["", f"--sweep={path}", f"--workdir={workdir}"]) == run_sweep.BAD_INPUT
+    assert run_sweep.main(["", f"--sweep={path}", f"--workdir={workdir}"]) == shell.BAD_INPUT
     error = capsys.readouterr().err
     assert "entry 'bad'" in error and "did you mean config.stage.sft.sft.steps?" in error
     assert not workdir.exists()
@@ -62,7 +62,7 @@ def test_a_sweep_that_cannot_be_run_names_the_entry_and_the_rule(write_sweep, en
 
 def test_a_name_that_no_entry_has_is_answered_with_the_nearest(capsys):
     flags = [f"--sweep={SEEDS}", "--workdir=runs", "--only=quick-seed0,quick-sed1"]
-    assert run_sweep.main(["", *flags]) == run_sweep.BAD_INPUT
+    assert run_sweep.main(["", *flags]) == shell.BAD_INPUT
     assert "did you mean 'quick-seed1'?" in capsys.readouterr().err
 
 
@@ -76,7 +76,7 @@ def test_printed_commands_are_quoted_for_a_shell_and_follow_the_order_of_the_swe
     path = write_sweep({"b": [data], "a": ["config.seed=7"], "c": []})
     workdir = tmp_path / "two words"
     flags = [f"--sweep={path}", f"--workdir={workdir}", "--only=a,b", "--print"]
-    assert run_sweep.main(["", *flags]) == run_sweep.FINISHED
+    assert run_sweep.main(["", *flags]) == shell.FINISHED
     program = ["python", "-m", "mathv2_jax.cli.train", f"--config={SMOKE}"]
     assert [shlex.split(line) for line in capsys.readouterr().out.splitlines()] == [
         [*program, f"--workdir={workdir}/b", f"--{data}"],
@@ -118,7 +118,7 @@ time.sleep(20)
     handler = signal.getsignal(signal.SIGTERM)
     codes = run_sweep.run_commands({"a": [sys.executable, "-c", saves], "b": exits(0)})
     asking.join()
-    assert codes == {"a": run_sweep.PREEMPTED}
+    assert codes == {"a": shell.PREEMPTED}
     assert (tmp_path / "saved").exists()
     assert signal.getsignal(signal.SIGTERM) is handler
 
@@ -127,7 +127,7 @@ def test_an_entry_that_fails_is_named_with_its_exit_code(write_sweep, tmp_path, 
     overrides = [f"config.data={tmp_path / 'none'}"]
     path = write_sweep({"real": overrides}, config="configs/olympiad.py")
     workdir = tmp_path / "runs"
-    assert run_sweep.main(["", f"--sweep={path}", f"--workdir={workdir}"]) == run_sweep.FAILED
+    assert run_sweep.main(["", f"--sweep={path}", f"--workdir={workdir}"]) == shell.FAILED
     assert "failed: real with exit code 2" in capfd.readouterr().err
     assert json.loads((workdir / "results.json").read_text())["entries"] == {}
 
