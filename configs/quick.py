@@ -20,11 +20,11 @@ def model() -> dict:
         width=64,
         num_layers=4,
         num_dense_layers=1,
-        num_heads=2,
+        num_heads=4,
         kv_latent_width=64,
         head_key_width=32,
-        head_rope_width=16,
-        head_value_width=32,
+        head_rope_width=8,
+        head_value_width=16,
         dense_width=128,
         expert_width=32,
         num_experts=8,
@@ -57,11 +57,11 @@ def get_config() -> ml_collections.ConfigDict:
         templates="world",
         generator=dict(max_tokens=80),
         verifier=dict(max_tokens=56),
-        meta_verifier=dict(max_tokens=20),
+        meta_verifier=dict(max_tokens=56),
     )
-    c.engine = dict(rows=128, prompt_buckets=(72, 128), answer_buckets=(20, 56, 80))
+    c.engine = dict(rows=128, prompt_buckets=(72, 128), answer_buckets=(56, 80))
     rl = dict(groups=16, samples=8, rows=8, row_length=480, optimizer=adam(5e-4, warmup_steps=3))
-    drills = dict(steps=300, rows=4, row_length=256, optimizer=adam(2e-3))
+    drills = dict(steps=300, rows=4, row_length=256, optimizer=adam(3e-3, warmup_steps=30))
     cold = dict(steps=1_000, rows=8, row_length=256, optimizer=adam(2e-3, final_share=0.1))
     again = dict(steps=60, rows=8, row_length=256, optimizer=adam(3e-4))
     rule = dict(num_analyses=4, num_meta=1, num_valid=2)

@@ -18,5 +18,7 @@ fi
 workdir="${1:-$ROOT/runs/quick}"
 
 make_environment package
+# Arrays in huge pages: a sixth less time on Linux CPUs (README, "Use"). Other systems ignore it.
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 say "training configs/quick.py in $workdir"
 exec "$VENV/bin/mathv2-train" --config="$ROOT/configs/quick.py" --workdir="$workdir" "${@:2}"

@@ -268,7 +268,7 @@ def make_demonstrations(
             made.append(_demonstration("verifier", record, user, analysis.text, (proof.id,)))
         else:
             body, quality = demonstrations.write_meta_body(
-                author.rng, true_quality(analysis), config.writers
+                author.rng, proof.statement, proof.text, true_quality(analysis), config.writers
             )
             user = prompts.fill(
                 templates.meta_verifier,

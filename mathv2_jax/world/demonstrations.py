@@ -223,18 +223,31 @@ def _invented(rng: random.Random, num_steps: int, taken: set[int]) -> list[judge
 
 def write_meta_body(
     rng: random.Random,
+    statement: str,
+    proof: str,
     analysis: judge.AnalysisVerdict,
     rates: WriterRates,
 ) -> tuple[str, float]:
-    """A meta-analyst's body and rating: each named issue in turn, then the score."""
+    """A meta-analyst's body and rating: each named issue looked up anew, then the score.
+
+    What a line cites is true, or fits the misjudgement.
+    """
+    steps, problem = judge.judge_proof(statement, proof).steps, problems.parse_statement(statement)
+    assert steps is not None, "analysts read well-formed proofs only"
+    lookups = judge.look_up(problem, steps)
     lines: list[str] = []
     num_false, follows = 0, analysis.score_follows
     for issue in analysis.named:
-        false = issue in analysis.false
+        false, cited = issue in analysis.false, lookups
         if rng.random() < rates.misjudge:
             false = not false
+            cited = [
+                _fitting(rng, problem, number, lookup, None if false else issue.fault)
+                for number, lookup in enumerate(lookups, start=1)
+            ]
         num_false += false
-        lines.append(f"{issue.place}: {'not real' if false else 'real'}")
+        finding = NOT_REAL if false else REAL
+        lines.append(judge.write_line(problem, steps, cited, issue.step, finding))
     if not analysis.named:
         lines.append("No issue is named")
     if rng.random() < rates.misjudge:
@@ -250,9 +263,10 @@ def write_meta_body(
     return "\n".join(lines), quality
 
 
+REAL, NOT_REAL = "real", "not real"
 META_PHRASES = (
-    " real",
-    " not real",
+    f": {REAL}",
+    f": {NOT_REAL}",
     "No issue is named",
     "The score",
     " follows",

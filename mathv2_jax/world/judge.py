@@ -183,13 +183,23 @@ def write_analysis_body(
 ) -> str:
     """One line a step with its citations and finding, then the goal's."""
     findings = {i.step: i.fault.value for i in issues}
-    lines = [
-        f"Step {n}: {step}{lookup}: {findings.get(n, HOLDS)}"
-        for n, (step, lookup) in enumerate(zip(steps, lookups, strict=True), start=1)
-    ]
-    reached = findings.get(NO_STEPS, REACHED)
-    lines.append(f"Goal {problem.goal}, shown {steps[-1].conclusion}: {reached}")
-    return "\n".join(lines)
+    numbers = range(1, len(steps) + 1)
+    lines = [write_line(problem, steps, lookups, n, findings.get(n, HOLDS)) for n in numbers]
+    goal = write_line(problem, steps, lookups, NO_STEPS, findings.get(NO_STEPS, REACHED))
+    return "\n".join([*lines, goal])
+
+
+def write_line(
+    problem: problems.WorldProblem,
+    steps: tuple[problems.Rule, ...],
+    lookups: Sequence[Lookup],
+    number: int,
+    finding: str,
+) -> str:
+    """The line about one step (from 1), or about the goal where `number` is NO_STEPS."""
+    if number == NO_STEPS:
+        return f"Goal {problem.goal}, shown {steps[-1].conclusion}: {finding}"
+    return f"Step {number}: {steps[number - 1]}{lookups[number - 1]}: {finding}"
 
 
 _FINDINGS = "|".join([HOLDS, *(f.value for f in Fault if f is not Fault.NO_GOAL)])

@@ -206,17 +206,28 @@ def test_an_analyst_is_given_well_formed_proofs_only():
 # Meta-analyses.
 
 
+def meta_analysed(rates, number):
+    """(problem, verdict on a proof, that on an analysis, lines and rating of a meta-analysis)."""
+    rng, made = random.Random(1), []
+    for problem, verdict, _, _, found in analysed(VARIED, number):
+        proof = judge.write_proof(verdict.steps)
+        body, quality = demonstrations.write_meta_body(rng, str(problem), proof, found, rates)
+        made.append((problem, verdict, found, body.split("\n"), quality))
+    return made
+
+
 def test_a_meta_analyst_that_never_errs_rates_as_the_judge_does():
-    rng, seen = random.Random(0), set()
-    for *_, found in analysed(VARIED, 2000)[:800]:
-        body, quality = demonstrations.write_meta_body(rng, found, FLAWLESS)
+    seen = set()
+    for problem, verdict, found, (*issues, last), quality in meta_analysed(FLAWLESS, 800):
         assert quality == found.quality
-        *issues, last = body.split("\n")
-        if found.named:
-            real = ["not real" if i in found.false else "real" for i in found.named]
-            assert issues == [f"{i.place}: {r}" for i, r in zip(found.named, real, strict=True)]
-        else:
-            assert issues == ["No issue is named"]
+        lookups = judge.look_up(problem, verdict.steps)
+        expected = [
+            judge.write_line(
+                problem, verdict.steps, lookups, i.step, "not real" if i in found.false else "real"
+            )
+            for i in found.named
+        ]
+        assert issues == (expected or ["No issue is named"])
         assert (last == "The score follows") == found.score_follows
         seen.add((bool(found.named), quality))
     assert seen == {(True, 0.0), (True, 0.5), (True, 1.0), (False, 0.5), (False, 1.0)}
@@ -229,14 +240,16 @@ def test_a_meta_analyst_lowers_an_analysis_that_misdescribes_a_real_issue():
     body = "Step 1: holds\nStep 2: has no support\nGoal: reached"  # it skips a step
     found = judge.judge_analysis(statement, skips, body, 0.0)
     assert (found.false, found.score_follows, found.quality) == ((), True, 0.5)
-    assert demonstrations.write_meta_body(random.Random(0), found, FLAWLESS)[1] == 0.5
+    rng = random.Random(0)
+    assert demonstrations.write_meta_body(rng, statement, skips, found, FLAWLESS) == (
+        "Step 2: C implies D (3) and C from (2): real\nThe score follows",
+        0.5,
+    )
 
 
 def test_a_meta_analyst_errs_as_often_as_stated():
-    rng = random.Random(1)
     named = misjudged = score_misjudged = 0
-    for *_, found in analysed(VARIED, 2000):
-        *issues, last = demonstrations.write_meta_body(rng, found, STATED)[0].split("\n")
+    for _, _, found, (*issues, last), _ in meta_analysed(STATED, 2000):
         if found.named:
             named += len(issues)
             misjudged += sum(
@@ -246,6 +259,19 @@ def test_a_meta_analyst_errs_as_often_as_stated():
         score_misjudged += (last == "The score follows") != found.score_follows
     assert share_is(misjudged, named, STATED.misjudge)
     assert share_is(score_misjudged, 2000, STATED.misjudge)
+
+
+def test_a_misjudgement_cites_what_it_claims():
+    errs = dataclasses.replace(FLAWLESS, misjudge=1.0)
+    seen = set()
+    for _, _, found, lines, _ in meta_analysed(errs, 800):
+        for issue, line in zip(found.named, lines, strict=False):
+            if issue.fault is Fault.NOT_GIVEN:
+                claimed = issue in found.false
+                assert line.endswith(" (none): real" if claimed else ": not real")
+                assert ("(none)" in line) == claimed
+                seen.add(claimed)
+    assert seen == {True, False}
 
 
 # Labels and settings.
