@@ -34,6 +34,7 @@ class WorldConfig:
     )
     num_drills: int = 6_000
     drill_lines: int = 6
+    drill_misquoted: float = 0.2
     num_demonstrations: int = 24_000
     refine_share: float = 0.1
     num_problems: int = 4_000
@@ -49,7 +50,7 @@ class WorldConfig:
             value = getattr(self, field.name)
             if field.name.startswith("num_") and value < 1:
                 raise ValueError(f"world.{field.name} = {value}: must be at least 1")
-        for name in ("refine_share", "label_error"):
+        for name in ("refine_share", "label_error", "drill_misquoted"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"world.{name} = {getattr(self, name)}: must lie in [0, 1)")
 
@@ -230,15 +231,20 @@ def plain_problems(
 
 
 def make_drills(config: WorldConfig, seed: int, *, sources: bool) -> list[records.Demonstration]:
-    """Exercises in looking things up, for a model that starts from nothing: given rules recited in
-    any order with their citations. Only these are learned, since nothing else is decided."""
+    """Exercises in looking things up, for a model that starts from nothing: rules recited in any
+    order, a share of them misquoted, with their citations. Only these are learned, since nothing
+    else is decided."""
     author = _Author(config, seed, "train", 6 if sources else 5)
     made: list[records.Demonstration] = []
     for problem, record in author.stream():
         if len(made) == config.num_drills:
             return made
         text, learned = demonstrations.write_recital(
-            author.rng, problem, config.drill_lines, sources=sources
+            author.rng,
+            problem,
+            config.drill_lines,
+            sources=sources,
+            misquoted=config.drill_misquoted,
         )
         user = f"{record.statement}\nRecite."
         made.append(
@@ -253,32 +259,42 @@ def make_demonstrations(
     config: WorldConfig, seed: int, templates: prompts.PromptSet
 ) -> list[records.Demonstration]:
     """Conversations for the cold start: the three roles in turn, some of the generator's as
-    refinements."""
+    refinements. Of the analyses that a meta-analyst reads half are faulty, as in D_mv."""
     author = _Author(config, seed, "train", 4)
     made: list[records.Demonstration] = []
     for problem, record in author.stream():
         if len(made) == config.num_demonstrations:
             return made
+        if len(made) % 3 == 2:
+            faulty = len(made) % 2 == 0
+            analysis, _ = author.analysis_of_kind(problem, record, faulty=faulty)
+            made.append(_meta_analysis(author, templates, record, analysis))
+            continue
         proof = author.proof(problem, record)
         analysis = author.analysis(proof)
         if len(made) % 3 == 0:
             made.append(_generation(author, templates, problem, record, proof, analysis))
-        elif len(made) % 3 == 1:
+        else:
             user = prompts.fill(templates.verifier, statement=proof.statement, proof=proof.text)
             made.append(_demonstration("verifier", record, user, analysis.text, (proof.id,)))
-        else:
-            body, quality = demonstrations.write_meta_body(
-                author.rng, proof.statement, proof.text, true_quality(analysis), config.writers
-            )
-            user = prompts.fill(
-                templates.meta_verifier,
-                statement=proof.statement,
-                proof=proof.text,
-                analysis=analysis.text,
-            )
-            text = parse.write_meta_analysis(body, quality)
-            made.append(_demonstration("meta_verifier", record, user, text, (analysis.id,)))
     raise AssertionError("the author's stream of problems has no end")
+
+
+def _meta_analysis(
+    author: _Author,
+    templates: prompts.PromptSet,
+    problem: records.Problem,
+    analysis: records.Analysis,
+) -> records.Demonstration:
+    statement, proof = analysis.statement, analysis.proof
+    body, quality = demonstrations.write_meta_body(
+        author.rng, statement, proof, true_quality(analysis), author.config.writers
+    )
+    user = prompts.fill(
+        templates.meta_verifier, statement=statement, proof=proof, analysis=analysis.text
+    )
+    text = parse.write_meta_analysis(body, quality)
+    return _demonstration("meta_verifier", problem, user, text, (analysis.id,))
 
 
 def _demonstration(

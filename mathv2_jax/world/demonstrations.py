@@ -65,31 +65,62 @@ def write_proof(rng: random.Random, problem: problems.WorldProblem, rates: Write
 
 
 def write_recital(
-    rng: random.Random, problem: problems.WorldProblem, num_lines: int, *, sources: bool
+    rng: random.Random,
+    problem: problems.WorldProblem,
+    num_lines: int,
+    *,
+    sources: bool,
+    misquoted: float = 0.0,
 ) -> tuple[str, tuple[tuple[int, int], ...]]:
-    """Given rules as the lines of an analysis, up to their citations; the spans to be learned.
+    """Rules as the lines of an analysis, up to their citations; the spans to be learned.
 
-    Those are the rules' numbers and, with `sources`, where the premises come from. A model of a
-    few layers learns to look things up only where that is all that is asked of it; it then does
-    so in whatever it writes. (A pretrained model needs no drill.)
+    The rules are given ones but for the share `misquoted`. Learned are their numbers and, with
+    `sources`, where the premises come from. A model of a few layers learns to look things up only
+    where that is all that is asked of it; it then does so in whatever it writes. (A pretrained
+    model needs no drill.)
     """
     steps: Steps = []
     known = set(problem.facts)
     for _ in range(num_lines):
         supported = [r for r in problem.rules if known.issuperset(r.premises)]
-        steps.append(rng.choice(supported if rng.random() < 0.5 else problem.rules))
+        rule = rng.choice(supported if rng.random() < 0.5 else problem.rules)
+        steps.append(_misquote(rng, problem, rule) if rng.random() < misquoted else rule)
         known.add(steps[-1].conclusion)
     text, spans = "", []
     lines = zip(steps, judge.look_up(problem, tuple(steps)), strict=True)
     for number, (step, cited) in enumerate(lines, start=1):
-        rule, source = f" ({cited.rule})", f" from {cited.source}"
-        text += f"Step {number}: {step}{rule}"
-        spans.append((len(text) - len(rule), len(text)))
-        if sources:
-            text += f" and {cited.premise}{source}"
-            spans.append((len(text) - len(source), len(text)))
+        rule_part, source_part = cited.parts
+        text += f"Step {number}: {step}{rule_part}"
+        spans.append((len(text) - len(rule_part), len(text)))
+        if sources and source_part:
+            text += f" and {cited.premise}{source_part}"
+            spans.append((len(text) - len(source_part), len(text)))
         text += "\n"
     return text.rstrip("\n"), tuple(spans)
+
+
+def _is_false(rule: problems.Rule, problem: problems.WorldProblem) -> bool:
+    return rule not in problem.rules and rule.conclusion not in rule.premises
+
+
+def _letters(problem: problems.WorldProblem) -> list[str]:
+    return sorted({a for r in problem.rules for a in (*r.premises, r.conclusion)})
+
+
+def _misquote(
+    rng: random.Random, problem: problems.WorldProblem, rule: problems.Rule
+) -> problems.Rule:
+    """The rule with another premise or conclusion, not given; itself where there is none."""
+    made = [
+        changed
+        for letter in _letters(problem)
+        for changed in (
+            problems.Rule(rule.premises, letter),
+            problems.Rule((letter,), rule.conclusion),
+        )
+        if _is_false(changed, problem)
+    ]
+    return rng.choice(made) if made else rule
 
 
 def _with_detour(rng: random.Random, problem: problems.WorldProblem, steps: Steps) -> Steps:
@@ -118,19 +149,14 @@ def _skip(rng: random.Random, problem: problems.WorldProblem, steps: Steps) -> S
 
 def _false_rule(rng: random.Random, problem: problems.WorldProblem, steps: Steps) -> Steps:
     """One or two steps in a row replaced by a rule that is not given."""
-
-    def is_false(rule: problems.Rule) -> bool:
-        return rule not in problem.rules and rule.conclusion not in rule.premises
-
     place = rng.randrange(len(steps))
     if place + 1 < len(steps) and rng.random() < 0.5:
         leap = problems.Rule(steps[place].premises, steps[place + 1].conclusion)
-        if is_false(leap):
+        if _is_false(leap, problem):
             return [*steps[:place], leap, *steps[place + 2 :]]
-    letters = sorted({a for r in problem.rules for a in (*r.premises, r.conclusion)})
     for at in (place, *range(len(steps))):
-        made = [problems.Rule((letter,), steps[at].conclusion) for letter in letters]
-        options = [rule for rule in made if is_false(rule)]
+        made = [problems.Rule((letter,), steps[at].conclusion) for letter in _letters(problem)]
+        options = [rule for rule in made if _is_false(rule, problem)]
         if options:
             return [*steps[:at], rng.choice(options), *steps[at + 1 :]]
     return _wrong_end(rng, problem, steps)

@@ -141,10 +141,14 @@ class Lookup(NamedTuple):
     premise: str
     source: str
 
+    @property
+    def parts(self) -> tuple[str, str]:
+        """The words that cite the rule, and those that cite the source: none without a rule."""
+        return (" (none)", "") if self.rule is None else (f" ({self.rule})", f" from {self.source}")
+
     def __str__(self) -> str:
-        if self.rule is None:
-            return " (none)"
-        return f" ({self.rule}) and {self.premise} from {self.source}"
+        rule, source = self.parts
+        return f"{rule} and {self.premise}{source}" if source else rule
 
 
 FACTS, NOTHING = "the facts", "nothing"

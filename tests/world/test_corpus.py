@@ -229,19 +229,39 @@ def test_the_roles_take_turns():
 
 
 @pytest.mark.parametrize("sources", [False, True])
-def test_a_drill_recites_given_rules_and_learns_their_citations_only(made, sources):
+def test_a_drill_recites_rules_and_learns_their_citations_only(made, sources):
+    misquoted = 0
     for drill in made.source_drills if sources else made.rule_drills:
         (statement,) = statements([drill])
         rules = [str(rule) for rule in problems.parse_statement(statement).rules]
         assert drill.user == f"{statement}\nRecite." and drill.source == "world-drill"
         lines = drill.assistant.split("\n")
         assert len(lines) == CONFIG.drill_lines
-        assert all(line.split(" (")[0].split(": ")[1] in rules for line in lines)
+        cited = r" \((?:\d+|none)\)" + ("| from .*" if sources else "")
         learned = [drill.assistant[start:end] for start, end in drill.learned]
-        numbers = learned[::2] if sources else learned
-        assert numbers == [re.search(r" \(\d+\)", line)[0] for line in lines]
-        if sources:
-            assert learned[1::2] == [re.search(r" from .*", line)[0] for line in lines]
+        assert learned == [part for line in lines for part in re.findall(cited, line)]
+        for line in lines:
+            given = line.split(" (")[0].split(": ")[1] in rules
+            assert given != ("(none)" in line)
+            misquoted += not given
+    number = len(made.rule_drills) * CONFIG.drill_lines
+    expected = CONFIG.drill_misquoted * number
+    assert abs(misquoted - expected) < 4 * (expected * (1 - CONFIG.drill_misquoted)) ** 0.5
+
+
+def test_a_meta_analyst_reads_as_many_faulty_analyses_as_sound_ones():
+    config = dataclasses.replace(CONFIG, num_demonstrations=90, refine_share=0.0)
+    found = []
+    for demonstration in corpus.make_demonstrations(config, 0, TEMPLATES)[2::3]:
+        head, analysis = demonstration.user.split(parse.ANALYSIS_OPENING)
+        (statement,) = statements([demonstration])
+        read = parse.parse_analysis(
+            parse.ANALYSIS_OPENING + analysis.removesuffix("\nRate the evaluation.")
+        )
+        proof = "\n".join(line for line in head.split("\n") if re.match(r"Step \d+:", line))
+        quality = judge.judge_analysis(statement, proof, read.body, read.score).quality
+        found.append(quality < 1.0)
+    assert found == [True, False] * 15
 
 
 def test_a_refinement_starts_from_a_proof_whose_analysis_finds_fault():

@@ -87,19 +87,40 @@ def test_a_chain_of_one_step_can_be_written_about():
 # Recitals.
 
 
-def recitals(sources, number=200):
+def recitals(sources, number=200, misquoted=0.0):
     rng = random.Random(0)
     for _ in range(number):
         problem = problems.make_problem(rng, WORLDS[0])
-        text, spans = demonstrations.write_recital(rng, problem, 6, sources=sources)
+        text, spans = demonstrations.write_recital(
+            rng, problem, 6, sources=sources, misquoted=misquoted
+        )
         yield problem, text, spans
 
 
+@pytest.mark.parametrize("misquoted", [0.0, 0.3])
 @pytest.mark.parametrize("sources", [False, True])
-def test_a_recital_is_learned_at_its_citations_and_nowhere_else(sources):
-    for _, text, spans in recitals(sources):
-        cited = r" \(\d+\)(?= and )| from .+" if sources else r" \(\d+\)"
+def test_a_recital_is_learned_at_its_citations_and_nowhere_else(sources, misquoted):
+    for _, text, spans in recitals(sources, misquoted=misquoted):
+        given = r" \(\d+\)(?= and )| from .+" if sources else r" \(\d+\)"
+        cited = rf"{given}| \(none\)"
         assert spans == tuple(match.span() for match in re.finditer(cited, text))
+
+
+def test_a_recital_misquotes_as_often_as_stated_and_says_so():
+    wrong = near = 0
+    for problem, text, _ in recitals(sources=True, misquoted=0.3):
+        given = {str(rule): rule for rule in problem.rules}
+        for row in text.split("\n"):
+            quoted, cited = re.fullmatch(r"Step \d+: (.+?) \((.+?)\).*", row).groups()
+            assert (cited == "none") == (quoted not in given)
+            if cited == "none":
+                wrong += 1
+                made = problems.parse_rule(quoted)
+                near += any(
+                    made.premises == r.premises or made.conclusion == r.conclusion
+                    for r in problem.rules
+                )
+    assert share_is(wrong, 200 * 6, 0.3) and near == wrong
 
 
 def test_a_recital_cites_what_an_independent_look_up_finds():
