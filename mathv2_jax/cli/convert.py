@@ -114,8 +114,10 @@ def _import(source: str, target: epath.Path) -> None:
     if _VERIFY.value:
         tokens_BT = _tokens(opened.config)
 
-        def check(draft: epath.Path) -> None:
+        def compare(draft: epath.Path) -> None:
             _compare(folder.locate(draft), source, None, tokens_BT)
+
+        check = compare
 
     for note in importer.convert(opened, source, target, Bar(), check):
         print(f"note: {note}")
@@ -132,8 +134,10 @@ def _export(at: epath.Path, target: epath.Path) -> None:
             _compare(trained, os.fspath(target), dtype, tokens_BT)
             return
 
-        def check(exported: folder.Trained, draft: str) -> None:
+        def compare(exported: folder.Trained, draft: str) -> None:
             _compare(exported, draft, dtype, tokens_BT)
+
+        check = compare
 
     step = exporter.convert(
         trained,

@@ -1,10 +1,11 @@
 """From a checkpoint to a Hugging Face folder, tensor by tensor."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -120,9 +121,11 @@ def _write(
                 name = names.VERIFIER_HEAD_FILE
             else:
                 index |= dict.fromkeys((one.name for one in shard), name)
-            for size in _write_file(pool, reader, trained.prefix, shard, draft / name):
-                done += size
-                progress(done, total)
+            written = _write_file(pool, reader, trained.prefix, shard, draft / name)
+            with contextlib.closing(written):  # at once, should anything go wrong
+                for size in written:
+                    done += size
+                    progress(done, total)
     reader.verify()
     metadata = {"total_size": sum(one.size for one in wanted)}
     _write_json(draft / tensors.INDEX, {"metadata": metadata, "weight_map": index})
@@ -182,7 +185,7 @@ def _write_file(
     prefix: str,
     shard: Sequence[Wanted],
     path: epath.Path,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Writes the tensors of one file; the size of each piece that is done."""
     layout = {one.name: (one.dtype, one.entry.their_shape) for one in shard}
     writer = tensors.Writer(os.fspath(path), layout)
