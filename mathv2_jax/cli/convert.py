@@ -2,26 +2,33 @@
 
 mathv2-convert --from_hf=DIR --checkpoint=NEW_DIR [--dtype=float32]
 mathv2-convert --to_hf=NEW_DIR --checkpoint=DIR [--stage=NAME] [--step=N] [--dtype=bfloat16]
-               [--max_shard_size=5GB] [--verify [--tokens=1,2,3;4,5,6]]
+               [--max_shard_size=5GB] [--notokenizer]
 
-The checkpoint of an export is what an import made, or the workdir of mathv2-train. With --verify
-both sides are compared, tensors and logits, and an export that differs does not come into being;
-where both folders exist already they are compared and left alone.
+Either with [--verify [--tokens=1,2,3;4,5,6]]: both sides are compared, configs, tensors and logits,
+and what differs does not come into being; where both folders exist already they are compared and
+left alone. The checkpoint of an export is what an import made, or the workdir of mathv2-train.
 
-Exit codes: 0 finished, 2 bad usage or input, 1 failure or a difference.
+Exit codes: 0 finished, 2 bad usage or input, 1 failure or a difference, 143 ended by SIGTERM.
+Whatever the code, nothing half-written stays.
 """
 
+import contextlib
 import os
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
+import numpy as np
 from absl import app, flags, logging
 from etils import epath
 
+from mathv2_jax import storage
 from mathv2_jax.cli import shell
 from mathv2_jax.hf import exporter, folder, importer, verify
+from mathv2_jax.model.config import ModelConfig
+from mathv2_jax.text import hf_tokenizer
 
 _FROM = flags.DEFINE_string("from_hf", None, "Folder of config.json, safetensors and tokenizer.")
 _TO = flags.DEFINE_string("to_hf", None, "The folder to be made.")
@@ -35,6 +42,7 @@ _DTYPE = flags.DEFINE_enum(
     "Of the weights. Default: bfloat16 out, what config.json says in.",
 )
 _SHARD = flags.DEFINE_string("max_shard_size", "5GB", "Of one safetensors file.")
+_TOKENIZER = flags.DEFINE_bool("tokenizer", True, "Write the tokenizer beside an export.")
 _VERIFY = flags.DEFINE_bool("verify", False, "Compare both sides; needs the extra [hf].")
 _TOKENS = flags.DEFINE_string("tokens", None, "What to verify on; default: random ones.")
 
@@ -75,10 +83,11 @@ def main(argv: Sequence[str]) -> int:
         # Nothing is computed that an accelerator would speed up: others may be using it.
         jax.config.update("jax_platforms", "cpu")
         at = shell.absolute(checkpoint)
-        if source is not None:
-            _import(os.fspath(shell.absolute(source)), at)
-        elif target is not None:
-            _export(at, shell.absolute(target))
+        with _sigterm_raises():
+            if source is not None:
+                _import(os.fspath(shell.absolute(source)), at)
+            elif target is not None:
+                _export(at, shell.absolute(target))
         return shell.FINISHED
     except verify.MismatchError as error:
         print(f"mathv2-convert: {error}", file=sys.stderr)
@@ -91,42 +100,91 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _import(source: str, target: epath.Path) -> None:
-    if _STAGE.value is not None or _STEP.value is not None:
+    if _STAGE.value is not None or _STEP.value is not None or not _TOKENIZER.value:
         raise ValueError(
-            "--stage and --step choose what is exported; leave them out with --from_hf"
+            "--stage, --step and --notokenizer choose what is exported; leave them out with "
+            "--from_hf"
         )
-    if not (_VERIFY.value and _is_full(target)):
-        opened = importer.open_source(source, _DTYPE.value)
-        importer.convert(opened, source, target, Bar())
-        for note in opened.notes:
-            print(f"note: {note}")
-        print(f"imported {source} into {target}")
+    if _VERIFY.value and _is_full(target):
+        trained = folder.locate(target)
+        _compare(trained, source, None, _tokens(trained.config))
+        return
+    opened = importer.open_source(source, _DTYPE.value)
+    check = None
     if _VERIFY.value:
-        _compare(folder.locate(target), source, None)
+        tokens_BT = _tokens(opened.config)
+
+        def compare(draft: epath.Path) -> None:
+            _compare(folder.locate(draft), source, None, tokens_BT)
+
+        check = compare
+
+    for note in importer.convert(opened, source, target, Bar(), check):
+        print(f"note: {note}")
+    print(f"imported {source} into {target}")
 
 
 def _export(at: epath.Path, target: epath.Path) -> None:
     trained = folder.locate(at, _STAGE.value, _STEP.value)
     dtype = _DTYPE.value or "bfloat16"
-    if _VERIFY.value and _is_full(target):
-        _compare(trained, os.fspath(target), dtype)
-        return
+    check = None
+    if _VERIFY.value:
+        tokens_BT = _tokens(trained.config)
+        if _is_full(target):
+            _compare(trained, os.fspath(target), dtype, tokens_BT)
+            return
+
+        def compare(exported: folder.Trained, draft: str) -> None:
+            _compare(exported, draft, dtype, tokens_BT)
+
+        check = compare
+
     step = exporter.convert(
         trained,
         target,
         dtype=dtype,
         max_shard_bytes=exporter.parse_size(_SHARD.value),
         progress=Bar(),
-        check=(lambda t, draft: _compare(t, draft, dtype)) if _VERIFY.value else None,
+        with_tokenizer=_TOKENIZER.value,
+        check=check,
     )
+    if not storage.exists(target / hf_tokenizer.TOKENIZER):
+        print(f"note: {target} has no tokenizer: put the files of one there to serve it")
     print(f"exported step {step} of {trained.checkpoints} as {dtype} into {target}")
 
 
-def _compare(trained: folder.Trained, path: str, dtype: str | None) -> None:
+def _tokens(config: ModelConfig) -> np.ndarray:
+    """What to verify on; what `--verify` cannot do without is missed now, not after the work."""
+    verify.require_reference()
     text = _TOKENS.value
-    tokens = None if text is None else verify.parse_tokens(text, trained.config)
-    found = verify.require_same(trained, path, dtype, tokens)
+    return verify.random_tokens(config) if text is None else verify.parse_tokens(text, config)
+
+
+def _compare(trained: folder.Trained, path: str, dtype: str | None, tokens_BT: np.ndarray) -> None:
+    found = verify.require_same(trained, path, dtype, tokens_BT)
     print(f"verified: every tensor is the same; {found}")
+    length, chosen = tokens_BT.shape[1], trained.config.index_topk
+    if length <= chosen:
+        print(
+            f"note: the indexer had nothing to choose, since rows of {length} tokens do not exceed "
+            f"index_topk = {chosen}: its tensors are the same, its choice was not compared; longer "
+            "--tokens do"
+        )
+
+
+@contextlib.contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Within, SIGTERM unwinds the process as Ctrl-C does, so that nothing half-written stays."""
+
+    def leave(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)  # a second one would break off the cleaning up
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_full(target: epath.Path) -> bool:

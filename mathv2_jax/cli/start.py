@@ -11,9 +11,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from mathv2_jax import checkpoint
+from mathv2_jax import checkpoint, storage
 from mathv2_jax.cli import shell
 from mathv2_jax.hf import folder
+from mathv2_jax.text import hf_tokenizer
 
 # How the model is computed with, not what it is: these may differ from what the import chose.
 FREE = ("param_dtype", "compute_dtype", "remat", "logprob_chunk", "scan_unroll")
@@ -64,7 +65,8 @@ def complete(body: Mapping[str, Any]) -> dict[str, Any]:
             "that, config.tokenizer.directory another"
         )
     if not tokenizer.get("directory"):
-        if found.tokenizer is None:
+        kept = found.tokenizer
+        if kept is None or not storage.exists(kept / hf_tokenizer.TOKENIZER):
             raise ValueError(
                 f"config.start = {start} was imported without a tokenizer: give "
                 "config.tokenizer.directory"

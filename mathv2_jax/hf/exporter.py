@@ -1,10 +1,11 @@
 """From a checkpoint to a Hugging Face folder, tensor by tensor."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
@@ -17,7 +18,8 @@ from mathv2_jax import storage
 from mathv2_jax.hf import config as config_lib
 from mathv2_jax.hf import folder, names, store, tensors
 from mathv2_jax.hf.importer import NUM_THREADS, Progress
-from mathv2_jax.text import tokenizer_files
+from mathv2_jax.text import hf_tokenizer, tokenizer_files
+from mathv2_jax.text.hf_tokenizer import HfTokenizer
 from mathv2_jax.text.tokenizer import SentencePieceTokenizer
 
 PIECE_BYTES = 2**25
@@ -56,23 +58,30 @@ def convert(
     dtype: str,
     max_shard_bytes: int,
     progress: Progress,
+    with_tokenizer: bool = True,
     check: Callable[[folder.Trained, str], None] | None = None,
 ) -> int:
     """Writes the newest sound checkpoint of `trained` into `target`; returns its step.
 
     `target` must be local, and empty or absent; it stays so unless all went well. That includes
     `check`, which is given what was exported and the folder, still a draft. Memory holds a few
-    pieces.
-    ValueError where no checkpoint is sound, or the model has no form in the format.
+    pieces. Without its tokenizer an export still says which tokens begin and end a text.
+    ValueError where no checkpoint is sound, or the model or its tokenizer has no form in the
+    format.
     """
     if not storage.is_local(target):
         raise ValueError(f"{target}: an export is written into a local folder")
+    files, tokens = tokenizer_of(trained, with_files=with_tokenizer)
+    config = config_lib.to_json(trained.config, dtype, tokens)
     complaints = []
     for step in trained.steps:
         try:
             reader = store.Reader(trained.checkpoints / str(step))
             with folder.drafted(target) as draft:
                 _write(trained, reader, draft, jnp.dtype(dtype), max_shard_bytes, progress)
+                for name, data in files.items():
+                    storage.write_whole(draft / name, data)
+                _write_json(draft / "config.json", config)
                 if check is not None:
                     check(dataclasses.replace(trained, steps=[step]), os.fspath(draft))
         except store.DamagedError as error:
@@ -91,8 +100,6 @@ def _write(
     max_shard_bytes: int,
     progress: Progress,
 ) -> None:
-    files, tokens = tokenizer_of(trained)
-    config = config_lib.to_json(trained.config, str(dtype), tokens)
     entries = names.table(trained.config)
     _require_fit(entries, reader, trained.prefix)
     trunk = [e for e in entries if not e.verifier_head]
@@ -114,22 +121,22 @@ def _write(
                 name = names.VERIFIER_HEAD_FILE
             else:
                 index |= dict.fromkeys((one.name for one in shard), name)
-            for size in _write_file(pool, reader, trained.prefix, shard, draft / name):
-                done += size
-                progress(done, total)
+            written = _write_file(pool, reader, trained.prefix, shard, draft / name)
+            with contextlib.closing(written):  # at once, should anything go wrong
+                for size in written:
+                    done += size
+                    progress(done, total)
     reader.verify()
     metadata = {"total_size": sum(one.size for one in wanted)}
     _write_json(draft / tensors.INDEX, {"metadata": metadata, "weight_map": index})
-    for name, data in files.items():
-        storage.write_whole(draft / name, data)
-    if folder.GENERATION not in files:
-        ids = {name: tokens[name] for name in config_lib.TOKEN_FIELDS if name in tokens}
-        _write_json(draft / folder.GENERATION, ids)
-    _write_json(draft / "config.json", config)
 
 
 def _write_json(path: epath.Path, body: Mapping[str, Any]) -> None:
-    storage.write_whole(path, (json.dumps(body, indent=2, sort_keys=True) + "\n").encode())
+    storage.write_whole(path, _json(body))
+
+
+def _json(body: Mapping[str, Any]) -> bytes:
+    return (json.dumps(body, indent=2, sort_keys=True) + "\n").encode()
 
 
 def _require_fit(entries: Sequence[names.Entry], reader: store.Reader, prefix: str) -> None:
@@ -178,7 +185,7 @@ def _write_file(
     prefix: str,
     shard: Sequence[Wanted],
     path: epath.Path,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Writes the tensors of one file; the size of each piece that is done."""
     layout = {one.name: (one.dtype, one.entry.their_shape) for one in shard}
     writer = tensors.Writer(os.fspath(path), layout)
@@ -214,16 +221,49 @@ def _step(reader: store.Reader, prefix: str, entry: names.Entry) -> int:
     return max(chunk, fitting // chunk * chunk)
 
 
-def tokenizer_of(trained: folder.Trained) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """(files by name, ids of control tokens); both are empty where there is no tokenizer."""
+def tokenizer_of(
+    trained: folder.Trained, *, with_files: bool = True
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """(files by name, ids of control tokens), as far as there is a tokenizer.
+
+    One of the files is generation_config.json, with the ids unless it names its own end of text;
+    it is the only one where `with_files` is false.
+    """
     where = trained.tokenizer
-    if where is None:
-        return {}, dict(trained.tokens)
-    if where.is_dir():
+    files: dict[str, bytes] = {}
+    made: HfTokenizer | SentencePieceTokenizer | None = None
+    if where is not None and where.is_dir():
         files = {name: storage.read_bytes(where / name) for name in storage.list_names(where)}
-        stated = json.loads(files.get(folder.GENERATION, b"{}"))
-        ids = {name: stated[name] for name in config_lib.TOKEN_FIELDS if name in stated}
-        return files, ids | dict(trained.tokens)
-    made = SentencePieceTokenizer.from_bytes(storage.read_bytes(where))
-    ids = {"bos_token_id": made.bos_id, "eos_token_id": made.eos_id, "pad_token_id": made.pad_id}
-    return tokenizer_files.files_of(made, think=trained.think), ids | dict(trained.tokens)
+        if hf_tokenizer.TOKENIZER in files:
+            made = tokenizer_files.from_files(files)
+    elif where is not None:
+        made = SentencePieceTokenizer.from_bytes(storage.read_bytes(where))
+        files = tokenizer_files.files_of(made, think=trained.think) if with_files else {}
+    name = hf_tokenizer.GENERATION
+    generation = hf_tokenizer.read_json(files, name) if name in files else {}
+    stated = {n: generation[n] for n in config_lib.TOKEN_FIELDS if generation.get(n) is not None}
+    ids = ({} if made is None else _ids(made)) | stated | dict(trained.tokens)
+    if "eos_token_id" not in stated:
+        files[name] = _json(generation | ids)
+    if made is None or not with_files:
+        return {name: files[name]}, ids
+    return _without_code(files), ids
+
+
+def _ids(made: HfTokenizer | SentencePieceTokenizer) -> dict[str, Any]:
+    stops = made.stop_ids
+    ids = {
+        "bos_token_id": made.bos_id,
+        "eos_token_id": stops[0] if len(stops) == 1 else list(stops),
+        "pad_token_id": made.pad_id,
+    }
+    return {name: found for name, found in ids.items() if found is not None}
+
+
+def _without_code(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The same tokenizer, not by the Python classes of its authors, which are not exported."""
+    config = hf_tokenizer.read_json(files, hf_tokenizer.CONFIG)
+    if config.pop("auto_map", None) is None:
+        return dict(files)
+    plain = config | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    return {**files, hf_tokenizer.CONFIG: _json(plain)}

@@ -2,62 +2,81 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import os
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from mathv2_jax import checkpoint, storage
+from mathv2_jax.hf import store
 from mathv2_jax.model.config import ModelConfig
-from mathv2_jax.text import sentencepiece_export
+from mathv2_jax.text import hf_tokenizer, tokenizer_files
 
 SCHEMA = 1
 CHECKPOINTS, TOKENIZER = "checkpoints", "tokenizer"
 IMPORTED_STEP = 0
-GENERATION = "generation_config.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "tokenizer.model",
-    "tiktoken.model",
-    "vocab.json",
-    "merges.txt",
-    sentencepiece_export.MODEL,
-    GENERATION,
-)
 
 
 @contextlib.contextmanager
 def drafted(target: epath.Path) -> Iterator[epath.Path]:
     """A folder to write into that becomes `target`, at once, if the block ends well.
 
-    ValueError where `target` holds anything. Locally the draft is a hidden sibling; elsewhere,
-    where nothing can be renamed, it is the target itself, emptied after a failure.
+    ValueError where `target` holds anything, cannot be replaced, or another process is writing it.
+    Locally the draft is a hidden sibling, and what a killed process has left of it is swept;
+    elsewhere, where nothing can be renamed, it is the target itself, emptied after a failure.
     """
+    local = storage.is_local(target)
+    if local:
+        target = epath.Path(os.path.realpath(target))  # a link stays, and leads to what is made
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is not empty: give a folder that is new")
-    local = storage.is_local(target)
-    draft = target
-    if local:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.draft"
+    if not local:
+        target.mkdir(parents=True, exist_ok=True)
+        with _deleted_on_failure(target):
+            yield target
+        return
+    if os.path.ismount(target):
+        raise ValueError(f"{target} is a mount point, which stays: name a folder to be made in it")
+    draft = target.parent / f".{target.name}.draft"
     draft.mkdir(parents=True, exist_ok=True)
-    try:
+    with _locked(draft), _deleted_on_failure(draft):
+        for left in draft.iterdir():
+            if left.is_dir():
+                left.rmtree()
+            else:
+                left.unlink()
         yield draft
-        if local:
-            os.replace(draft, target)  # an empty folder gives way to a full one
-            storage.sync_folder(target.parent)
+        os.replace(draft, target)  # an empty folder gives way to a full one
+        storage.sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def _deleted_on_failure(path: epath.Path) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
-        if draft.exists():
-            draft.rmtree()
+        storage.remove_folder(path)
         raise
+
+
+@contextlib.contextmanager
+def _locked(path: epath.Path) -> Iterator[None]:
+    """A local folder for this process alone, as long as it lives; ValueError if it is another's."""
+    # Not a lease, which a killed process in another container would hold until its expiry.
+    held = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{path} is being written by another process: wait for it, or give another folder"
+            ) from error
+        yield
+    finally:
+        os.close(held)
 
 
 def write_config(draft: epath.Path, config: ModelConfig, tokens: Mapping[str, Any]) -> None:
@@ -67,26 +86,31 @@ def write_config(draft: epath.Path, config: ModelConfig, tokens: Mapping[str, An
     storage.write_whole(draft / "config.json", text.encode())
 
 
-def copy_tokenizer(path: str, draft: epath.Path, tokens: Mapping[str, Any]) -> None:
-    """The tokenizer's files, as they are; nothing that could be executed is among them.
+def copy_tokenizer(path: str, draft: epath.Path) -> str:
+    """The tokenizer's files, as they are, if they make one that can be used; else why they do not.
 
-    Where none of them says which tokens end a text, generation_config.json is made of `tokens`.
+    Nothing that could be executed is among them. generation_config.json is copied all the same.
     """
-    found = [name for name in TOKENIZER_FILES if os.path.isfile(os.path.join(path, name))]
-    for name in found:
-        data = storage.read_bytes(os.path.join(path, name))
+    reason = ""
+    try:
+        files = tokenizer_files.read(path)
+        tokenizer_files.from_files(files)
+    except ValueError as error:
+        reason = str(error)
+        at = os.path.join(path, hf_tokenizer.GENERATION)
+        files = {hf_tokenizer.GENERATION: storage.read_bytes(at)} if os.path.isfile(at) else {}
+    for name, data in files.items():
         storage.write_whole(draft / TOKENIZER / name, data)
-    if GENERATION not in found and tokens:
-        text = json.dumps(dict(tokens), indent=2, sort_keys=True) + "\n"
-        storage.write_whole(draft / TOKENIZER / GENERATION, text.encode())
+    return reason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
     """Where variables lie: a folder of checkpoints whose leaves are named `prefix` and on.
 
-    `steps` are to be tried in their order. `tokenizer` is a folder of tokenizer files or a
-    SentencePiece model, None where there is none; `think` says whether its chats open thinking.
+    `steps` are to be tried in their order. `tokenizer` is a SentencePiece model or a folder of
+    tokenizer files, which holds generation_config.json alone where only that was imported; None
+    where there is neither. `think` says whether its chats open thinking.
     """
 
     config: ModelConfig
@@ -155,11 +179,11 @@ def _locate_in_run(
     model = ModelConfig(**identity["model"])
     steps = _steps(checkpoints, step)
     prefix = "" if final else "variables."
-    embed = checkpoint.read_seal(checkpoints / str(steps[0]))["leaves"][f"{prefix}params.embed"]
+    vocab_size, _ = _shape(checkpoints, steps, f"{prefix}params.embed")
     given, made = (path / "records" / "input" / n for n in ("tokenizer", "tokenizer.model"))
     tokenizer = given if given.exists() else made
     return Trained(
-        config=dataclasses.replace(model, vocab_size=embed[0][0]),  # the tokenizer has set it
+        config=dataclasses.replace(model, vocab_size=vocab_size),  # the tokenizer has set it
         checkpoints=checkpoints,
         steps=steps,
         prefix=prefix,
@@ -167,6 +191,17 @@ def _locate_in_run(
         tokenizer=tokenizer if tokenizer.exists() else None,
         think=identity["roles"]["think"],
     )
+
+
+def _shape(checkpoints: epath.Path, steps: Sequence[int], name: str) -> tuple[int, ...]:
+    """The shape of a leaf, by the first of `steps` whose seal can be read."""
+    complaints = []
+    for step in steps:
+        try:
+            return store.Reader(checkpoints / str(step)).leaves[name][0]
+        except store.DamagedError as error:
+            complaints.append(str(error))
+    raise ValueError(f"no sound checkpoint in {checkpoints}: {'; '.join(complaints)}")
 
 
 def _steps(checkpoints: epath.Path, step: int | None) -> list[int]:

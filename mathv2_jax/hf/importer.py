@@ -156,10 +156,18 @@ def _complaints(entries: Iterable[names.Entry], found: Mapping[str, tensors.Tens
     return [f"{len(some)} {what}: {', '.join(some)}" for what, some in lists if some]
 
 
-def convert(source: Source, path: str, target: epath.Path, progress: Progress) -> None:
+def convert(
+    source: Source,
+    path: str,
+    target: epath.Path,
+    progress: Progress,
+    check: Callable[[epath.Path], None] | None = None,
+) -> tuple[str, ...]:
     """Writes `source`, the folder at `path`, as a checkpoint with its config and tokenizer.
 
-    `target` must be empty or absent; it stays so unless all went well. Memory holds a few pieces.
+    Returns what a user should know: the notes of `source`, and why the tokenizer was left out if
+    it cannot be used. `target` must be empty or absent; it stays so unless all went well. That
+    includes `check`, which is given the new folder, still a draft. Memory holds a few pieces.
     """
     _require_equal_copies(source)
     with folder.drafted(target) as draft:
@@ -173,8 +181,16 @@ def convert(source: Source, path: str, target: epath.Path, progress: Progress) -
             writer.create(entry.ours, entry.full_shape, entry.dtype, (*ones, *chunk))
         _stream(source, writer, progress)
         writer.finish(folder.IMPORTED_STEP, {"stage": "import"})
-        folder.copy_tokenizer(path, draft, source.tokens)
+        reason = folder.copy_tokenizer(path, draft)
         folder.write_config(draft, source.config, source.tokens)
+        if check is not None:
+            check(draft)
+    if not reason:
+        return source.notes
+    note = (
+        f"imported without a tokenizer: {reason}. A run takes one from config.tokenizer.directory"
+    )
+    return (*source.notes, note)
 
 
 def _stream(source: Source, writer: store.Writer, progress: Progress) -> None:
@@ -183,24 +199,26 @@ def _stream(source: Source, writer: store.Writer, progress: Progress) -> None:
     pending = collections.deque(parts)
     committing: Any = None
     with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
-        while pending:
-            some, size = [], 0
-            while pending and (not some or size + pending[0].size <= BATCH_BYTES):
-                some.append(pending.popleft())
-                size += some[-1].size
-            batch = writer.batch()
+        try:
+            while pending:
+                some, size = [], 0
+                while pending and (not some or size + pending[0].size <= BATCH_BYTES):
+                    some.append(pending.popleft())
+                    size += some[-1].size
+                batch = writer.batch()
 
-            def put(part: Part, batch: store.Batch = batch) -> None:
-                batch.write(part.entry.ours, part.piece.index, source.read(part))
+                def put(part: Part, batch: store.Batch = batch) -> None:
+                    batch.write(part.entry.ours, part.piece.index, source.read(part))
 
-            list(pool.map(put, some))
+                list(pool.map(put, some))
+                if committing is not None:
+                    committing.result()
+                committing = batch.commit()
+                done += size
+                progress(done, total)
+        finally:
             if committing is not None:
-                committing.result()
-            committing = batch.commit()
-            done += size
-            progress(done, total)
-    if committing is not None:
-        committing.result()
+                committing.result()  # none writes into a folder that is being deleted
 
 
 def _require_equal_copies(source: Source) -> None:

@@ -1,12 +1,12 @@
 """The gate: a checkpoint and a Hugging Face folder are the same model, or it says where not.
 
-Every tensor is compared bit for bit, those that the reference library does not load too; then the
-logits of both sides, in float32.
+The configs are compared, with the ids of control tokens; every tensor bit for bit, those that the
+reference library does not load too; then the logits of both sides, in float32.
 """
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +15,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mathv2_jax import checkpoint
-from mathv2_jax.hf import folder, importer, names, store
+from mathv2_jax.hf import config as config_lib
+from mathv2_jax.hf import exporter, folder, importer, names, store, tensors
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
 
 TOLERANCE = 2e-5  # of max|a-b| / max|b|, in float32
+MAX_CHOSEN = 512
 
 
 class MismatchError(Exception):
@@ -44,26 +46,35 @@ class LogitDifference(NamedTuple):
         )
 
 
-def random_tokens(config: ModelConfig, rows: int = 2, length: int = 64) -> np.ndarray:
-    """The same tokens every time."""
-    shape = (rows, min(length, config.max_position))
+def random_tokens(config: ModelConfig) -> np.ndarray:
+    """Two rows, the same every time; longer than index_topk, so that the indexer must choose.
+
+    Unless that is large: of many scores some are so near to each other that the two sides may
+    choose differently and be right.
+    """
+    length = 64
+    if config.index_topk <= MAX_CHOSEN:
+        length = max(length, config.index_topk + 16)
+    shape = (2, min(length, config.max_position))
     return np.random.default_rng(0).integers(0, config.vocab_size, shape).astype(np.int32)
 
 
 def require_same(
-    trained: folder.Trained, path: str, dtype: str | None, tokens_BT: np.ndarray | None
+    trained: folder.Trained, path: str, dtype: str | None, tokens_BT: Int[np.ndarray, "B T"]
 ) -> LogitDifference:
     """Compares the newest checkpoint of `trained` with the folder at `path`; both in memory.
 
-    `dtype` is what the checkpoint's arrays were rounded to on their way there, if they were.
-    MismatchError says which tensors differ, or where the logits do; ValueError where torch or
-    transformers is missing.
+    `dtype` is that of an export of `trained`; None where `trained` was imported from the folder.
+    MismatchError says which fields or tensors differ, or where the logits do; ValueError where
+    torch or transformers is missing.
     """
-    _require_reference()
+    require_reference()
+    exported = dtype is not None
+    source = importer.open_source(path, None if exported else trained.config.param_dtype)
+    _require_same_config(trained, source, path, dtype)
     reader = store.Reader(trained.checkpoints / str(trained.steps[0]))
     variables = _variables(trained, reader, dtype)
-    _require_same_tensors(trained, variables, path)
-    tokens_BT = random_tokens(trained.config) if tokens_BT is None else tokens_BT
+    _require_same_tensors(variables, source, path, exported=exported)
     ours_BTV = _our_logits(trained.config, variables, tokens_BT)
     found = difference(ours_BTV, _their_logits(path, tokens_BT))
     if not found.relative <= TOLERANCE:  # NaN differs too
@@ -100,20 +111,38 @@ def _variables(
     return held
 
 
-def _require_same_tensors(
-    trained: folder.Trained, variables: dict[str, np.ndarray], path: str
+def _require_same_config(
+    trained: folder.Trained, source: importer.Source, path: str, dtype: str | None
 ) -> None:
-    source = importer.open_source(path)
-    if source.config.num_mtp_layers != trained.config.num_mtp_layers:
-        raise MismatchError(f"{path} lacks the layers of multi-token prediction")
-    differing = []
+    tokens = trained.tokens
+    if dtype is not None:
+        _, tokens = exporter.tokenizer_of(trained, with_files=False)
+    ours = config_lib.to_json(trained.config, dtype or trained.config.param_dtype, tokens)
+    theirs = config_lib.to_json(source.config, source.config.param_dtype, source.tokens)
+    differing = [
+        f"{name} = {theirs.get(name)!r}, not {ours.get(name)!r}"
+        for name in sorted(ours | theirs)
+        if ours.get(name) != theirs.get(name)
+    ]
+    if differing:
+        raise MismatchError(f"{path} is another model than the checkpoint: {'; '.join(differing)}")
+
+
+def _require_same_tensors(
+    variables: Mapping[str, np.ndarray], source: importer.Source, path: str, *, exported: bool
+) -> None:
+    """An export holds all that we write, as we write it; an import made zeros of a missing head."""
+    differing: list[str] = []
     for entry in source.entries:
         for part in source.parts(entry, checkpoint.CHUNK_BYTES):
-            if part.source is None:
-                continue
             ours = variables[entry.ours][part.piece.index]
-            theirs = source.read(part).astype(ours.dtype)
-            if theirs.shape != ours.shape or theirs.tobytes() != ours.tobytes():
+            code = tensors.CODES[ours.dtype]
+            if part.source is None:
+                if exported or (ours.any() and not entry.copy):
+                    differing.append(f"{part.name} (missing)")
+            elif exported and part.source.dtype != code:
+                differing.append(f"{part.name} ({part.source.dtype}, not {code})")
+            elif source.read(part).tobytes() != ours.tobytes():
                 differing.append(part.name)
     if differing:
         some = ", ".join(list(dict.fromkeys(differing))[:20])
@@ -129,7 +158,8 @@ def _our_logits(
     return np.asarray(run(tree, jnp.asarray(tokens_BT)))
 
 
-def _require_reference() -> None:
+def require_reference() -> None:
+    """ValueError where torch or transformers is missing."""
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401

@@ -46,7 +46,7 @@ class HfTokenizer:
         for name, data in sorted(self.files.items()):
             digest.update(f"{name}\0{len(data)}\0".encode() + data)
         self.fingerprint = digest.hexdigest()[:16]
-        spec, config = _read_json(files, TOKENIZER), _read_json(files, CONFIG)
+        spec, config = read_json(files, TOKENIZER), read_json(files, CONFIG)
         reference = _load(files[TOKENIZER].decode())
         _require_byte_level(spec)
         added = _added_tokens(spec, config)
@@ -63,7 +63,8 @@ class HfTokenizer:
             _template_source(files, config), named, list(self._id_of)
         )
         self.eos_id = self._find_end_of_turn()
-        pad = named.get("pad_token")
+        bos, pad = named.get("bos_token"), named.get("pad_token")
+        self.bos_id = None if bos is None else self._id_of[bos]
         self.pad_id = self.eos_id if pad is None else self._id_of[pad]
         self._require_equal_to_reference(reference)
 
@@ -203,7 +204,7 @@ class HfTokenizer:
         return runs
 
     def _find_stops(self, named: Mapping[str, str]) -> tuple[int, ...]:
-        listed = _stops_of(_read_json(self.files, GENERATION) if GENERATION in self.files else {})
+        listed = _stops_of(read_json(self.files, GENERATION) if GENERATION in self.files else {})
         found = {*listed, *({self._id_of[named["eos_token"]]} if "eos_token" in named else ())}
         if not found:
             raise ValueError(
@@ -254,7 +255,8 @@ def _ids(runs: Iterable[_Run]) -> list[int]:
     return [i for run in runs for i in run.ids]
 
 
-def _read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+def read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The object in one of a tokenizer's files; ValueError names one that has none."""
     if name not in files:
         raise ValueError(f"a tokenizer of Hugging Face needs {name}; there are {sorted(files)}")
     try:

@@ -82,7 +82,7 @@ def require_same(
             raise ValueError(
                 f"this SentencePiece model has no exact {TOKENIZER}: {text[:200]!r} would have "
                 f"other ids ({found[:20]}, not {expected[:20]}). Train the tokenizer with another "
-                "vocab_size, or export without it"
+                "vocab_size, or export without it: mathv2-convert --notokenizer"
             )
 
 

@@ -30,7 +30,7 @@ def load(directory: epath.PathLike) -> tokenizer.Tokenizer:
 def read(directory: epath.PathLike) -> dict[str, bytes]:
     """The tokenizer files of a folder by name, tokenizer.json last; errors as `load` has them.
 
-    Where generation_config.json is missing, the end tokens of config.json stand in its place.
+    Where generation_config.json names no end tokens, or is missing, it has those of config.json.
     """
     folder = epath.Path(directory)
     if not folder.is_dir():
@@ -39,15 +39,19 @@ def read(directory: epath.PathLike) -> dict[str, bytes]:
     files = {n: storage.read_bytes(folder / n) for n in names if storage.exists(folder / n)}
     if hf_tokenizer.TOKENIZER not in files:
         raise ValueError(_why_not(folder))
-    if hf_tokenizer.GENERATION not in files and storage.exists(folder / "config.json"):
+    name = hf_tokenizer.GENERATION
+    generation = hf_tokenizer.read_json(files, name) if name in files else {}
+    if generation.get("eos_token_id") is None and storage.exists(folder / "config.json"):
         stops = _model_config(folder).get("eos_token_id")
         if stops is not None:
-            files[hf_tokenizer.GENERATION] = json.dumps({"eos_token_id": stops}).encode()
+            files[name] = json.dumps(generation | {"eos_token_id": stops}).encode()
     last = files.pop(hf_tokenizer.TOKENIZER)
     return {**files, hf_tokenizer.TOKENIZER: last}
 
 
-def from_files(files: Mapping[str, bytes]) -> tokenizer.Tokenizer:
+def from_files(
+    files: Mapping[str, bytes],
+) -> hf_tokenizer.HfTokenizer | tokenizer.SentencePieceTokenizer:
     """The tokenizer that `files_of` gave these files for, or that a folder holds."""
     if sentencepiece_export.MODEL in files:
         model = files[sentencepiece_export.MODEL]

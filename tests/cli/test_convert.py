@@ -1,8 +1,12 @@
 """The command: what it makes, and how it says no."""
 
+import builtins
 import dataclasses
 import json
+import logging
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -15,9 +19,10 @@ from etils import epath
 from mathv2_jax import checkpoint
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import convert, overrides, shell
-from mathv2_jax.hf import folder
-from mathv2_jax.text import tokenizer, tokenizer_files
-from tests.hf import checkpoints
+from mathv2_jax.hf import folder, verify
+from mathv2_jax.text import sentencepiece_export, tokenizer, tokenizer_files
+from tests import byte_level
+from tests.hf import checkpoints, parity
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
@@ -30,7 +35,8 @@ def command(capsys):
         flags.FLAGS.unparse_flags()
         for name in ("from_hf", "to_hf", "checkpoint", "stage", "step", "dtype", "tokens"):
             flags.FLAGS[name].unparse()
-        flags.FLAGS["verify"].unparse()
+        for name in ("verify", "tokenizer"):
+            flags.FLAGS[name].unparse()
         code = convert.main(["mathv2-convert", *arguments])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
@@ -74,6 +80,7 @@ BAD = {
     "no config.json": ["--to_hf=y", "--checkpoint=z"],
     "config.json": ["--from_hf=y", "--checkpoint=z"],
     "leave them out": ["--from_hf=y", "--checkpoint=z", "--step=3"],
+    "--notokenizer choose": ["--from_hf=y", "--checkpoint=z", "--notokenizer"],
     "give both or neither": ["--to_hf=y", "--checkpoint=z", "--tokens=1"],
     "float32": ["--to_hf=y", "--checkpoint=z", "--dtype=float8"],
     "Unknown command line flag": ["--to_huggingface=y"],
@@ -114,6 +121,93 @@ def test_a_difference_is_exit_code_1(command, trained, tmp_path):
     code, _, err = command(*arguments, "--verify")
     assert code == shell.FAILED and name in err
     assert checkpoints.files(target) == before
+
+
+@pytest.fixture(scope="module")
+def comparable(tmp_path_factory):
+    """A checkpoint whose logits the reference library gives too."""
+    at = tmp_path_factory.mktemp("comparable") / "a"
+    config = dataclasses.replace(checkpoints.FULL, num_layers=2, num_mtp_layers=1)
+    checkpoints.save(at, config, parity.drawn_arrays(config))
+    return at
+
+
+def test_an_export_and_an_import_are_verified_while_they_are_drafts(command, comparable, tmp_path):
+    out_of = [f"--to_hf={tmp_path / 'hf'}", f"--checkpoint={comparable}", "--verify"]
+    code, out, err = command(*out_of)
+    assert code == shell.FINISHED, err
+    assert out.index("verified: every tensor is the same; max|a-b|") < out.index("exported step 0")
+    assert "indexer" not in out
+    code, out, err = command(*out_of, "--tokens=1,2,3;4,5,6")
+    assert code == shell.FINISHED and "verified" in out and "exported" not in out, err
+    assert "rows of 3 tokens do not exceed index_topk = 7" in out
+    code, out, err = command(
+        f"--from_hf={tmp_path / 'hf'}", f"--checkpoint={tmp_path / 'b'}", "--verify"
+    )
+    assert code == shell.FINISHED, err
+    assert out.index("verified") < out.index("imported")
+    assert checkpoints.files(tmp_path) == {"hf", "b"}
+
+
+def test_what_differs_does_not_come_into_being(command, comparable, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "TOLERANCE", -1.0)  # as if no two logits were near enough
+    code, out, err = command(f"--to_hf={tmp_path / 'hf'}", f"--checkpoint={comparable}", "--verify")
+    assert code == shell.FAILED and "gives other logits" in err and "exported" not in out
+    assert not list(tmp_path.iterdir())
+    assert command(f"--to_hf={tmp_path / 'hf'}", f"--checkpoint={comparable}")[0] == shell.FINISHED
+    code, out, err = command(
+        f"--from_hf={tmp_path / 'hf'}", f"--checkpoint={tmp_path / 'b'}", "--verify"
+    )
+    assert code == shell.FAILED and "gives other logits" in err and "imported" not in out
+    assert checkpoints.files(tmp_path) == {"hf"}
+
+
+def without_torch(name, *args, real=builtins.__import__, **kwargs):
+    if name == "torch":
+        raise ImportError("No module named 'torch'")
+    return real(name, *args, **kwargs)
+
+
+@pytest.mark.parametrize("way", ["out", "in"])
+@pytest.mark.parametrize("said", ["no token of a vocabulary", "mathv2_jax[hf]"])
+def test_what_a_check_needs_is_missed_before_anything_is_written(
+    command, trained, tmp_path, monkeypatch, way, said
+):
+    source = tmp_path / "source"
+    command(f"--to_hf={source}", f"--checkpoint={trained}")
+    new = tmp_path / "new"
+    out_of = [f"--to_hf={new}", f"--checkpoint={trained}"]
+    into = [f"--from_hf={source}", f"--checkpoint={new}"]
+    if "token" in said:
+        tokens = ["--tokens=1,61"]
+    else:
+        tokens = []
+        monkeypatch.setattr(builtins, "__import__", without_torch)
+    code, _, err = command(*(out_of if way == "out" else into), "--verify", *tokens)
+    assert code == shell.BAD_INPUT and said in err
+    assert "GB" not in err  # no progress
+    assert checkpoints.files(tmp_path) == {"source"}
+
+
+@pytest.mark.parametrize("way", ["out", "in"])
+def test_sigterm_leaves_nothing_half_written(command, trained, tmp_path, monkeypatch, way):
+    source, before = tmp_path / "source", signal.getsignal(signal.SIGTERM)
+    command(f"--to_hf={source}", f"--checkpoint={trained}")
+    progress = convert.Bar.__call__
+
+    def interrupted(bar, done, total):
+        os.kill(os.getpid(), signal.SIGTERM)
+        progress(bar, done, total)
+
+    monkeypatch.setattr(convert.Bar, "__call__", interrupted)
+    new = tmp_path / "new"
+    out_of = [f"--to_hf={new}", f"--checkpoint={trained}"]
+    into = [f"--from_hf={source}", f"--checkpoint={new}"]
+    with pytest.raises(SystemExit) as ended:
+        command(*(out_of if way == "out" else into))
+    assert ended.value.code == 143
+    assert checkpoints.files(tmp_path) == {"source"}
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.fixture
@@ -166,6 +260,60 @@ def test_a_run_is_exported_by_stage_and_step_with_its_tokenizer(command, workdir
     assert loaded.vocab_size == model.vocab_size
     code, _, err = command(f"--to_hf={tmp_path / 'x'}", f"--checkpoint={at}", "--stage=no")
     assert code == shell.BAD_INPUT and "stage 'no' has no checkpoints" in err
+
+
+def test_a_damaged_newest_seal_of_a_run_is_passed_over(command, workdir, tmp_path, caplog):
+    at, stages, model = workdir
+    steps = at / "checkpoints" / stages[1] / "steps"
+    arguments = [f"--checkpoint={at}", "--dtype=float32"]
+    cut(steps / "2" / "seal" / "metadata")
+    with caplog.at_level(logging.WARNING):
+        code, out, err = command(f"--to_hf={tmp_path / 'hf'}", *arguments)
+    assert code == shell.FINISHED and "exported step 1" in out, err
+    assert f"damaged checkpoint, {steps / '2'}: its seal cannot be read" in caplog.text
+    np.testing.assert_array_equal(
+        embedding(tmp_path / "hf"), checkpoints.drawn(model, 1)["params.embed"]
+    )
+    cut(steps / "1" / "seal" / "metadata")
+    code, _, err = command(f"--to_hf={tmp_path / 'no'}", *arguments)
+    assert code == shell.BAD_INPUT and f"no sound checkpoint in {steps}" in err
+    assert f"{steps / '1'}: its seal" in err and f"{steps / '2'}: its seal" in err
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def test_the_end_of_a_text_outlasts_training(command, workdir, tmp_path):
+    """A run keeps its tokenizer's files, and nothing else of the model that it began from."""
+    at, _, _ = workdir
+    files = byte_level.files() | {"generation_config.json": b'{"temperature": 0.6}'}
+    kept = at / "records" / "input" / "tokenizer"
+    kept.mkdir()
+    for name, data in files.items():
+        (kept / name).write_bytes(data)
+    code, _, err = command(f"--to_hf={tmp_path / 'hf'}", f"--checkpoint={at}")
+    assert code == shell.FINISHED, err
+    ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+    body = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert {name: body[name] for name in ids} == ids
+    generation = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert generation == ids | {"temperature": 0.6}
+
+
+def test_a_tokenizer_that_has_no_exact_form_can_be_left_out(
+    command, workdir, tmp_path, monkeypatch
+):
+    at, _, _ = workdir
+    monkeypatch.setattr(sentencepiece_export, "_merges", lambda model, learned: [])
+    code, _, err = command(f"--to_hf={tmp_path / 'hf'}", f"--checkpoint={at}")
+    assert code == shell.BAD_INPUT and "mathv2-convert --notokenizer" in err
+    code, out, err = command(f"--to_hf={tmp_path / 'hf'}", f"--checkpoint={at}", "--notokenizer")
+    assert code == shell.FINISHED and "has no tokenizer" in out, err
+    assert not {name for name in checkpoints.files(tmp_path / "hf") if "token" in name}
+    for name in ("config.json", "generation_config.json"):
+        body = json.loads((tmp_path / "hf" / name).read_text())
+        assert (body["bos_token_id"], body["eos_token_id"], body["pad_token_id"]) == (2, 3, 0)
 
 
 def test_a_run_with_embedding_taps_is_refused_by_their_name(command, smoke_workdir, tmp_path):

@@ -131,6 +131,10 @@ def test_a_folder_without_a_tokenizer_asks_for_one(tmp_path):
     checkpoints.save(tmp_path / "bare", MODEL)
     with pytest.raises(ValueError, match="without a tokenizer: give config.tokenizer.directory"):
         configured(tmp_path / "bare")
+    (tmp_path / "bare" / "tokenizer").mkdir()
+    (tmp_path / "bare" / "tokenizer" / "generation_config.json").write_text('{"eos_token_id": 1}')
+    with pytest.raises(ValueError, match="without a tokenizer: give config.tokenizer.directory"):
+        configured(tmp_path / "bare")
 
 
 def cut(path: pathlib.Path) -> None:

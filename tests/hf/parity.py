@@ -8,6 +8,7 @@ import copy
 import tempfile
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from mathv2_jax import hf
 from mathv2_jax.model import cache, heads, transformer
 from mathv2_jax.model.config import ModelConfig
+from tests.hf import checkpoints
 
 NEAR = 1e-6  # scores closer than this may change places under rounding
 
@@ -93,6 +95,17 @@ def drawn_reference(c: ModelConfig, seed: int, *, halved: bool = False) -> Any:
                 value = value.bfloat16().float()
             tensor.copy_(value)
     return model
+
+
+def drawn_arrays(c: ModelConfig) -> dict[str, np.ndarray]:
+    """Ours by path: the trunk as the reference draws it; numbers in the layers it does not have."""
+    _, trunk = as_ours(drawn_reference(c, 0))
+    found = {
+        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(x)
+        for path, x in jax.tree.leaves_with_path(trunk)
+        if "verifier" not in str(path)
+    }
+    return checkpoints.drawn(c) | found
 
 
 def in_bfloat16(model: Any) -> Any:

@@ -2,8 +2,9 @@
 
 import builtins
 import dataclasses
+import json
+import re
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -19,22 +20,11 @@ V32 = dataclasses.replace(checkpoints.FULL, num_layers=2, num_mtp_layers=1)
 TOKENS_BT = np.random.default_rng(3).integers(0, 61, (2, 20)).astype(np.int32)
 
 
-def scaled(config):
-    """The trunk as the reference draws it; numbers in the layer that it does not have."""
-    _, trunk = parity.as_ours(parity.drawn_reference(config, 0))
-    found = {
-        jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(x)
-        for path, x in jax.tree.leaves_with_path(trunk)
-        if "verifier" not in str(path)
-    }
-    return checkpoints.drawn(config) | found
-
-
 @pytest.fixture(scope="module", params=[V3, V32], ids=["v3", "v32"])
 def both(request, tmp_path_factory):
     """(a checkpoint, its export in float32)."""
     at = tmp_path_factory.mktemp("verify")
-    trained = save(at / "a", request.param, scaled(request.param))
+    trained = save(at / "a", request.param, parity.drawn_arrays(request.param))
     export(trained, at / "hf")
     return trained, at / "hf"
 
@@ -79,16 +69,54 @@ def test_one_changed_number_is_found(both, tmp_path, name):
         verify.require_same(trained, str(tmp_path), "float32", TOKENS_BT)
 
 
-def test_a_config_that_means_another_model_is_found_by_the_logits(both, tmp_path):
+CHANGES = dict(
+    routed_scaling_factor=1.8,
+    max_position_embeddings=7,
+    eos_token_id=60,
+    bos_token_id=None,
+    torch_dtype="bfloat16",
+    index_topk=6,
+)
+
+
+def test_a_config_that_says_something_else_is_found(both, tmp_path):
     trained, held = copied(both, tmp_path)
     rewrite(tmp_path, held)
     config = tmp_path / "config.json"
-    text = config.read_text().replace(
-        '"routed_scaling_factor": 1.7', '"routed_scaling_factor": 1.8'
-    )
-    config.write_text(text)
-    with pytest.raises(verify.MismatchError, match=r"max\|a-b\|/max\|b\| = .* at row"):
+    body = json.loads(config.read_text())
+    changes = {n: value for n, value in CHANGES.items() if n in body}  # one model has no indexer
+    assert len(changes) >= len(CHANGES) - 1
+    for field, value in changes.items():
+        config.write_text(json.dumps(body | {field: value}))
+        said = re.escape(f"another model than the checkpoint: {field} = {value!r}, not ")
+        with pytest.raises(verify.MismatchError, match=said + r"[^;]*$"):
+            verify.require_same(trained, str(tmp_path), "float32", TOKENS_BT)
+
+
+COPY = "model.layers.2.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("name", ["verifier_head.kernel", COPY])
+def test_a_tensor_that_an_export_lacks_is_a_difference(both, tmp_path, name):
+    trained, held = copied(both, tmp_path)
+    held.pop(name, None)
+    rewrite(tmp_path, held)
+    if name not in held and name != COPY:
+        (tmp_path / "verifier_head.safetensors").unlink()
+    with pytest.raises(verify.MismatchError, match=rf"{name} \(missing\)"):
         verify.require_same(trained, str(tmp_path), "float32", TOKENS_BT)
+
+
+def test_what_an_import_may_lack_is_no_difference_but_a_trained_head_is(both, tmp_path):
+    _, held = copied(both, tmp_path)
+    del held[COPY]
+    rewrite(tmp_path, held)
+    trained = checkpoints.bring_in(tmp_path, tmp_path / "trained")
+    (tmp_path / "verifier_head.safetensors").unlink()
+    fresh = checkpoints.bring_in(tmp_path, tmp_path / "fresh")
+    assert verify.require_same(fresh, str(tmp_path), None, TOKENS_BT).relative < 2e-6
+    with pytest.raises(verify.MismatchError, match=r"2 tensors .*verifier_head.kernel \(missing\)"):
+        verify.require_same(trained, str(tmp_path), None, TOKENS_BT)
 
 
 def test_rounding_on_the_way_out_is_not_a_difference_but_unasked_rounding_is(both, tmp_path):
@@ -98,6 +126,25 @@ def test_rounding_on_the_way_out_is_not_a_difference_but_unasked_rounding_is(bot
     assert found.relative < 2e-6
     with pytest.raises(verify.MismatchError, match="tensors of"):
         verify.require_same(trained, str(tmp_path / "hf"), None, TOKENS_BT)
+
+
+def test_numbers_that_were_not_rounded_as_asked_are_a_difference(both, tmp_path):
+    trained, held = copied(both, tmp_path)
+    rewrite(tmp_path, held)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"float32"', '"bfloat16"'))
+    with pytest.raises(verify.MismatchError, match=r"lm_head.weight \(F32, not BF16\)") as error:
+        verify.require_same(trained, str(tmp_path), "bfloat16", TOKENS_BT)
+    assert "e_score_correction_bias" not in str(error.value)
+
+
+def test_random_tokens_give_the_indexer_something_to_choose_where_that_is_affordable():
+    def length(chosen, most=4096):
+        config = dataclasses.replace(V32, index_topk=chosen, max_position=most)
+        return verify.random_tokens(config).shape[1]
+
+    assert [length(chosen) for chosen in (7, 64, 128, 2048)] == [64, 80, 144, 64]
+    assert length(64, most=70) == 70
 
 
 def test_the_place_of_the_largest_difference_is_named():

@@ -36,6 +36,15 @@ def test_the_end_tokens_of_the_models_config_count_where_no_generation_config_is
     assert tokenizer_files.from_files(tokenizer_files.files_of(loaded)).stop_ids == (1, 9)
 
 
+def test_the_end_tokens_of_the_models_config_count_where_the_generation_config_names_none(tmp_path):
+    generation = b'{"eos_token_id": null, "top_p": 0.9}'
+    files = byte_level.files() | {"generation_config.json": generation}
+    folder = written(tmp_path / "a", files | {"config.json": b'{"eos_token_id": [1, 9]}'})
+    kept = json.loads(tokenizer_files.read(folder)["generation_config.json"])
+    assert kept == {"eos_token_id": [1, 9], "top_p": 0.9}
+    assert tokenizer_files.load(folder).stop_ids == (1, 9)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [

@@ -1,0 +1,157 @@
+"""New folders come into being whole, and tokenizers travel as they are or not at all."""
+
+import fcntl
+import json
+import os
+import pathlib
+
+import pytest
+import transformers
+from etils import epath
+
+from mathv2_jax.hf import exporter, folder, importer
+from mathv2_jax.text import tokenizer_files
+from tests import byte_level
+from tests.hf import checkpoints
+from tests.hf.checkpoints import PLAIN, bring_in, export, save
+
+
+def make(target: pathlib.Path) -> None:
+    with folder.drafted(epath.Path(target)) as draft:
+        (draft / "a").write_text("whole")
+
+
+def test_what_a_killed_process_has_left_is_swept(tmp_path):
+    left = tmp_path / ".out.draft"
+    (left / "part").mkdir(parents=True)
+    (left / "half").write_text("x")
+    make(tmp_path / "out")
+    assert checkpoints.files(tmp_path) == {"out"} and checkpoints.files(tmp_path / "out") == {"a"}
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path):
+    draft = tmp_path / ".out.draft"
+    draft.mkdir()
+    (draft / "theirs").write_text("x")
+    held = os.open(draft, os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="being written by another process"):
+        make(tmp_path / "out")
+    assert checkpoints.files(tmp_path) == {".out.draft"}
+    assert checkpoints.files(draft) == {"theirs"}
+    os.close(held)
+    make(tmp_path / "out")
+    assert checkpoints.files(tmp_path) == {"out"}
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_leads_to_the_new_folder(tmp_path, there):
+    (tmp_path / "big").mkdir()
+    if there:
+        (tmp_path / "big" / "out").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "big" / "out")
+    make(tmp_path / "out")
+    assert (tmp_path / "out").is_symlink()
+    assert checkpoints.files(tmp_path / "big" / "out") == {"a"}
+    assert checkpoints.files(tmp_path / "big") == {"out"}
+    with pytest.raises(ValueError, match="not empty"):
+        make(tmp_path / "out")
+
+
+def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: os.fspath(path) == str(tmp_path / "out"))
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="mount point.* a folder to be made in it"):
+        make(tmp_path / "out")
+    assert checkpoints.files(tmp_path) == {"out"}
+    make(tmp_path / "out" / "new")
+
+
+@pytest.fixture
+def released(tmp_path):
+    """An exported folder of a model with room for the tokenizer of `byte_level`."""
+    export(save(tmp_path / "a", PLAIN), tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def put(at: pathlib.Path, files: dict[str, bytes]) -> None:
+    for name, data in files.items():
+        (at / name).write_bytes(data)
+
+
+def imported(released: pathlib.Path, to: pathlib.Path) -> tuple[folder.Trained, str]:
+    """The import, and all its notes."""
+    opened = importer.open_source(str(released))
+    notes = importer.convert(opened, str(released), epath.Path(to), checkpoints.silent)
+    return folder.locate(epath.Path(to)), "; ".join(notes)
+
+
+UNUSABLE = {
+    "tiktoken.model alone does not say": {
+        "tiktoken.model": b"IQ== 0",
+        "tokenizer_config.json": b'{"auto_map": {"AutoTokenizer": ["tokenization_x.X", null]}}',
+        "tokenization_x.py": b"1/0",
+    },
+    "tokenizer.json is not valid JSON": byte_level.files() | {"tokenizer.json": b"{broken"},
+    "it holds no tokenizer.json": {},
+}
+
+
+@pytest.mark.parametrize("said", UNUSABLE)
+def test_a_tokenizer_that_cannot_be_used_is_left_out_with_a_note(released, tmp_path, said):
+    put(released, UNUSABLE[said] | {"generation_config.json": b'{"top_p": 0.9, "eos_token_id": 5}'})
+    trained, notes = imported(released, tmp_path / "b")
+    assert f"imported without a tokenizer: {said}" in notes and "tokenizer.directory" in notes
+    export(trained, tmp_path / "again")
+    names = checkpoints.files(tmp_path / "again")
+    assert not {name for name in names if "token" in name}
+    generation = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert generation == {"top_p": 0.9, "eos_token_id": 5}
+
+
+def test_a_tokenizer_that_can_be_used_travels_byte_for_byte(released, tmp_path):
+    put(released, byte_level.files())
+    trained, notes = imported(released, tmp_path / "b")
+    assert "tokenizer" not in notes
+    export(trained, tmp_path / "again")
+    for name, data in byte_level.files().items():
+        assert (tmp_path / "again" / name).read_bytes() == data
+
+
+def test_an_export_does_not_point_to_code_that_is_not_there(released, tmp_path):
+    files = byte_level.files(
+        tokenizer_class="Other", auto_map={"AutoTokenizer": ["tokenization_x.Other", None]}
+    )
+    put(released, files)
+    export(bring_in(released, tmp_path / "b"), tmp_path / "again")
+    text = "Let $n$ be 12."
+    there = transformers.AutoTokenizer.from_pretrained(tmp_path / "again", local_files_only=True)
+    assert there.encode(text, add_special_tokens=False) == tokenizer_files.load(
+        tmp_path / "again"
+    ).encode_text(text)
+    body = json.loads((tmp_path / "again" / "tokenizer_config.json").read_text())
+    assert "auto_map" not in body and body["eos_token"] == byte_level.SPECIAL[1]
+
+
+def test_ends_of_a_text_that_only_config_json_names_reach_the_generation_config(released, tmp_path):
+    """transformers stops at those of generation_config.json alone where that file is there."""
+    put(released, byte_level.files() | {"generation_config.json": b'{"do_sample": true}'})
+    body = json.loads((released / "config.json").read_text()) | {"eos_token_id": [1, 9]}
+    (released / "config.json").write_text(json.dumps(body))
+    trained = bring_in(released, tmp_path / "b")
+    assert tokenizer_files.load(tmp_path / "b" / "tokenizer").stop_ids == (1, 9)
+    export(trained, tmp_path / "again")
+    generation = json.loads((tmp_path / "again" / "generation_config.json").read_text())
+    assert generation == {"do_sample": True, "eos_token_id": [1, 9]}
+    body = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert (body["bos_token_id"], body["eos_token_id"]) == (0, [1, 9])
+
+
+def test_an_export_without_its_tokenizer_keeps_the_ids(released, tmp_path):
+    put(released, byte_level.files())
+    trained = bring_in(released, tmp_path / "b")
+    export(trained, tmp_path / "again", with_tokenizer=False)
+    assert not {name for name in checkpoints.files(tmp_path / "again") if "token" in name}
+    _, ids = exporter.tokenizer_of(trained)
+    body = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert {name: body[name] for name in ids} == ids and ids["eos_token_id"] == 1
