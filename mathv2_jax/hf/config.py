@@ -16,36 +16,49 @@ MODEL_TYPES = (V3, V32, "kimi_k2")
 ARCHITECTURES = {V3: "DeepseekV3ForCausalLM", V32: "DeepseekV32ForCausalLM"}
 FP8_BLOCK = (128, 128)
 
-# Fields that mean the same: (ours, theirs, what theirs being null or absent means; None: required).
-_FIELDS: tuple[tuple[str, str, Any], ...] = (
-    ("vocab_size", "vocab_size", None),
-    ("width", "hidden_size", None),
-    ("num_layers", "num_hidden_layers", None),
-    ("num_dense_layers", "first_k_dense_replace", None),
-    ("num_heads", "num_attention_heads", None),
-    ("q_latent_width", "q_lora_rank", 0),
-    ("kv_latent_width", "kv_lora_rank", None),
-    ("head_key_width", "qk_nope_head_dim", None),
-    ("head_rope_width", "qk_rope_head_dim", None),
-    ("head_value_width", "v_head_dim", None),
-    ("dense_width", "intermediate_size", None),
-    ("expert_width", "moe_intermediate_size", None),
-    ("num_experts", "n_routed_experts", None),
-    ("experts_per_token", "num_experts_per_tok", None),
-    ("num_shared_experts", "n_shared_experts", 0),
-    ("num_expert_groups", "n_group", 1),
-    ("expert_groups_per_token", "topk_group", 1),
-    ("routed_scaling", "routed_scaling_factor", None),
-    ("normalize_expert_weights", "norm_topk_prob", True),
-    ("max_position", "max_position_embeddings", None),
-    ("num_mtp_layers", "num_nextn_predict_layers", 0),
-    ("norm_eps", "rms_norm_eps", 1e-6),
+# Fields that mean the same: ours, theirs. They must be given, but for what follows.
+_FIELDS: tuple[tuple[str, str], ...] = (
+    ("vocab_size", "vocab_size"),
+    ("width", "hidden_size"),
+    ("num_layers", "num_hidden_layers"),
+    ("num_dense_layers", "first_k_dense_replace"),
+    ("num_heads", "num_attention_heads"),
+    ("q_latent_width", "q_lora_rank"),
+    ("kv_latent_width", "kv_lora_rank"),
+    ("head_key_width", "qk_nope_head_dim"),
+    ("head_rope_width", "qk_rope_head_dim"),
+    ("head_value_width", "v_head_dim"),
+    ("dense_width", "intermediate_size"),
+    ("expert_width", "moe_intermediate_size"),
+    ("num_experts", "n_routed_experts"),
+    ("experts_per_token", "num_experts_per_tok"),
+    ("num_shared_experts", "n_shared_experts"),
+    ("num_expert_groups", "n_group"),
+    ("expert_groups_per_token", "topk_group"),
+    ("routed_scaling", "routed_scaling_factor"),
+    ("normalize_expert_weights", "norm_topk_prob"),
+    ("max_position", "max_position_embeddings"),
+    ("num_mtp_layers", "num_nextn_predict_layers"),
+    ("norm_eps", "rms_norm_eps"),
 )
 _INDEXER_FIELDS = (
-    ("index_topk", "index_topk", None),
-    ("index_heads", "index_n_heads", None),
-    ("index_head_width", "index_head_dim", None),
+    ("index_topk", "index_topk"),
+    ("index_heads", "index_n_heads"),
+    ("index_head_width", "index_head_dim"),
 )
+# What null means, and what being left out means: as in the reference, except that layers of MTP are
+# there only where config.json says so (their tensors would be unknown, which is an error).
+_NULL = {"q_lora_rank": 0, "n_shared_experts": 0, "num_nextn_predict_layers": 0}
+_ABSENT = {"norm_topk_prob": True, "rms_norm_eps": 1e-6, "num_nextn_predict_layers": 0}
+_CONTAINERS = {
+    "layer_types": list,
+    "mlp_layer_types": list,
+    "quantization_config": dict,
+    "rope_parameters": dict,
+    "rope_scaling": dict,
+}
+# The second name is the older one, which transformers 5 still reads.
+_SPARSE_ATTENTION = ("indexed_attention", "deepseek_sparse_attention")
 # What we compute, where their field is there and not null: (field, the values it may have, why).
 _RULES: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("hidden_act", ("silu",), "the feed-forward is gated by silu"),
@@ -95,17 +108,19 @@ def read(folder: epath.PathLike) -> SourceConfig:
 
 def from_json(body: Mapping[str, Any], where: str = "config.json") -> SourceConfig:
     """Ours for theirs. One ValueError lists each field that we cannot follow, its value and why."""
-    complaints = _broken_rules(body)
-    body = {**body, "first_k_dense_replace": _num_dense(body, complaints)}
+    given, complaints = set(body), []
+    body = _with_containers(body, complaints)
+    complaints += _broken_rules(body)
+    body["first_k_dense_replace"] = _num_dense(body, complaints)
+    if body.get("num_nextn_predict_layers") is None and "num_mtp_layers" in body:
+        body["num_nextn_predict_layers"] = body["num_mtp_layers"]
     sparse_attention = body.get("model_type") == V32
     fields = _FIELDS + (_INDEXER_FIELDS if sparse_attention else ())
     hints = {field.name: field.type for field in dataclasses.fields(ModelConfig)}
     values: dict[str, Any] = {}
-    for ours, theirs, absent in fields:
-        value = body.get(theirs)
-        if theirs == "num_nextn_predict_layers" and value is None:
-            value = body.get("num_mtp_layers")
-        value = absent if value is None else value
+    for ours, theirs in fields:
+        value = body.get(theirs, _ABSENT.get(theirs))
+        value = _NULL.get(theirs) if value is None and theirs in body else value
         if value is None:
             complaints.append(f"{theirs} is missing: it must be given")
         elif not _is_a(hints[ours], value):
@@ -120,11 +135,21 @@ def from_json(body: Mapping[str, Any], where: str = "config.json") -> SourceConf
         model = ModelConfig(**values, param_dtype=dtype, compute_dtype=dtype)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
-    known = {theirs for _, theirs, _ in _FIELDS + _INDEXER_FIELDS} | {r[0] for r in _RULES}
-    known |= set(_HARMLESS.split())
-    ignored = tuple(sorted(name for name in body if name not in known))
+    known = {theirs for _, theirs in _FIELDS + _INDEXER_FIELDS} | {r[0] for r in _RULES}
+    ignored = tuple(sorted(given - known - set(_HARMLESS.split())))
     tokens = {name: body[name] for name in TOKEN_FIELDS if body.get(name) is not None}
     return SourceConfig(model=model, tokens=tokens, fp8=fp8, ignored=ignored)
+
+
+def _with_containers(body: Mapping[str, Any], complaints: list[str]) -> dict[str, Any]:
+    """A copy without those lists and objects that are something else."""
+    kept = dict(body)
+    for name, kind in _CONTAINERS.items():
+        value = kept.get(name)
+        if value is not None and not isinstance(value, kind):
+            wanted = "a list" if kind is list else "a JSON object"
+            complaints.append(f"{name} = {kept.pop(name)!r:.80}: must be {wanted}")
+    return kept
 
 
 def _broken_rules(body: Mapping[str, Any]) -> list[str]:
@@ -140,9 +165,10 @@ def _broken_rules(body: Mapping[str, Any]) -> list[str]:
     heads = body.get("num_key_value_heads")
     if heads is not None and heads != body.get("num_attention_heads"):
         broken.append(f"num_key_value_heads = {heads!r}: must equal num_attention_heads")
-    kinds = body.get("layer_types")
-    if kinds is not None and set(kinds) - {"indexed_attention", "full_attention"}:
-        broken.append(f"layer_types = {kinds!r:.80}: every layer attends alike")
+    attention = _SPARSE_ATTENTION if body.get("model_type") == V32 else ("full_attention",)
+    kinds = body.get("layer_types") or ()
+    if any(kind not in attention for kind in kinds):
+        broken.append(f"layer_types = {kinds!r:.80}: every layer must be {' or '.join(attention)}")
     return broken
 
 
@@ -248,17 +274,19 @@ def to_json(config: ModelConfig, dtype: str, tokens: Mapping[str, Any]) -> dict[
         )
     if c.index_topk and not c.q_latent_width:
         complaints.append("model.index_topk > 0 without a query latent: the indexer reads it")
-    if c.yarn_factor > 1 and not c.yarn_mscale_all_dim and c.yarn_mscale != 1.0:
+    mscales = (c.yarn_mscale, c.yarn_mscale_all_dim)
+    if c.yarn_factor > 1 and not all(mscales) and mscales != (1.0, 0.0):
         complaints.append(
-            f"model.yarn_mscale = {c.yarn_mscale} with yarn_mscale_all_dim = 0: the format reads "
-            "the one only beside the other"
+            f"model.yarn_mscale = {c.yarn_mscale} with yarn_mscale_all_dim = "
+            f"{c.yarn_mscale_all_dim}: the format reads the one only beside the other, neither "
+            "being 0; without both it means 1 and 0"
         )
     if complaints:
         raise ValueError("this model has no Hugging Face form: " + "; ".join(complaints))
     kind = V32 if c.index_topk else V3
     body: dict[str, Any] = {"architectures": [ARCHITECTURES[kind]], "model_type": kind}
     fields = _FIELDS + (_INDEXER_FIELDS if kind == V32 else ())
-    body |= {theirs: getattr(c, ours) for ours, theirs, _ in fields}
+    body |= {theirs: getattr(c, ours) for ours, theirs in fields}
     body["q_lora_rank"] = c.q_latent_width or None
     body |= {
         name: allowed[0]

@@ -1,6 +1,7 @@
 """The shape of a DeepSeek-V3 family model, in one dataclass."""
 
 import dataclasses
+import math
 
 DTYPES = ("float32", "bfloat16")
 # What a layer keeps for its backward pass; see block.REMAT.
@@ -106,6 +107,7 @@ class ModelConfig:
         if self.head_rope_width % 2:
             raise ValueError(f"model.head_rope_width = {self.head_rope_width}: must be even")
         self._check_names()
+        self._check_reals()
         self._check_rotation()
         self._check_indexer()
 
@@ -119,6 +121,15 @@ class ModelConfig:
                 raise ValueError(
                     f"model.{name} = {getattr(self, name)!r}: must be {' or '.join(allowed)}"
                 )
+
+    def _check_reals(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"model.{field.name} = {value}: must be finite")
+        for name in ("norm_eps", "routed_scaling", "yarn_beta_slow"):
+            if getattr(self, name) <= 0.0:
+                raise ValueError(f"model.{name} = {getattr(self, name)}: must be positive")
 
     def _check_rotation(self):
         if self.rope_theta <= 1.0:
@@ -135,8 +146,6 @@ class ModelConfig:
         for name in ("yarn_mscale", "yarn_mscale_all_dim"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"model.{name} = {getattr(self, name)}: must not be negative")
-        if self.yarn_beta_slow <= 0.0:
-            raise ValueError(f"model.yarn_beta_slow = {self.yarn_beta_slow}: must be positive")
 
     def _check_indexer(self):
         parts = {n: getattr(self, n) for n in ("index_topk", "index_heads", "index_head_width")}

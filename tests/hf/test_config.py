@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import transformers
@@ -206,6 +207,20 @@ REFUSED = {
     "hidden_size is missing": {"hidden_size": None},
     "hidden_size = '7168'": {"hidden_size": "7168"},
     "n_group = True": {"n_group": True},
+    "n_group is missing": {"n_group": None},
+    "norm_topk_prob is missing": {"norm_topk_prob": None},
+    "rope_scaling = 'yarn': must be a JSON object": {"rope_scaling": "yarn"},
+    "rope_parameters = [1]: must be a JSON object": {"rope_parameters": [1]},
+    "quantization_config = 'fp8': must be a JSON object": {"quantization_config": "fp8"},
+    "mlp_layer_types = 3: must be a list": {"mlp_layer_types": 3},
+    "layer_types = 3: must be a list": {"layer_types": 3},
+    "layer_types = [['full_attention']]": {"layer_types": [["full_attention"]]},
+    "layer_types = ['indexed_attention']": {"layer_types": ["indexed_attention"]},
+    "model.norm_eps = nan: must be finite": {"rms_norm_eps": math.nan},
+    "model.norm_eps = -1.0: must be positive": {"rms_norm_eps": -1},
+    "model.rope_theta = nan: must be finite": {"rope_theta": math.nan},
+    "model.routed_scaling = -3.0: must be positive": {"routed_scaling_factor": -3.0},
+    "model.yarn_factor = inf": {"rope_scaling": V3["rope_scaling"] | {"factor": math.inf}},
     "dtype = 'float16'": {"torch_dtype": "float16"},
     "quantization_config": {"quantization_config": {"quant_method": "compressed-tensors"}},
     "mlp_layer_types": {"mlp_layer_types": ["sparse", "dense"], "num_hidden_layers": 2},
@@ -227,6 +242,39 @@ def test_all_that_is_refused_stands_in_one_error():
     assert all(n in str(error.value) for n in ("attention_bias", "v_head_dim", "rope_theta"))
 
 
+def without(body, *names):
+    return {name: value for name, value in body.items() if name not in names}
+
+
+@pytest.mark.parametrize("name", ["n_group", "topk_group", "q_lora_rank", "n_shared_experts"])
+def test_what_the_reference_would_guess_must_be_given(name):
+    assert getattr(transformers.DeepseekV3Config(), name)
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        config_lib.from_json(without(V3, name))
+
+
+def test_what_may_be_left_out_means_what_it_means_to_the_reference():
+    names = ("norm_topk_prob", "rms_norm_eps", "rope_theta")
+    reference = {name: getattr(transformers.DeepseekV3Config(), name) for name in names[:2]}
+    reference["rope_theta"] = transformers.DeepseekV3Config().rope_parameters["rope_theta"]
+    assert config_lib.from_json(without(V3, *names)) == config_lib.from_json(V3 | reference)
+    for name in names[:2]:
+        assert getattr(transformers.DeepseekV32Config(), name) == reference[name]
+    left_out = without(V3, "num_nextn_predict_layers")
+    assert config_lib.from_json(left_out).model.num_mtp_layers == 0
+    assert config_lib.from_json(left_out | {"num_mtp_layers": 2}).model.num_mtp_layers == 2
+
+
+@pytest.mark.parametrize("name", ["indexed_attention", "deepseek_sparse_attention"])
+def test_layers_of_sparse_attention_have_two_names(name):
+    types = [name] * V32["num_hidden_layers"]
+    assert config_lib.from_json(V32 | {"layer_types": types}).model.index_topk == 2048
+    theirs = transformers.DeepseekV32Config(layer_types=types)
+    assert set(theirs.layer_types) == {"indexed_attention"}
+    with pytest.raises(ValueError, match="layer_types"):
+        config_lib.from_json(V32 | {"layer_types": [*types[1:], "full_attention"]})
+
+
 def test_unknown_fields_are_named():
     assert config_lib.from_json(V3 | {"new_feature": 3}).ignored == ("new_feature",)
 
@@ -236,6 +284,8 @@ def test_unknown_fields_are_named():
     [
         ({"embedding_taps": 2}, "embedding_taps = 2"),
         ({"yarn_mscale": 0.8, "yarn_mscale_all_dim": 0.0}, "yarn_mscale = 0.8"),
+        ({"yarn_mscale": 0.0, "yarn_mscale_all_dim": 1.0}, "yarn_mscale = 0.0"),
+        ({"yarn_mscale": 0.0, "yarn_mscale_all_dim": 0.0}, "yarn_mscale = 0.0"),
     ],
 )
 def test_a_model_without_a_form_there_is_not_written(change, said):
