@@ -84,6 +84,8 @@ def open_source(path: str, dtype: str | None = None) -> Source:
     """
     if not storage.is_local(path):
         raise ValueError(f"{path}: a Hugging Face folder is read from a local disk; copy it there")
+    if not os.path.isdir(path):
+        raise FileNotFoundError(f"{path} is no folder: give one with config.json and safetensors")
     read = config_lib.read(path)
     model, notes = read.model, []
     if dtype is not None:
@@ -91,9 +93,6 @@ def open_source(path: str, dtype: str | None = None) -> Source:
     if read.ignored:
         notes.append(f"fields of config.json that were ignored: {', '.join(read.ignored)}")
     found = tensors.find(path)
-    head = os.path.join(path, names.VERIFIER_HEAD_FILE)
-    if os.path.exists(head):
-        found |= tensors.read_header(head)
     if model.num_mtp_layers and not any(_of_mtp(model, name) for name in found):
         notes.append(
             f"config.json promises {model.num_mtp_layers} layers of multi-token prediction, but no "
@@ -101,7 +100,13 @@ def open_source(path: str, dtype: str | None = None) -> Source:
         )
         model = dataclasses.replace(model, num_mtp_layers=0)
     entries = names.table(model)
-    complaints = _complaints(entries, found)
+    complaints = _complaints([e for e in entries if not e.verifier_head], found)
+    head = os.path.join(path, names.VERIFIER_HEAD_FILE)
+    if os.path.exists(head):
+        held = tensors.read_header(head)
+        wrong = _complaints([e for e in entries if e.verifier_head], held)
+        complaints += [f"{names.VERIFIER_HEAD_FILE}: {complaint}" for complaint in wrong]
+        found |= held
     if complaints:
         raise ValueError(f"{path} does not hold this model: " + "; ".join(complaints))
     if not os.path.exists(head):
@@ -135,14 +140,17 @@ def _complaints(entries: Iterable[names.Entry], found: Mapping[str, tensors.Tens
             known.add(name)
             tensor = found.get(name)
             if tensor is None:
-                if not (entry.copy or entry.verifier_head):
+                if not entry.copy:
                     missing.append(f"{name} {list(entry.their_shape)}")
                 continue
             if tensor.shape != entry.their_shape:
                 wrong.append(f"{name} is {list(tensor.shape)}, not {list(entry.their_shape)}")
             if tensor.dtype not in _WEIGHTS:
                 wrong.append(f"{name} is of {tensor.dtype}, not {', '.join(_WEIGHTS)}")
-            if tensor.dtype != "F8_E4M3" or len(tensor.shape) != 2:
+            if tensor.dtype != "F8_E4M3":
+                continue
+            if len(entry.their_shape) != 2:
+                wrong.append(f"{name} is of F8_E4M3, which is for matrices")
                 continue
             name += fp8.SUFFIX
             known.add(name)

@@ -97,10 +97,15 @@ def find(folder: str) -> dict[str, Tensor]:
     FileNotFoundError where there are none; ValueError for pickled weights, for an index that its
     files do not bear out (all its faults in one), and for damaged files. Nothing is executed.
     """
-    index = os.path.join(folder, INDEX)
+    index, single = (os.path.join(folder, name) for name in (INDEX, SINGLE))
     if os.path.exists(index):
-        return _find_indexed(folder, index)
-    single = os.path.join(folder, SINGLE)
+        found = _find_indexed(folder, index)
+        if os.path.exists(single) and not any(t.path == single for t in found.values()):
+            raise ValueError(
+                f"{folder} holds {INDEX} and a {SINGLE} that is not in it, which other programs "
+                "read instead: move away the one that is not meant"
+            )
+        return found
     if os.path.exists(single):
         return read_header(single)
     names = sorted(os.listdir(folder))
@@ -120,7 +125,7 @@ def _find_indexed(folder: str, index: str) -> dict[str, Tensor]:
         files = sorted(set(places.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index} is no index of safetensors: {error!r}") from error
-    foreign = [n for n in files if os.path.basename(n) != n or not n.endswith(".safetensors")]
+    foreign = [n for n in files if not _lies_beside(n)]
     if foreign:
         raise ValueError(
             f"{index} names {', '.join(map(repr, foreign[:3]))}: files of an index end in "
@@ -142,6 +147,11 @@ def _find_indexed(folder: str, index: str) -> dict[str, Tensor]:
     if faults:
         raise ValueError(f"{index} and its files differ: {'; '.join(faults)}")
     return found
+
+
+def _lies_beside(name: Any) -> bool:
+    named = isinstance(name, str) and os.path.basename(name) == name
+    return named and name.endswith(".safetensors")
 
 
 def _lies_in(tensor: Tensor | None, name: str) -> bool:

@@ -275,6 +275,50 @@ def test_without_its_file_the_verifier_head_starts_at_zero(copied, tmp_path):
     assert not restored(bring_in(copied, tmp_path / "b"))["params.verifier_head_kernel"].any()
 
 
+KERNEL, BIAS = "verifier_head.kernel", "verifier_head.bias"
+
+
+@pytest.mark.parametrize(
+    ("left_out", "added", "wanted"),
+    [
+        (KERNEL, {}, f"{names.VERIFIER_HEAD_FILE}: 1 missing: {KERNEL} [24, 3]"),
+        (
+            "",
+            {"lm_head.weight": (61, 24)},
+            f"{names.VERIFIER_HEAD_FILE}: 1 unknown: lm_head.weight",
+        ),
+        ("", {BIAS: (4,)}, f"{names.VERIFIER_HEAD_FILE}: 1 of another shape or kind: {BIAS}"),
+    ],
+)
+def test_the_verifier_heads_file_holds_its_two_tensors_alone(
+    copied, tmp_path, left_out, added, wanted
+):
+    path = copied / names.VERIFIER_HEAD_FILE
+    held = safetensors.numpy.load_file(path)
+    held |= {name: np.zeros(shape, np.float32) for name, shape in added.items()}
+    held.pop(left_out, None)
+    safetensors.numpy.save_file(held, path)
+    assert wanted in complaint(copied, tmp_path)
+
+
+def test_the_verifier_head_lies_in_its_own_file_alone(copied, tmp_path):
+    checkpoints.rewrite(copied, read_all(copied) | {BIAS: np.zeros(3, np.float32)})
+    assert f"1 unknown: {BIAS}" in complaint(copied, tmp_path)
+
+
+def test_only_matrices_are_quantized(copied, tmp_path):
+    held, name = read_all(copied), "model.norm.weight"
+    held[name] = held[name].astype(ml_dtypes.float8_e4m3fn)
+    checkpoints.rewrite(copied, held)
+    assert f"{name} is of F8_E4M3, which is for matrices" in complaint(copied, tmp_path)
+
+
+def test_what_is_no_folder_is_not_imported(copied):
+    for path in (copied / "config.json", copied / "nothing"):
+        with pytest.raises(FileNotFoundError, match="is no folder"):
+            importer.open_source(str(path))
+
+
 def test_what_loses_bits_on_import_is_noted(exported):
     notes = importer.open_source(str(exported), "bfloat16").notes
     assert any("rounded to bfloat16" in note for note in notes)

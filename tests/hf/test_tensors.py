@@ -137,10 +137,21 @@ def test_everything_that_index_and_files_differ_in_is_one_error(tmp_path):
     assert all(fault in str(error.value) for fault in faults)
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "x.bin"])
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/x.safetensors", "a/x.safetensors", "x.bin", 3, None]
+)
 def test_an_index_names_safetensors_beside_it_only(tmp_path, name):
     indexed(tmp_path, {"a": name})
     with pytest.raises(ValueError, match="lie beside it"):
+        tensors.find(str(tmp_path))
+
+
+def test_a_single_file_beside_an_index_is_one_of_its_files_or_an_error(tmp_path):
+    one, other = ({"a": np.full(2, x, np.float32)} for x in (1.0, 2.0))
+    indexed(tmp_path, {"a": tensors.SINGLE}, model=one)
+    assert tensors.find(str(tmp_path))["a"].read_rows(slice(None))[0] == 1.0
+    indexed(tmp_path, {"a": "x.safetensors"}, x=other)
+    with pytest.raises(ValueError, match=r"model\.safetensors that is not in it"):
         tensors.find(str(tmp_path))
 
 
