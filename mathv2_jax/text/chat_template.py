@@ -20,6 +20,11 @@ from mathv2_jax.text import tokenizer
 
 _OPEN, _CLOSE = "\ue000", "\ue001"  # private use: around the number of a content
 _MARK = re.compile(f"{_OPEN}([0-9]+){_CLOSE}")
+# What the template's own expressions may raise: divisions, endless macros, lists too long.
+_FAILURES = (
+    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError),
+    *(RuntimeError, TypeError, ValueError),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +107,7 @@ class ChatTemplate:
             )
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, RecursionError, SyntaxError) as error:
             raise ValueError(f"the chat template is not valid Jinja: {error}") from error
         self._variables = dict(variables)
         self._control = pattern_of(control)
@@ -163,9 +168,9 @@ class ChatTemplate:
                 tools=None,
                 documents=None,
             )
-        except (jinja2.TemplateError, TypeError, AttributeError, LookupError) as error:
+        except _FAILURES as error:
             roles = [m.role for m in messages]
-            raise ValueError(f"the chat template refuses roles {roles}: {error}") from error
+            raise ValueError(f"the chat template refuses roles {roles}: {error!r}") from error
 
 
 def pattern_of(spellings: Sequence[str]) -> re.Pattern[str]:

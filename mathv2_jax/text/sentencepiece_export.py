@@ -26,7 +26,7 @@ _TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
 {{- '<|' ~ message['role'] ~ '|>' -}}
-{%- if message['role'] == 'assistant' and message['reasoning_content'] is defined -%}
+{%- if message['role'] == 'assistant' and message['reasoning_content'] is string -%}
 {{- '<think>' ~ message['reasoning_content'] ~ '</think>' -}}
 {%- endif -%}
 {{- message['content'] -}}

@@ -2,6 +2,7 @@ import json
 import pathlib
 from typing import Any
 
+import jinja2
 import pytest
 import tokenizers
 import transformers
@@ -55,6 +56,14 @@ def test_transformers_gives_the_same_ids_and_text(reference, text):
     ids = MODEL.encode_text(text)
     assert reference(text, add_special_tokens=False)["input_ids"] == ids
     assert reference.decode(ids, skip_special_tokens=True) == text
+
+
+def test_thinking_that_is_null_is_none():
+    template = jinja2.Template(tokenizer_files.files_of(MODEL)["chat_template.jinja"].decode())
+    said = {"role": "assistant", "content": "y"}
+    for shown in (said, said | {"reasoning_content": None}):
+        assert template.render(messages=[shown]) == "<|assistant|>y"
+    assert "<think>so</think>y" in template.render(messages=[said | {"reasoning_content": "so"}])
 
 
 @given(
