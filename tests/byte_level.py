@@ -1,7 +1,9 @@
 """A byte-level tokenizer in the manner of DeepSeek-V3's: small, with all its added tokens."""
 
 import functools
+import itertools
 import json
+import string
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +27,7 @@ TOOLS = tuple(
     )
 )
 NOT_SPECIAL = ("<think>", "</think>", "<｜User｜>", "<｜Assistant｜>", *TOOLS)
+FULL_SIZE = 128_000
 ADDED = (*SPECIAL, *PLACE_HOLDERS, *NOT_SPECIAL, "<|EOT|>")
 
 # As V3.1's: one way to open a turn with thinking, one without; earlier thinking is cut away.
@@ -92,6 +95,22 @@ def _trained() -> str:
 def spec() -> dict[str, Any]:
     """What tokenizer.json holds, to be changed by a test."""
     return json.loads(_trained())
+
+
+def full_size() -> dict[str, Any]:
+    """`spec` with 128,000 learned pieces, as DeepSeek-V3's has: the rest are up to four letters."""
+    body = spec()
+    vocab, merges = body["model"]["vocab"], body["model"]["merges"]
+    pairs = [(a, b) for a in string.ascii_lowercase for b in string.ascii_lowercase]
+    words = ["".join(pair) for pair in pairs]
+    more = FULL_SIZE - len(vocab)
+    for token in body["added_tokens"]:
+        token["id"] += more if token["id"] >= len(vocab) else 0
+    for pair in itertools.chain(pairs, itertools.product(words, words)):
+        if len(vocab) < FULL_SIZE and "".join(pair) not in vocab:
+            vocab["".join(pair)] = len(vocab)
+            merges.append(list(pair))
+    return body
 
 
 def config(**changes: Any) -> dict[str, Any]:

@@ -100,23 +100,31 @@ def test_a_text_has_the_ids_of_transformers_with_no_token_added(text):
     assert TOKENIZER.encode_text(text) == bare.encode(text, add_special_tokens=False).ids
 
 
-@pytest.mark.parametrize("name", ["lines", "thinking"])
-def test_no_added_token_in_a_text_becomes_one(name):
-    made = MADE[name]
+@pytest.fixture(scope="module")
+def full_size():
+    """DeepSeek-V3's size: 128,000 learned pieces and its 818 added tokens."""
+    return hf_tokenizer.HfTokenizer(byte_level.files(body=byte_level.full_size()))
+
+
+@pytest.mark.parametrize("name", ["lines", "thinking", "full_size"])
+def test_no_added_token_in_a_text_becomes_one(name, request):
+    made = MADE.get(name) or request.getfixturevalue(name)
     assert len(byte_level.ADDED) > 800
-    thought = "" if name == "thinking" else None
+    assert (made.vocab_size > 128_800) == (name == "full_size")
+    thinks = name != "lines"
+    thought = "" if thinks else None
     blank = [Message("system", ""), Message("user", ""), Message("assistant", "", thought)]
     control = [i for i in made.encode_with_loss_mask(blank)[0] if i in made.control_ids]
     for token in byte_level.ADDED:
         for text in (token, f"a{token}", f"{token}{token} b"):
             ids = made.encode_text(text)
             assert not made.control_ids.intersection(ids) and made.decode(ids) == text
-        answer = Message("assistant", token, token if name == "thinking" else None)
+        answer = Message("assistant", token, token if thinks else None)
         messages = [Message("system", token), Message("user", token), answer]
         ids, _ = made.encode_with_loss_mask(messages)
         assert [i for i in ids if i in made.control_ids] == control
         said = made.decode([i for i in ids if i not in made.control_ids])
-        assert said.count(token) == (4 if name == "thinking" else 3)
+        assert said.count(token) == (4 if thinks else 3)
 
 
 @given(conversations(ANY_TEXT), ANY_TEXT, st.none() | ANY_TEXT)
