@@ -4,9 +4,13 @@ The state of depth k at a token joins the state of depth k - 1 at its predecesso
 own embedding, and predicts the token after it: at depth 1 the second after the hidden state it
 was made of. A state stands at the place of the token that it has read, so answers that share one
 copy of their prompt each go on from its last token. The first k tokens of a sequence have none.
+
+Depth 1 starts from the trunk's state after its final norm, as in vLLM, SGLang and transformers.
+A further depth starts from the state before that of the head, the report's equations 21 to 23 and
+vLLM's reading; SGLang and transformers take it after. No released DeepSeek has a second depth.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,12 +24,17 @@ from mathv2_jax.model.config import ModelConfig
 
 
 class Further(NamedTuple):
-    """What the extra layers give, stacked over depths: normed states, and where there is one."""
+    """What the extra layers give, stacked over depths: normed states, and where there is one.
+
+    For drafting, `state_BTD` is before that norm, and `latents` are what a cache keeps.
+    """
 
     hidden_BTD: Float[Array, "... B T D"]
     real_BT: Bool[Array, "... B T"]
     routing: moe.Routing | None
     alignment: Float[Array, "..."] | None
+    state_BTD: Float[Array, "... B T D"]
+    latents: cache_lib.LatentPair
 
 
 class Depth(NamedTuple):
@@ -49,8 +58,11 @@ class MtpLayer(nn.Module):
         before: Depth,
         embedded_BTD: Float[Array, "B T D"],
         layout: cache_lib.Layout,
-        sources_BT: Int[Array, "B T"],
+        sources_BT: Int[Array, "B T"] | None,
+        cached: cache_lib.LayerCache | None = None,
+        view: cache_lib.DecodeView | None = None,
     ) -> tuple[Depth, Further]:
+        """`before` is of the row's tokens, or without sources of their predecessors."""
         c, dtype = self.config, embedded_BTD.dtype
         project_ED = layers.weight(
             self,
@@ -60,28 +72,38 @@ class MtpLayer(nn.Module):
             2 * c.width,
             c.param_dtype,
         )
-        hidden_BTD = jnp.take_along_axis(before.hidden_BTD, sources_BT[..., None], axis=1)
-        follows_BT = sources_BT != jnp.arange(sources_BT.shape[1], dtype=sources_BT.dtype)[None, :]
-        real_BT = follows_BT & jnp.take_along_axis(before.real_BT, sources_BT, axis=1)
-        positions_BT = jnp.take_along_axis(before.positions_BT, sources_BT, axis=1)
+        if sources_BT is not None:
+            before = _of_predecessors(before, sources_BT)
         joined_BTE = jnp.concatenate(
             [
                 layers.RMSNorm(c.norm_eps, c.param_dtype, name="embed_norm")(embedded_BTD),
-                layers.RMSNorm(c.norm_eps, c.param_dtype, name="hidden_norm")(hidden_BTD),
+                layers.RMSNorm(c.norm_eps, c.param_dtype, name="hidden_norm")(before.hidden_BTD),
             ],
             axis=-1,
         )
         within = cache_lib.Layout(
-            positions_BT,
-            jnp.where(real_BT, layout.segments_BT, 0),
-            jnp.where(real_BT, layout.prefixes_BT, 0),
+            before.positions_BT,
+            jnp.where(before.real_BT, layout.segments_BT, 0),
+            jnp.where(before.real_BT, layout.prefixes_BT, 0),
         )
         block = block_lib.rematted(c)(c, self.kernels, self.signals, True, name="block")
         joined_BTD = joined_BTE @ project_ED.astype(dtype)
-        hidden_BTD, passed = block(joined_BTD, None, None, within, None)
+        hidden_BTD, passed = block(joined_BTD, cached, None, within, view)
         normed_BTD = layers.RMSNorm(c.norm_eps, c.param_dtype, name="final_norm")(hidden_BTD)
-        further = Further(normed_BTD, real_BT, passed.routing, passed.alignment)
-        return Depth(hidden_BTD, positions_BT, real_BT), further
+        found = (passed.routing, passed.alignment, hidden_BTD, passed.latents)
+        further = Further(normed_BTD, before.real_BT, *found)
+        return before._replace(hidden_BTD=hidden_BTD), further
+
+
+def _of_predecessors(before: Depth, sources_BT: Int[Array, "B T"]) -> Depth:
+    """Each token's predecessor's state; a token that is its own source has none."""
+    hidden_BTD = jnp.take_along_axis(before.hidden_BTD, sources_BT[..., None], axis=1)
+    follows_BT = sources_BT != jnp.arange(sources_BT.shape[1], dtype=sources_BT.dtype)[None, :]
+    return Depth(
+        hidden_BTD,
+        jnp.take_along_axis(before.positions_BT, sources_BT, axis=1),
+        follows_BT & jnp.take_along_axis(before.real_BT, sources_BT, axis=1),
+    )
 
 
 def run(
@@ -99,3 +121,24 @@ def run(
         hidden_BTD, embedded_BTD = jax.lax.stop_gradient((hidden_BTD, embedded_BTD))
     start = Depth(hidden_BTD, layout.positions_BT, layout.segments_BT > 0)
     return layer(start, embedded_BTD, layout, sources_BT)[1]
+
+
+def step(
+    layer: MtpLayer,
+    variables: dict[str, Any],
+    before: Depth,
+    embedded_B1D: Float[Array, "B 1 D"],
+    cached: cache_lib.LayerCache,
+    view: cache_lib.DecodeView,
+) -> Further:
+    """One depth's state of one new token a row, over its cache: what drafts the token after it.
+
+    `variables` are those of the depth alone, without the leading axis. `before` is the depth below
+    (at depth 1 the trunk's normed state) at each token's predecessor, `embedded_B1D` the tokens'
+    embeddings. `view` leaves out the first tokens of a prompt, which have no state at this depth.
+    """
+    segments_B1 = before.real_BT.astype(jnp.int32)
+    layout = cache_lib.Layout(before.positions_BT, segments_B1, segments_B1)
+    further = layer.apply(variables, before, embedded_B1D, layout, None, cached, view)[1]
+    assert isinstance(further, Further)
+    return further

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mathv2_jax.model import block, cache, layers, transformer
+from mathv2_jax.model import block, cache, layers, mtp, transformer
 
 LENGTH = 10
 ON, DETACHED = (transformer.Signals(mtp=name) for name in ("on", "detached"))
@@ -134,3 +134,47 @@ def test_detached_states_leave_trunk_and_embedding_alone(sparse_model):
         assert any(np.asarray(x).any() for x in jax.tree.leaves(free[name])), name
     for one, other in zip(*map(jax.tree.leaves, (free["mtp"], detached["mtp"])), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_depth_over_its_cache_gives_the_states_of_the_whole_pass(sparse_model, ahead, depth):
+    """Two rows that share nothing; the prompt's first tokens have no state and are not seen."""
+    c, at, prompt = sparse_model.config, depth - 1, 6
+    sequences = tokens_of(4, LENGTH, LENGTH)
+    tokens_BT, layout, sources_BT = alone(*sequences)
+    out = ahead(tokens_BT, layout, sources_BT)
+    below_BTD = (out.hidden_BTD, out.further.state_BTD[0])[at]
+    layer = mtp.MtpLayer(c, block.Kernels(), block.Signals())
+    variables = {
+        kind: jax.tree.map(lambda x: x[at], sparse_model.variables[kind]["mtp"])
+        for kind in ("params", "router")
+    }
+    latents = jax.tree.map(lambda x: x[at], out.further.latents)
+    seen_PS = jnp.broadcast_to(jnp.arange(prompt) >= depth, (2, prompt))
+    assert bool(jnp.all(seen_PS == out.further.real_BT[at, :, :prompt]))
+    own = jax.tree.map(lambda x: jnp.zeros_like(x[:, prompt:]), latents)
+
+    @jax.jit
+    def step(own, here, token_B1, below_B1D):
+        positions_B1 = jnp.full((2, 1), here - depth)
+        before = mtp.Depth(below_B1D, positions_B1, jnp.ones((2, 1), bool))
+        embedded_B1D = sparse_model.variables["params"]["embed"][token_B1]
+        cached = cache.LayerCache(jax.tree.map(lambda x: x[:, :prompt], latents), own)
+        view = cache.DecodeView(seen_PS, jnp.arange(LENGTH - prompt) < here - prompt)
+        return mtp.step(layer, variables, before, embedded_B1D, cached, view)
+
+    for here in range(prompt, LENGTH):
+        got = step(
+            own, jnp.int32(here), tokens_BT[:, here : here + 1], below_BTD[:, here - 1 : here]
+        )
+        for one, whole in (
+            (got.hidden_BTD, out.further.hidden_BTD),
+            (got.state_BTD, out.further.state_BTD),
+        ):
+            np.testing.assert_allclose(one[:, 0], whole[at, :, here], rtol=2e-3, atol=2e-4)
+        own = jax.tree.map(
+            lambda old, new, i=here - prompt: old.at[:, i].set(new[:, 0]), own, got.latents
+        )
+    wanted = jax.tree.map(lambda x: x[:, prompt:], latents)
+    for one, whole in zip(*map(jax.tree.leaves, (own, wanted)), strict=True):
+        np.testing.assert_allclose(one, whole, rtol=2e-3, atol=2e-4)

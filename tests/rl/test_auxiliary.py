@@ -204,7 +204,7 @@ def test_the_further_loss_reads_each_tokens_predecessor_where_it_has_a_state():
     hidden = draw.normal(size=(2, ROWS, LENGTH, 12)).astype(np.float32)
     unembed = draw.normal(size=(12, 24)).astype(np.float32)
     real = draw.random((2, ROWS, LENGTH)) < 0.6
-    further = transformer.Further(jnp.asarray(hidden), jnp.asarray(real), None, None)
+    further = transformer.Further(jnp.asarray(hidden), jnp.asarray(real), None, None, None, None)
     weights_BT = draw.random((ROWS, LENGTH)).astype(np.float32)  # first tokens and padding too
     got = auxiliary.further_loss(
         MODEL, jnp.asarray(unembed), batch, further, jnp.asarray(weights_BT)
