@@ -150,18 +150,21 @@ def locate(path: epath.Path, stage: str | None = None, step: int | None = None) 
     if stage is not None:
         raise ValueError(f"{path} is an imported model: it has no stages, so none is {stage!r}")
     tokenizer = path / TOKENIZER
-    try:
-        config = ModelConfig(**body["model"])
-    except TypeError as error:  # a field that this program does not have, or one too few
-        raise ValueError(f"{path / 'config.json'} has another program's model: {error}") from error
     return Trained(
-        config=config,
+        config=_model(body["model"], path),
         checkpoints=path / CHECKPOINTS,
         steps=_steps(path / CHECKPOINTS, step),
         prefix="",
         tokens=body["tokens"],
         tokenizer=tokenizer if tokenizer.exists() else None,
     )
+
+
+def _model(fields: Mapping[str, Any], path: epath.Path) -> ModelConfig:
+    try:
+        return ModelConfig(**fields)
+    except TypeError as error:  # a field that this program does not have, or one too few
+        raise ValueError(f"{path / 'config.json'} has another program's model: {error}") from error
 
 
 def _locate_in_run(
@@ -176,7 +179,7 @@ def _locate_in_run(
     at = root / (stage or stages[-1])
     final = step is None and (at / "final").exists()
     checkpoints = at / ("final" if final else "steps")
-    model = ModelConfig(**identity["model"])
+    model = _model(identity["model"], path)
     steps = _steps(checkpoints, step)
     prefix = "" if final else "variables."
     vocab_size, _ = _shape(checkpoints, steps, f"{prefix}params.embed")

@@ -319,6 +319,14 @@ def test_what_is_no_folder_is_not_imported(copied):
             importer.open_source(str(path))
 
 
+def test_a_run_of_another_programs_model_is_refused(tmp_path):
+    (tmp_path / folder.CHECKPOINTS / "sft").mkdir(parents=True)
+    identity = {"stages": [{"name": "sft"}], "model": dataclasses.asdict(PLAIN) | {"widht": 3}}
+    (tmp_path / "config.json").write_text(json.dumps({"identity": identity}))
+    with pytest.raises(ValueError, match="config.json has another program's model: .*widht"):
+        folder.locate(epath.Path(tmp_path))
+
+
 def test_what_loses_bits_on_import_is_noted(exported):
     notes = importer.open_source(str(exported), "bfloat16").notes
     assert any("rounded to bfloat16" in note for note in notes)
