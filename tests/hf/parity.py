@@ -16,7 +16,7 @@ import transformers
 from torch.overrides import TorchFunctionMode
 
 from mathv2_jax import hf
-from mathv2_jax.model import cache, heads, transformer
+from mathv2_jax.model import block, cache, heads, layers, mla, transformer
 from mathv2_jax.model.config import ModelConfig
 from tests.hf import checkpoints
 
@@ -199,6 +199,15 @@ class TopK(TorchFunctionMode):
         routers = [chosen for chosen in self.chosen if chosen.ndim == 2][1::2]
         return np.stack([c.reshape(*self.real_BT.shape, -1).numpy() for c in routers]).astype("i4")
 
+    def picked_LBTS(self) -> np.ndarray:
+        """What the indexer of each layer lets a token attend to, where causality does too."""
+        length = self.real_BT.shape[1]
+        picks = [c for c in self.chosen if c.ndim == 3 and c.shape[:2] == self.real_BT.shape]
+        masks = [
+            torch.zeros(*c.shape[:2], length).scatter(-1, c.long(), 1.0).numpy() for c in picks
+        ]
+        return np.tril(np.stack(masks)) > 0
+
     def report(self) -> str:
         """All near-ties, and how near the nearest choice of the pass came to one."""
         listed = "".join(
@@ -239,3 +248,34 @@ def our_logits(
     """Ours, in float32."""
     out = transformer.apply(config, variables, tokens_BT, layout, kept_LBTA=kept_LBTA)
     return heads.logits(out.hidden_BTD, variables["params"]["unembed"])
+
+
+def our_logits_with_picks(
+    config: ModelConfig,
+    variables: transformer.Variables,
+    tokens_BT: Any,
+    layout: cache.Layout,
+    kept_LBTA: Any,
+    picked_LBTS: Any,
+) -> Any:
+    """`our_logits`, layer by layer: each attends to the tokens that it is given as picked."""
+    params = variables["params"]
+    x_BTD = params["embed"].astype(config.compute_dtype)[tokens_BT]
+    for layer, picked_BTS in enumerate(picked_LBTS):
+        at = layer - config.num_dense_layers
+        sparse, kind = at >= 0, "sparse" if at >= 0 else "dense"
+        at = at if sparse else layer
+        own = {
+            name: jax.tree.map(lambda x, i=at: x[i], tree[kind])
+            for name, tree in variables.items()
+            if kind in tree
+        }
+
+        def attend(*args, picked_BTS=picked_BTS):
+            return mla.attend_densely(*args[:-1], picked_BTS)
+
+        module = block.Block(config, block.Kernels(attend=attend), block.Signals(), sparse)
+        kept_BTA = kept_LBTA[at] if sparse else None
+        x_BTD, _ = module.apply(own, x_BTD, None, kept_BTA, layout, None)
+    norm = layers.RMSNorm(config.norm_eps, config.param_dtype)
+    return heads.logits(norm.apply({"params": params["final_norm"]}, x_BTD), params["unembed"])
