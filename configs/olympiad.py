@@ -44,6 +44,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.update(width=32, num_layers=2, kv_latent_width=32, dense_width=64, embedding_taps=0)
     c.model.update(head_key_width=16, head_rope_width=8, head_value_width=16)
     c.model.update(expert_width=16, num_experts=4, logprob_chunk=1024)
+    c.model.update(max_position=PROMPT + ANSWER)
     limit = dict(max_tokens=ANSWER)
     c.roles = dict(templates="olympiad", generator=limit, verifier=limit, meta_verifier=limit)
     c.engine = dict(rows=8, prompt_buckets=(1024, 2048, PROMPT), answer_buckets=(ANSWER,))

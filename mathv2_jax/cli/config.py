@@ -102,6 +102,7 @@ class RunConfig:
                 if config is not None:
                     where = f"config.stage.{stage.name}.{part}.auxiliary"
                     config.auxiliary.require(self.model, where)
+        self._check_lengths()
         if (self.world is None) == (self.data == ""):
             raise ValueError(
                 "a run reads real files (config.data = DIR) or the embedded world (config.world), "
@@ -120,6 +121,22 @@ class RunConfig:
                 f"config.runtime.model_kernels = {chosen!r} is none of {[AUTO, *EXPERTS]}"
                 f"{_nearest(chosen, [AUTO, *EXPERTS])}"
             )
+
+    def _check_lengths(self) -> None:
+        """No sequence may be longer than the model's context. Rows of RL hold several of them."""
+        prompt, answer = self.engine.prompt_buckets[-1], self.engine.answer_buckets[-1]
+        longest = {f"engine: buckets of {prompt} and {answer} tokens": prompt + answer}
+        for stage in self.stages:
+            sft = getattr(stage, "sft", None)
+            if sft is not None:
+                longest[f"stage.{stage.name}.sft.row_length = {sft.row_length}"] = sft.row_length
+        for said, length in longest.items():
+            if length > self.model.max_position:
+                raise ValueError(
+                    f"config.{said}: a sequence of {length} tokens is longer than "
+                    f"config.model.max_position = {self.model.max_position}; lower them, or raise "
+                    "that of a model that is not imported"
+                )
 
     def _check_compared(self) -> None:
         answers = {s.name: s for s in self.stages if isinstance(s, answer.AnswerStage)}

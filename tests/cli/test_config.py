@@ -77,6 +77,16 @@ def test_auxiliary_losses_are_fields_of_a_stage_that_the_model_must_have_the_par
         smoke((f"{where}.indexer", "1.0"), (f"{where}.indexer_stage", "dense"))
 
 
+@pytest.mark.parametrize(
+    ("longest", "said"),
+    [(199, r"engine: buckets of 128 and 72 tokens"), (255, r"sft\.row_length = 256")],
+)
+def test_no_sequence_is_longer_than_the_models_context(longest, said):
+    with pytest.raises(ValueError, match=rf"{said}.*max_position = {longest}"):
+        smoke(("model.max_position", str(longest)))
+    assert smoke(("model.max_position", "256")).model.max_position == 256
+
+
 def test_a_part_of_the_recipe_is_an_override():
     part, none = (
         ("stages", "rule-drills, source-drills,sft,before"),

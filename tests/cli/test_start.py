@@ -22,7 +22,7 @@ from tests import byte_level, smoke
 from tests.hf import checkpoints
 
 TOKENIZER = hf_tokenizer.HfTokenizer(byte_level.files())
-MODEL = dataclasses.replace(checkpoints.FULL, vocab_size=TOKENIZER.vocab_size + 2)
+MODEL = dataclasses.replace(checkpoints.FULL, vocab_size=TOKENIZER.vocab_size + 2, max_position=256)
 BASE = {
     "model": "{}",
     "tokenizer": "{}",
