@@ -99,7 +99,7 @@ def get_config() -> ml_collections.ConfigDict:
         "before": answer("sft", "sft"),
         "verifier-0": verifier("sft", None, 0.0),
         "meta": dict(
-            kind="rl", init="sft", mixture=dict(meta_verifier=1.0), rl=rl | dict(steps=15)
+            kind="rl", init="sft", mixture=dict(meta_verifier=1.0), rl=rl | dict(steps=30)
         ),
         "verifier-1": verifier("verifier-0", "meta", 0.33),
         "probe-1": dict(kind="probe", verifier="verifier-1"),

@@ -259,24 +259,21 @@ def make_demonstrations(
     config: WorldConfig, seed: int, templates: prompts.PromptSet
 ) -> list[records.Demonstration]:
     """Conversations for the cold start: the three roles in turn, some of the generator's as
-    refinements. Of the analyses that a meta-analyst reads half are faulty, as in D_mv."""
+    refinements."""
     author = _Author(config, seed, "train", 4)
     made: list[records.Demonstration] = []
     for problem, record in author.stream():
         if len(made) == config.num_demonstrations:
             return made
-        if len(made) % 3 == 2:
-            faulty = len(made) % 2 == 0
-            analysis, _ = author.analysis_of_kind(problem, record, faulty=faulty)
-            made.append(_meta_analysis(author, templates, record, analysis))
-            continue
         proof = author.proof(problem, record)
         analysis = author.analysis(proof)
         if len(made) % 3 == 0:
             made.append(_generation(author, templates, problem, record, proof, analysis))
-        else:
+        elif len(made) % 3 == 1:
             user = prompts.fill(templates.verifier, statement=proof.statement, proof=proof.text)
             made.append(_demonstration("verifier", record, user, analysis.text, (proof.id,)))
+        else:
+            made.append(_meta_analysis(author, templates, record, analysis))
     raise AssertionError("the author's stream of problems has no end")
 
 

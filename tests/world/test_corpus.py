@@ -249,21 +249,6 @@ def test_a_drill_recites_rules_and_learns_their_citations_only(made, sources):
     assert abs(misquoted - expected) < 4 * (expected * (1 - CONFIG.drill_misquoted)) ** 0.5
 
 
-def test_a_meta_analyst_reads_as_many_faulty_analyses_as_sound_ones():
-    config = dataclasses.replace(CONFIG, num_demonstrations=90, refine_share=0.0)
-    found = []
-    for demonstration in corpus.make_demonstrations(config, 0, TEMPLATES)[2::3]:
-        head, analysis = demonstration.user.split(parse.ANALYSIS_OPENING)
-        (statement,) = statements([demonstration])
-        read = parse.parse_analysis(
-            parse.ANALYSIS_OPENING + analysis.removesuffix("\nRate the evaluation.")
-        )
-        proof = "\n".join(line for line in head.split("\n") if re.match(r"Step \d+:", line))
-        quality = judge.judge_analysis(statement, proof, read.body, read.score).quality
-        found.append(quality < 1.0)
-    assert found == [True, False] * 15
-
-
 def test_a_refinement_starts_from_a_proof_whose_analysis_finds_fault():
     config = dataclasses.replace(CONFIG, num_demonstrations=300, refine_share=0.9)
     refined = 0
