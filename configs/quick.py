@@ -18,7 +18,7 @@ def model() -> dict:
     """A DeepSeek-V3 shape of about 0.3 M parameters."""
     return dict(
         width=64,
-        num_layers=4,
+        num_layers=3,
         num_dense_layers=1,
         num_heads=4,
         kv_latent_width=64,
@@ -91,7 +91,7 @@ def get_config() -> ml_collections.ConfigDict:
         )
 
     stages = {
-        "rule-drills": dict(kind="sft", demonstrations="rule_drills", sft=drills),
+        "rule-drills": dict(kind="sft", demonstrations="rule_drills", sft=drills | dict(steps=400)),
         "source-drills": dict(
             kind="sft", init="rule-drills", demonstrations="source_drills", sft=drills
         ),

@@ -3,8 +3,8 @@
     mathv2-train --config=configs/world.py --workdir=runs/world --config.seed=0
 
 As configs/quick.py, with a longer cold start and one property more: human writers seldom use a
-rule that is not given, so the first verifier, taught by what humans wrote, often overlooks such
-steps, and a generator alone with it learns to take them. After a first iteration there are several
+rule that is not given, and no drill shows one, so the first verifier, taught by what humans wrote,
+often overlooks such steps, and a generator alone with it learns to take them. After a first iteration there are several
 ways to go on, each with as many generator steps as the others:
 
 - `loop-2`: the verifier is retrained on the generator's newest proofs (auto-labelled), then the
@@ -26,7 +26,7 @@ from configs import quick
 FIRST_STEPS, NEXT_STEPS = 40, 60  # of the generator, in the first iteration and in the second
 COLD_START_STEPS = 1_300
 RETRAINING_STEPS = 60
-WRITERS = dict(false_rule=0.04, skipped=0.25, unsupported=0.2, wrong_end=0.2)
+WRITERS = dict(false_rule=0.02, skipped=0.25, unsupported=0.2, wrong_end=0.2)
 NUM_AUTOLABEL = 200  # the arms differ in their generators
 
 
@@ -46,6 +46,7 @@ def get_config() -> ml_collections.ConfigDict:
         )
 
     c.world.writers = WRITERS
+    c.world.drill_misquoted = 0.0
     stage["sft"]["sft"]["steps"] = COLD_START_STEPS
     stage["generator-1"] = longer("generator-1", FIRST_STEPS)
     stage["verifier-2"] = longer("verifier-2", RETRAINING_STEPS)
