@@ -66,8 +66,9 @@ def get_config() -> ml_collections.ConfigDict:
     again = dict(steps=60, rows=8, row_length=256, optimizer=adam(3e-4))
     rule = dict(num_analyses=4, num_meta=1, num_valid=2)
     # A label is worth more looks than a reward: 4 analyses leave most of a verifier's oversights in
-    # the labels, and the next verifier learns them.
-    careful = dict(num_analyses=24, num_meta=3, num_valid=2)
+    # the labels, and the next verifier learns them. A rating of 0.5 confirms too: this small a
+    # meta-verifier hedges there about issues that are real, and three confirmations make up for it.
+    careful = dict(num_analyses=24, num_meta=3, num_valid=3, confirm_at=0.5)
 
     def verifier(init: str, judge: str | None, meta: float, **more) -> dict:
         mixture = dict(verifier=1.0, **({"meta_verifier": meta} if meta else {}))
