@@ -3,6 +3,7 @@
 # compared and the hacking curves drawn. The figure wants: pip install -e ".[experiments]".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 workdir="${1:-runs/world}"
 here=experiments/world
 runs="$workdir/world-seed0,$workdir/world-seed1,$workdir/world-seed2"

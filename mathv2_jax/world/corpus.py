@@ -231,9 +231,10 @@ def plain_problems(
 
 
 def make_drills(config: WorldConfig, seed: int, *, sources: bool) -> list[records.Demonstration]:
-    """Exercises in looking things up, for a model that starts from nothing: rules recited in any
-    order, a share of them misquoted, with their citations. Only these are learned, since nothing
-    else is decided."""
+    """Exercises in looking things up, for a model that starts from nothing: given rules recited in
+    any order with their citations; with `sources`, a share of them misquoted. Only the citations
+    are learned, since nothing else is decided. (Misquotes from the first step on delay the moment
+    at which a rule's number is found at all.)"""
     author = _Author(config, seed, "train", 6 if sources else 5)
     made: list[records.Demonstration] = []
     for problem, record in author.stream():
@@ -244,7 +245,7 @@ def make_drills(config: WorldConfig, seed: int, *, sources: bool) -> list[record
             problem,
             config.drill_lines,
             sources=sources,
-            misquoted=config.drill_misquoted,
+            misquoted=config.drill_misquoted if sources else 0.0,
         )
         user = f"{record.statement}\nRecite."
         made.append(
