@@ -61,7 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
     )
     c.engine = dict(rows=128, prompt_buckets=(72, 128), answer_buckets=(56, 80))
     rl = dict(groups=16, samples=8, rows=8, row_length=480, optimizer=adam(5e-4, warmup_steps=3))
-    drills = dict(steps=300, rows=4, row_length=256, optimizer=adam(3e-3, warmup_steps=30))
+    drills = dict(steps=400, rows=4, row_length=256, optimizer=adam(3e-3, warmup_steps=30))
     cold = dict(steps=1_000, rows=8, row_length=256, optimizer=adam(2e-3, final_share=0.1))
     again = dict(steps=60, rows=8, row_length=256, optimizer=adam(3e-4))
     rule = dict(num_analyses=4, num_meta=1, num_valid=2)
@@ -92,7 +92,7 @@ def get_config() -> ml_collections.ConfigDict:
         )
 
     stages = {
-        "rule-drills": dict(kind="sft", demonstrations="rule_drills", sft=drills | dict(steps=400)),
+        "rule-drills": dict(kind="sft", demonstrations="rule_drills", sft=drills),
         "source-drills": dict(
             kind="sft", init="rule-drills", demonstrations="source_drills", sft=drills
         ),
