@@ -4,8 +4,8 @@
 
 As configs/quick.py, with a longer cold start and one property more: human writers seldom use a
 rule that is not given, and no drill shows one, so the first verifier, taught by what humans wrote,
-often overlooks such steps, and a generator alone with it learns to take them. After a first iteration there are several
-ways to go on, each with as many generator steps as the others:
+often overlooks such steps, and a generator alone with it learns to take them. After a first
+iteration there are several ways to go on, each with as many generator steps as the others:
 
 - `loop-2`: the verifier is retrained on the generator's newest proofs (auto-labelled), then the
   generator goes on against it: the paper's outer iteration;
