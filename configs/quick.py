@@ -4,7 +4,7 @@
 
 Drills in looking things up, cold start on imperfect demonstrations, verifier on scores,
 meta-verifier, verifier with R_meta, generator against the frozen verifier, auto-labelling,
-rejection fine-tuning, and one more round. About 9 minutes and 2 GB on two cores. Expected from
+rejection fine-tuning, and one more round. About 12 minutes and 2 GB on two cores. Expected from
 before to after: verifier accuracy up by .1 or more, faithfulness by .1 or more, the generator's
 true score by .1 or more (README.md has the table; seeds differ in how good the cold start is).
 """
