@@ -24,7 +24,8 @@ class WorldConfig:
     `num_graded_proofs` and `num_graded_analyses` are all the labels of the judge that training is
     given (D_v and D_mv), each wrong with probability `label_error`. It learns of the truth from the
     demonstrations too: `writers` begin from the judge's findings before they err, and the drills
-    cite where things stand. How often a writer's verdict is the judge's in the end is what
+    cite where things stand, or that a rule is not given (the share `drill_misquoted` of the lines
+    in source_drills). How often a writer's verdict is the judge's in the end is what
     `python tools/writer_agreement.py` prints.
     """
 

@@ -260,17 +260,16 @@ def write_meta_body(
     """
     steps, problem = judge.judge_proof(statement, proof).steps, problems.parse_statement(statement)
     assert steps is not None, "analysts read well-formed proofs only"
-    lookups = judge.look_up(problem, steps)
+    true = judge.look_up(problem, steps)
     lines: list[str] = []
     num_false, follows = 0, analysis.score_follows
     for issue in analysis.named:
-        false, cited = issue in analysis.false, lookups
+        false, cited = issue in analysis.false, list(true)
         if rng.random() < rates.misjudge:
             false = not false
-            cited = [
-                _fitting(rng, problem, number, lookup, None if false else issue.fault)
-                for number, lookup in enumerate(lookups, start=1)
-            ]
+            if issue.step != judge.NO_STEPS:
+                at, claimed = issue.step - 1, None if false else issue.fault
+                cited[at] = _fitting(rng, problem, issue.step, true[at], claimed)
         num_false += false
         finding = NOT_REAL if false else REAL
         lines.append(judge.write_line(problem, steps, cited, issue.step, finding))
