@@ -16,7 +16,7 @@ from etils import epath
 
 from mathv2_jax import storage
 from mathv2_jax.hf import config as config_lib
-from mathv2_jax.hf import folder, names, store, tensors
+from mathv2_jax.hf import drafts, folder, names, store, tensors
 from mathv2_jax.hf.importer import NUM_THREADS, Progress
 from mathv2_jax.text import hf_tokenizer, tokenizer_files
 from mathv2_jax.text.hf_tokenizer import HfTokenizer
@@ -77,7 +77,7 @@ def convert(
     for step in trained.steps:
         try:
             reader = store.Reader(trained.checkpoints / str(step))
-            with folder.drafted(target) as draft:
+            with drafts.drafted(target) as draft:
                 _write(trained, reader, draft, jnp.dtype(dtype), max_shard_bytes, progress)
                 for name, data in files.items():
                     storage.write_whole(draft / name, data)

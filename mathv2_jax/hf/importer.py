@@ -14,7 +14,7 @@ from etils import epath
 
 from mathv2_jax import checkpoint, storage
 from mathv2_jax.hf import config as config_lib
-from mathv2_jax.hf import folder, fp8, names, store, tensors
+from mathv2_jax.hf import drafts, folder, fp8, names, store, tensors
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
 
@@ -178,7 +178,7 @@ def convert(
     includes `check`, which is given the new folder, still a draft. Memory holds a few pieces.
     """
     _require_equal_copies(source)
-    with folder.drafted(target) as draft:
+    with drafts.drafted(target) as draft:
         writer = store.Writer(draft / folder.CHECKPOINTS / str(folder.IMPORTED_STEP))
         for entry in source.entries:
             if entry.copy:
