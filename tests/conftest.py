@@ -1,7 +1,9 @@
 """Every test runs on eight virtual CPU devices, with JAX at its strictest."""
 
+import gc
 import os
 import pathlib
+from collections.abc import Iterator
 
 import hypothesis
 import jax
@@ -12,6 +14,8 @@ from tests import smoke
 # A test's examples are the same in every run, and the first call of a jitted function may be slow.
 hypothesis.settings.register_profile("house", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("house")
+
+MANY_MAPS = 16_000
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,6 +43,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if found:
         terminalreporter.section("parity with the reference library")
         terminalreporter.write_line("\n".join(sorted(set(found))))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory_maps() -> Iterator[None]:
+    """Drop the compiled programs of the modules before, once they are many.
+
+    Each holds several memory maps. Linux gives a process 65,530 (`vm.max_map_count`), a whole run
+    comes near that, and at the limit XLA does not raise: it segfaults while it loads a program.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

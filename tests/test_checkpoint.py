@@ -1,9 +1,11 @@
+import contextlib
 import logging as std_logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from typing import NamedTuple
 
@@ -389,13 +391,20 @@ def test_a_save_that_fails_at_once_leaves_the_ones_before(tmp_path, monkeypatch)
 def test_a_process_killed_between_any_two_writes_leaves_a_readable_store(tmp_path, monkeypatch):
     """The folder is copied before each change that Python makes to it, background threads' too."""
     folder, copies = tmp_path / "run", []
+    one_at_a_time = threading.RLock()  # copytree itself calls os.mkdir
+
+    def copy_file(source, target):
+        # tensorstore's threads come and go with files of their own while this one copies.
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copy2(source, target)
 
     def watched(function):
         def call(path, *args, **kwargs):
-            if str(path).startswith(str(folder)):
-                copies.append(tmp_path / f"copy-{len(copies)}")
-                shutil.copytree(folder, copies[-1])
-            return function(path, *args, **kwargs)
+            with one_at_a_time:
+                if str(path).startswith(str(folder)):
+                    copies.append(tmp_path / f"copy-{len(copies)}")
+                    shutil.copytree(folder, copies[-1], copy_function=copy_file)
+                return function(path, *args, **kwargs)
 
         return call
 
