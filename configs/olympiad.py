@@ -41,7 +41,7 @@ def get_config() -> ml_collections.ConfigDict:
         max_example_tokens=PROMPT,
     )
     c.tokenizer = dict(vocab_size=2048, max_texts=2_000)
-    c.model.update(width=32, num_layers=2, kv_latent_width=32, dense_width=64, embedding_taps=0)
+    c.model.update(width=32, num_layers=2, dense_width=64, embedding_taps=0)
     c.model.update(head_key_width=16, head_rope_width=8, head_value_width=16)
     c.model.update(expert_width=16, num_experts=4, logprob_chunk=1024)
     c.model.update(max_position=PROMPT + ANSWER)

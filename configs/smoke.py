@@ -28,7 +28,7 @@ def get_config() -> ml_collections.ConfigDict:
         num_validation=8,
         num_test=24,
     )
-    c.model.update(width=32, num_layers=2, kv_latent_width=32, dense_width=64)
+    c.model.update(width=32, num_layers=2, dense_width=64)
     c.model.update(head_key_width=16, head_rope_width=8, head_value_width=16)
     c.model.update(expert_width=16, num_experts=4)
     c.engine = dict(rows=32, prompt_buckets=(128,), answer_buckets=(72,))

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# configs/quick.py at three seeds, one after another: about 12 minutes each on 2 idle cores.
+# configs/quick.py at three seeds, one after another: about 9 minutes each on 2 idle cores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
