@@ -1,6 +1,6 @@
 """The hacking curve: what a generator's judges say of its proofs as it trains, beside the truth.
 
-    python experiments/curves.py --workdir=runs/world --stages=generator-1,fixed-2 --out=curve.json
+    python experiments/curves.py --workdir=runs/world --stages=generator-1,fixed --out=curve.json
 
 For every step of a generator stage in the embedded world, over the proofs sampled in that step
 that can be read: their true score by the exact judge, the frozen verifier's votes, the generator's

@@ -12,5 +12,5 @@ runs="$workdir/world-seed0,$workdir/world-seed1,$workdir/world-seed2"
 .venv/bin/python experiments/arms.py --workdirs="$runs" --arms=after-1,after-score --out="$here/meta.json"
 for seed in 0 1 2; do
   .venv/bin/python experiments/curves.py --workdir="$workdir/world-seed$seed" \
-    --stages=generator-1,alone-2,loop-2 --out="$here/curve-seed$seed.json"
+    --stages=generator-1,alone,loop-2,loop-3 --out="$here/curve-seed$seed.json"
 done
