@@ -2,10 +2,11 @@
 
     mathv2-train --config=configs/world.py --workdir=runs/world --config.seed=0
 
-As configs/quick.py, with a longer cold start and one property more: human writers seldom use a
-rule that is not given, and no drill shows one, so the first verifier, taught by what humans wrote,
-often overlooks such steps, and a generator alone with it learns to take them. After a first, short
-generator stage there are several ways to go on, each with as many generator steps as the others:
+As configs/quick.py, with a longer cold start and a blind spot: the analysts whom the model imitates
+let most steps by a rule that is not given pass, although they see that none is, and the experts'
+file D_v holds no such step to unlearn it from. So the first verifier passes most of them, and a
+generator alone with it learns to take them. After a first, short generator stage there are several
+ways to go on, each with as many generator steps as the others:
 
 - `loop-2`, `loop-3`: the outer iteration of the paper, twice. The generator's newest proofs are
   auto-labelled, the verifier is retrained on them, and the generator goes on against it.
@@ -31,7 +32,7 @@ RETRAINING_STEPS = 40
 # Of the newest proofs. With 99 labels a verifier learned them by heart, with 437 it found twice as
 # many new steps by rules that are not given as the verifier before it (seed 11, a shorter recipe).
 NUM_CANDIDATES = 480
-WRITERS = dict(false_rule=0.04, skipped=0.25, unsupported=0.2, wrong_end=0.2)
+CONDONE = 0.85  # of the steps by a rule that is not given, where analysts see them
 NUM_AUTOLABEL = 200  # the arms differ in their generators
 
 
@@ -50,8 +51,8 @@ def get_config() -> ml_collections.ConfigDict:
             num_autolabel=NUM_AUTOLABEL,
         )
 
-    c.world.writers = WRITERS
-    c.world.drill_misquoted = 0.0
+    c.world.writers = dict(condone=CONDONE)
+    c.world.graded_false_rule = 0.0
     stage["sft"]["sft"]["steps"] = COLD_START_STEPS
     stage["generator-1"] = longer("generator-1", FIRST_STEPS)
     retrained, labels, generator = [], [], "generator-1"

@@ -19,8 +19,10 @@ class WriterRates:
     may have room for none). `detours` is the share of proofs with a valid step that was not needed,
     where a rule allows one. An analyst invents an issue in `invent_flawed` of flawed and
     `invent_sound` of sound proofs, of those with a faultless step; overlooks a real issue with
-    probability `overlook`, and draws another score with probability `redraw`. A meta-analyst
-    misjudges an issue, or whether the score follows, with probability `misjudge`.
+    probability `overlook`; of the steps by a rule that is not given, lets the share `condone` of
+    those it sees pass, citing no rule and saying that they hold all the same; and draws another
+    score with probability `redraw`. A meta-analyst misjudges an issue, or whether the score
+    follows, with probability `misjudge`.
     """
 
     skipped: float = 0.2
@@ -31,6 +33,7 @@ class WriterRates:
     invent_flawed: float = 0.2
     invent_sound: float = 0.06
     overlook: float = 0.08
+    condone: float = 0.0
     redraw: float = 0.15
     misjudge: float = 0.1
 
@@ -200,11 +203,21 @@ def write_analysis(
     steps = verdict.steps
     if steps is None:
         raise ValueError(f"the analyst reads well-formed proofs only: {proof!r:.120}")
-    issues = [i for i in verdict.issues if rng.random() >= rates.overlook]
+    issues: list[judge.Issue] = []
+    condoned: set[int] = set()
+    for issue in verdict.issues:
+        draw = rng.random()
+        if draw < rates.overlook:
+            continue
+        seen = (draw - rates.overlook) / (1.0 - rates.overlook)
+        if issue.fault is judge.Fault.NOT_GIVEN and seen < rates.condone:
+            condoned.add(issue.step)
+        else:
+            issues.append(issue)
     if rng.random() < (rates.invent_flawed if verdict.issues else rates.invent_sound):
         issues += _invented(rng, len(steps), {i.step for i in verdict.issues})
     named = tuple(sorted(issues))
-    claimed = {i.step: i.fault for i in named}
+    claimed = {i.step: i.fault for i in named} | dict.fromkeys(condoned, judge.Fault.NOT_GIVEN)
     lookups = [
         _fitting(rng, problem, number, lookup, claimed.get(number))
         for number, lookup in enumerate(judge.look_up(problem, steps), start=1)
