@@ -4,7 +4,7 @@
 
 The world is at its easiest and the cold start just long enough for the formats: most answers can
 be read, and rewards differ inside a group, so every stage has something to do. Nothing else is
-learned.
+learned. Unlike there, experts grade what auto-labelling left undecided.
 """
 
 import ml_collections
@@ -33,7 +33,12 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.update(expert_width=16, num_experts=4)
     c.engine = dict(rows=32, prompt_buckets=(128,), answer_buckets=(72,))
     c.roles.generator.max_tokens = 72
-    c.stage = {name: _shrunk(name, stage) for name, stage in c.stage.to_dict().items()}
+    stage = {name: _shrunk(name, stage) for name, stage in c.stage.to_dict().items()}
+    stage["experts-1"] = dict(kind="experts", undecided_from="autolabel-1", num_proofs=8)
+    stage["verifier-2"]["proofs"] = (*stage["verifier-2"]["proofs"], "experts-1")
+    c.stage = stage
+    after = c.stages.index("autolabel-1") + 1
+    c.stages = (*c.stages[:after], "experts-1", *c.stages[after:])
     c.runtime.save_every = 2
     return c
 

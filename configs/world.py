@@ -32,6 +32,8 @@ RETRAINING_STEPS = 40
 # Of the newest proofs. With 99 labels a verifier learned them by heart, with 437 it found twice as
 # many new steps by rules that are not given as the verifier before it (seed 11, a shorter recipe).
 NUM_CANDIDATES = 480
+NUM_GRADED = 400  # by experts, as many as auto-labelling decides of its candidates
+GRADED_FALSE_RULE = 0.03
 CONDONE = 0.85  # of the steps by a rule that is not given, where analysts see them
 NUM_AUTOLABEL = 200  # the arms differ in their generators
 
@@ -52,16 +54,19 @@ def get_config() -> ml_collections.ConfigDict:
         )
 
     c.world.writers = dict(condone=CONDONE)
-    c.world.graded_false_rule = 0.0
+    c.world.graded_false_rule = GRADED_FALSE_RULE
+    c.world.drill_misquoted = 0.4
     stage["sft"]["sft"]["steps"] = COLD_START_STEPS
     stage["generator-1"] = longer("generator-1", FIRST_STEPS)
     retrained, labels, generator = [], [], "generator-1"
     for i in ITERATIONS:
         before = dict(verifier=f"verifier-{i - 1}", probe=f"probe-{i - 1}")
-        autolabel, rejection = f"autolabel-{i - 1}", f"rejection-{i - 1}"
-        labels.append(autolabel)
+        rejection = f"rejection-{i - 1}"
+        labels.append(f"experts-{i - 1}" if i == ITERATIONS[0] else f"autolabel-{i - 1}")
         iteration = {
-            autolabel: dict(
+            labels[-1]: dict(kind="experts", proofs_from=generator, num_proofs=NUM_GRADED)
+            if i == ITERATIONS[0]
+            else dict(
                 stage["autolabel-1"],
                 proofs_from=generator,
                 judge=before["verifier"],

@@ -14,6 +14,8 @@ from etils import epath
 
 from mathv2_jax import records, storage
 from mathv2_jax.data import corpus as real_corpus
+from mathv2_jax.data import sources
+from mathv2_jax.stages import experts
 from mathv2_jax.text import parse, prompts, tokenizer_files
 from mathv2_jax.text import tokenizer as tokenizer_lib
 from mathv2_jax.world import corpus
@@ -38,6 +40,20 @@ def write_world(
     """Every file of the world's corpus; how many records each holds."""
     made = corpus.make_corpus(config, seed, prompts.load(templates))
     return write_files(workdir, {f.name: getattr(made, f.name) for f in dataclasses.fields(made)})
+
+
+def world_experts(
+    workdir: epath.Path, config: corpus.WorldConfig, seed: int
+) -> Callable[[str], None]:
+    """The world's experts: they answer what a stage of kind `experts` wants, file for file."""
+
+    def answer(stage: str) -> None:
+        folder = workdir / "records" / f"{stage}{experts.WANTED}"
+        wanted = sources.parse_lines(list(storage.Parts(folder).read()), records.Proof, str(folder))
+        graded = corpus.grade(config, seed, wanted)
+        write_files(workdir, {f"{experts.ANSWERS}/{stage}": graded})
+
+    return answer
 
 
 def write_real(

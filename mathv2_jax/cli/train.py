@@ -24,8 +24,8 @@ from etils import epath
 
 from mathv2_jax import evaluation, metrics, records, roles, sharding, storage
 from mathv2_jax.cli import config as config_lib
+from mathv2_jax.cli import inputs, shell, table
 from mathv2_jax.cli import overrides as overrides_lib
-from mathv2_jax.cli import shell, table
 from mathv2_jax.cli import start as start_lib
 from mathv2_jax.cli import workdir as workdir_lib
 from mathv2_jax.model import transformer
@@ -231,6 +231,9 @@ def make_run(
         runtime=config.runtime,
         router_bias_rate=config.router_bias_rate,
         should_stop=should_stop,
+        ask_experts=inputs.world_experts(workdir, config.world, config.seed)
+        if config.world is not None
+        else None,
         start=start_lib.locate(config.start) if config.start else None,
     )
     size = transformer.num_parameters(

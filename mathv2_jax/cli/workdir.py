@@ -16,7 +16,7 @@ import mathv2_jax
 from mathv2_jax import metrics, storage
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import inputs, shell
-from mathv2_jax.stages import autolabel
+from mathv2_jax.stages import autolabel, experts
 from mathv2_jax.text import tokenizer as tokenizer_lib
 
 
@@ -155,7 +155,8 @@ def restart(workdir: epath.Path, stage: str) -> None:
         storage.remove(workdir / "records" / name / "stage.json")
         for folder in ("checkpoints", "records", "metrics", "tensorboard"):
             storage.remove_folder(workdir / folder / name)
-        storage.remove_folder(workdir / "records" / f"{name}{autolabel.UNDECIDED}")
+        for beside in (autolabel.UNDECIDED, experts.WANTED):
+            storage.remove_folder(workdir / "records" / f"{name}{beside}")
     lines = workdir / "metrics.jsonl"
     if storage.exists(lines):
         rows = storage.read_bytes(lines).decode().splitlines()

@@ -7,13 +7,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from mathv2_jax import metrics, roles, storage
-from mathv2_jax.stages import answer, autolabel, probe, rejection, rl, sft
+from mathv2_jax.stages import answer, autolabel, experts, probe, rejection, rl, sft
 from mathv2_jax.stages import run as run_lib
 
 Stage = (
     sft.SftStage
     | rl.RlStage
     | autolabel.AutolabelStage
+    | experts.ExpertsStage
     | rejection.RejectionStage
     | probe.ProbeStage
     | answer.AnswerStage
@@ -23,6 +24,7 @@ KINDS: dict[str, tuple[type[Any], Callable[[run_lib.Run, Any], dict[str, float]]
     "sft": (sft.SftStage, sft.run_stage),
     "rl": (rl.RlStage, rl.run_stage),
     "autolabel": (autolabel.AutolabelStage, autolabel.run_stage),
+    "experts": (experts.ExpertsStage, experts.run_stage),
     "rejection": (rejection.RejectionStage, rejection.run_stage),
     "probe": (probe.ProbeStage, probe.run_stage),
     "answer": (answer.AnswerStage, answer.run_stage),
@@ -34,6 +36,7 @@ VARIABLES = "variables"
 REWARDED = "responses with rewards"
 GENERATED = "a generator's proofs"
 LABELLED = "labelled proofs"
+UNDECIDED = "undecided proofs"
 PROBED = "a probe's scores"
 ANSWERS = "answers to the test set"
 
@@ -44,6 +47,7 @@ _NEEDED = {
     "generator": VARIABLES,
     "samples_from": REWARDED,
     "proofs_from": GENERATED,
+    "undecided_from": UNDECIDED,
     "proofs": LABELLED,
     "predecessor": PROBED,
 }
@@ -59,6 +63,8 @@ def leaves(stage: Stage) -> set[str]:
         case sft.SftStage() | rejection.RejectionStage():
             return {VARIABLES}
         case autolabel.AutolabelStage():
+            return {LABELLED, UNDECIDED}
+        case experts.ExpertsStage():
             return {LABELLED}
         case probe.ProbeStage():
             return {PROBED}

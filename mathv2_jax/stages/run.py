@@ -65,6 +65,7 @@ class Run:
     runtime: RuntimeConfig
     router_bias_rate: float
     should_stop: Callable[[], bool] = lambda: False
+    ask_experts: Callable[[str], None] | None = None  # writes the file that such a stage waits for
     start: folder.Trained | None = None
 
     def __post_init__(self):
@@ -97,7 +98,11 @@ class Run:
 
     def input(self, name: str, kind: type[sources.T]) -> list[sources.T]:
         """Records that the run was given before its first stage."""
-        return sources.read(self.workdir / "records" / "input" / f"{name}.jsonl", kind)
+        return sources.read(self.input_path(name), kind)
+
+    def input_path(self, name: str) -> epath.Path:
+        """Where the file of `input` stands."""
+        return self.workdir / "records" / "input" / f"{name}.jsonl"
 
     def samples(self, stage: str) -> list[records.Sample]:
         """Every sample that a finished stage wrote."""

@@ -7,7 +7,7 @@ the probe, validation or test sets has a renamed twin in any training source.
 import dataclasses
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from mathv2_jax import records
 from mathv2_jax.text import parse, prompts
@@ -177,8 +177,14 @@ class _Author:
         )
 
     def human_label(self, true_score: float, rubric: str) -> records.Label:
-        score = demonstrations.noisy_score(self.rng, true_score, self.config.label_error)
-        return records.Label(score=score, source="world", rater="noisy expert", rubric=rubric)
+        return _human_label(self.rng, true_score, rubric, self.config.label_error)
+
+
+def _human_label(
+    rng: random.Random, true_score: float, rubric: str, error_rate: float
+) -> records.Label:
+    score = demonstrations.noisy_score(rng, true_score, error_rate)
+    return records.Label(score=score, source="world", rater="noisy expert", rubric=rubric)
 
 
 def _distinct(
@@ -217,6 +223,20 @@ def graded_proofs(
             proof = dataclasses.replace(proof, label=label)
         proofs.append(proof)
     return proofs
+
+
+def grade(config: WorldConfig, seed: int, proofs: Iterable[records.Proof]) -> list[records.Proof]:
+    """Proofs of a generator, graded by the experts of D_v: wrong with probability `label_error`.
+
+    The same proof is given the same label whenever it is asked for.
+    """
+    graded = []
+    for proof in proofs:
+        rng = random.Random(f"{seed}/experts/{proof.id}")
+        true = judge.judge_proof(proof.statement, proof.text).score
+        label = _human_label(rng, true, "I_v", config.label_error)
+        graded.append(dataclasses.replace(proof, label=label))
+    return graded
 
 
 def graded_analyses(

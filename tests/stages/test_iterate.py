@@ -12,7 +12,7 @@ from mathv2_jax import metrics, records, roles, storage
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import inputs, overrides
 from mathv2_jax.rl import optimizer
-from mathv2_jax.stages import answer, autolabel, iterate, probe, rejection, rl, sft
+from mathv2_jax.stages import answer, autolabel, experts, iterate, probe, rejection, rl, sft
 from mathv2_jax.stages import run as run_lib
 from tests import by_hand, scripted, smoke
 
@@ -51,11 +51,16 @@ LABELS = autolabel.AutolabelStage(
 )
 AGAIN = rejection.RejectionStage(name="again", init="gen", samples_from=("judge", "gen"), sft=SFT)
 TEST = answer.AnswerStage(name="test", verifier="judge", generator="gen")
+GRADED = experts.ExpertsStage(name="graded", undecided_from="labels", num_proofs=1)
 NEXT = rl.RlStage(
-    name="next", init="again", mixture={"verifier": 1.0}, proofs=("proofs", "labels"), rl=RL
+    name="next",
+    init="again",
+    mixture={"verifier": 1.0},
+    proofs=("proofs", "labels", "graded"),
+    rl=RL,
 )
 DRIFT = probe.ProbeStage(name="drift", verifier="next", predecessor="probe")
-RECIPE = [COLD, JUDGE, PROBE, GENERATOR, LABELS, AGAIN, TEST, NEXT, DRIFT]
+RECIPE = [COLD, JUDGE, PROBE, GENERATOR, LABELS, AGAIN, TEST, GRADED, NEXT, DRIFT]
 
 
 def changed(which, **fields):
@@ -65,7 +70,7 @@ def changed(which, **fields):
 @pytest.mark.parametrize(
     ("stages", "complaint"),
     [
-        (changed("drift", name="cold"), "stages[8]: the name 'cold' is another stage's"),
+        (changed("drift", name="cold"), "stages[9]: the name 'cold' is another stage's"),
         (changed("drift", name="fresh"), "the name 'fresh' is taken"),
         (changed("drift", name="input"), "the name 'input' is taken"),
         (changed("judge", init="colt"), "stage.judge.init = 'colt': no stage in the list has that"),
@@ -82,8 +87,9 @@ def changed(which, **fields):
         (changed("again", samples_from=("gen", "cold")), "takes responses with rewards"),
         (
             changed("next", proofs=("proofs", "gen")),
-            "before it ['proofs', 'labels'] leave labelled",
+            "before it ['proofs', 'labels', 'graded'] leave labelled",
         ),
+        (changed("graded", undecided_from="gen"), "this field takes undecided proofs"),
         (changed("test", generator="probe"), "stage.test.generator = 'probe': it leaves a probe's"),
         (changed("probe", verifier="proofs"), "it leaves labelled proofs; this field takes"),
         (changed("gen", judge="cold"), "stage.gen.judge = 'cold': no probe stage before 'gen'"),
