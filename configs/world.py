@@ -5,8 +5,8 @@
 As configs/quick.py, with a longer cold start and a blind spot: the analysts whom the model imitates
 let most steps by a rule that is not given pass, although they see that none is, and the experts'
 file D_v holds few of them to unlearn it from. So the first verifier passes about half of them, and
-a generator learns to take them. After a first, short generator stage there are several ways to go on,
-each with as many generator steps as the others:
+a generator learns to take them. After a first, short generator stage there are several ways to go
+on, each with as many generator steps as the others:
 
 - `loop-2`, `loop-3`: the outer iteration of the paper, twice. The generator's newest proofs are
   graded by experts the first time, as in the paper's early iterations, and auto-labelled the
