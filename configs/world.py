@@ -66,17 +66,21 @@ def get_config() -> ml_collections.ConfigDict:
     for i in ITERATIONS:
         before = dict(verifier=f"verifier-{i - 1}", probe=f"probe-{i - 1}")
         rejection = f"rejection-{i - 1}"
-        labels.append(f"experts-{i - 1}" if i == ITERATIONS[0] else f"autolabel-{i - 1}")
-        iteration = {
-            labels[-1]: dict(kind="experts", proofs_from=generator, num_proofs=NUM_GRADED)
-            if i == ITERATIONS[0]
-            else dict(
+        if i == ITERATIONS[0]:
+            name = f"experts-{i - 1}"
+            labelling = dict(kind="experts", proofs_from=generator, num_proofs=NUM_GRADED)
+        else:
+            name = f"autolabel-{i - 1}"
+            labelling = dict(
                 stage["autolabel-1"],
                 proofs_from=generator,
                 judge=before["verifier"],
                 num_candidates=NUM_CANDIDATES,
                 num_proofs=NUM_CANDIDATES,
-            ),
+            )
+        labels.append(name)
+        iteration = {
+            name: labelling,
             rejection: dict(
                 stage["rejection-1"],
                 init=generator,

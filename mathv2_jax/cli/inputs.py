@@ -1,4 +1,5 @@
-"""Before the first stage: the run's input files, from the embedded world or from real data.
+"""The run's input files, from the embedded world or from real data, written before the first stage;
+in the world also those in which its experts answer a stage.
 
 Stages read these files and nothing else; this is the only place where the world's labels are
 written for training.

@@ -57,7 +57,7 @@ def run_stage(run: run_lib.Run, stage: ExpertsStage) -> dict[str, float]:
     asked.commit(1)
     if run.ask_experts is not None:
         run.ask_experts(stage.name)
-    graded = _with_labels(wanted, _answers(run, stage, len(wanted)))
+    graded = _graded(run, stage, wanted)
     parts = run.parts(stage.name)
     parts.write_part(storage.part_name(1), records.to_lines(graded))
     parts.commit(1)
@@ -76,46 +76,36 @@ def _wanted(run: run_lib.Run, stage: ExpertsStage) -> list[records.Proof]:
     return run.stage_records(folder, records.Proof)[: stage.num_proofs]
 
 
-def _answers(
-    run: run_lib.Run, stage: ExpertsStage, num_wanted: int
-) -> dict[str, tuple[int, records.Label]]:
-    """The line and the label of every proof in the experts' file, by the proof's id."""
-    path = run.input_path(f"{ANSWERS}/{stage.name}")
+def _graded(
+    run: run_lib.Run, stage: ExpertsStage, wanted: list[records.Proof]
+) -> list[records.Proof]:
+    """Those of the wanted proofs that the experts' file labels, in the order of `wanted`."""
+    name = f"{ANSWERS}/{stage.name}"
+    path, folder = run.input_path(name), run.workdir / "records" / f"{stage.name}{WANTED}"
     if not storage.exists(path):
         raise ValueError(
-            f"stage {stage.name}: {num_wanted} proofs wait for experts in "
-            f"{run.workdir / 'records' / f'{stage.name}{WANTED}'}; copy those lines, each with its "
+            f"stage {stage.name}: {len(wanted)} proofs wait for experts in "
+            f"{folder / storage.part_name(1)}; copy its lines, each with its "
             '"label" (such as {"score": 0.5, "source": "human", "rater": "initials"}), into '
             f"{path}, and give the same command again"
         )
-    found: dict[str, tuple[int, records.Label]] = {}
-    for number, proof in enumerate(run.input(f"{ANSWERS}/{stage.name}", records.Proof), start=1):
+    ids, found = {proof.id for proof in wanted}, dict[str, records.Label]()
+    for number, proof in enumerate(run.input(name, records.Proof), start=1):
         where = f"{path}, line {number}: proof {proof.id}"
+        if proof.id not in ids:
+            raise ValueError(
+                f"{where} is none of the wanted ones in {folder}; if the file belongs to an "
+                "earlier run of the stage before, move it away and give the same command again"
+            )
         if proof.label is None:
             raise ValueError(f"{where} has no label; add it, or take the line out")
         if proof.label.source == "auto":
             raise ValueError(f"{where} has a label of source 'auto'; an expert's is 'human'")
         if proof.id in found:
-            raise ValueError(f"{where} was labelled in line {found[proof.id][0]} already")
-        found[proof.id] = number, proof.label
+            raise ValueError(f"{where} stands in an earlier line too; keep one of them")
+        found[proof.id] = proof.label
     if not found:
-        raise ValueError(f"{path} holds no labelled proof")
-    return found
-
-
-def _with_labels(
-    wanted: list[records.Proof], answers: dict[str, tuple[int, records.Label]]
-) -> list[records.Proof]:
-    known = {proof.id for proof in wanted}
-    for proof_id, (number, _) in answers.items():
-        if proof_id not in known:
-            raise ValueError(
-                f"the experts' file, line {number}: proof {proof_id} is none of the wanted ones; "
-                "the file may be of an earlier run of the stage before: move it away, and the "
-                "next run says what is wanted"
-            )
-    return [
-        dataclasses.replace(proof, label=answers[proof.id][1])
-        for proof in wanted
-        if proof.id in answers
-    ]
+        raise ValueError(
+            f"{path} holds no labelled proof; put the labelled lines of {folder} there"
+        )
+    return [dataclasses.replace(p, label=found[p.id]) for p in wanted if p.id in found]

@@ -97,7 +97,7 @@ class Run:
         return storage.Parts(self.workdir / "records" / stage)
 
     def input(self, name: str, kind: type[sources.T]) -> list[sources.T]:
-        """Records that the run was given before its first stage."""
+        """Records that the run was given: before its first stage, or by experts, in between."""
         return sources.read(self.input_path(name), kind)
 
     def input_path(self, name: str) -> epath.Path:

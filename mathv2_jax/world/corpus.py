@@ -22,7 +22,8 @@ class WorldConfig:
     """Sizes of what is written, difficulty, and the error rate of the human-like labels.
 
     `num_graded_proofs` and `num_graded_analyses` are all the labels of the judge that training is
-    given (D_v and D_mv), each wrong with probability `label_error`. It learns of the truth from the
+    given (D_v and D_mv), but for the `num_proofs` of each stage of kind `experts` in the recipe;
+    each is wrong with probability `label_error`. Training learns of the truth from the
     demonstrations too: `writers` begin from the judge's findings before they err, and the drills
     cite where things stand, or that a rule is not given (the share `drill_misquoted` of the lines
     in source_drills). `graded_false_rule` is `writers.false_rule` for the proofs of D_v and of the
