@@ -3,10 +3,11 @@
     mathv2-train --config=configs/world.py --workdir=runs/world --config.seed=0
 
 As configs/quick.py, with a longer cold start and a blind spot: the analysts whom the model imitates
-let most steps by a rule that is not given pass, although they see that none is, and the experts'
-file D_v holds few of them to unlearn it from. So the first verifier passes about half of them, and
-a generator learns to take them. After a first, short generator stage there are several ways to go
-on, each with as many generator steps as the others:
+let most proofs pass that stop short of the goal, although they write down that another letter was
+shown, and hardly any of the proofs that experts graded for D_v has this fault to unlearn it from. So
+the first verifier passes most of them too, and a generator that is left alone with it learns to
+stop early. After a first, short generator stage there are several ways to go on, each with as many
+generator steps as the others:
 
 - `loop-2`, `loop-3`: the outer iteration of the paper, twice. The generator's newest proofs are
   graded by experts the first time, as in the paper's early iterations, and auto-labelled the
@@ -14,8 +15,6 @@ on, each with as many generator steps as the others:
 - `fixed`: the same but for the retraining: the consolidated generator (`rejection-1`) goes on
   against the verifier it already has;
 - `alone`: no iteration at all: `generator-1` goes on against the verifier it already has.
-
-No setting tried so far shows the loop above `fixed` at every seed: experiments/world/notes.md.
 
 And the ablation of R_meta: `score-verifier` is trained as `verifier-1` is, D_mv included, but
 rewarded for its scores only; `score-1` is a generator against it, beside `generator-1`.
@@ -32,13 +31,9 @@ NEXT_STEPS = 30  # of the generator, in each iteration that follows
 ITERATIONS = (2, 3)
 COLD_START_STEPS = 1_300
 RETRAINING_STEPS = 40
-# Of the newest proofs. With 99 labels a verifier learned them by heart, with 437 it found twice as
-# many new steps by rules that are not given as the verifier before it (seed 11, a shorter recipe).
-NUM_CANDIDATES = 480
+NUM_CANDIDATES = 480  # of the newest proofs; 99 labels a verifier learned by heart (seed 11)
 NUM_GRADED = 400  # by experts, as many as auto-labelling decides of its candidates
-GRADED_FALSE_RULE = 0.03  # of the proofs in D_v; with none the verifier of one seed went blind
-DRILL_MISQUOTED = 0.4  # of the lines: a verifier that cites a wrong rule cannot see that none fits
-CONDONE = 0.85  # of the steps by a rule that is not given, where analysts see them
+CONDONE = 0.85  # of the proofs that stop short of the goal, where analysts see it
 NUM_AUTOLABEL = 200  # the arms differ in their generators
 
 
@@ -58,8 +53,7 @@ def get_config() -> ml_collections.ConfigDict:
         )
 
     c.world.writers = dict(condone=CONDONE)
-    c.world.graded_false_rule = GRADED_FALSE_RULE
-    c.world.drill_misquoted = DRILL_MISQUOTED
+    c.world.graded_wrong_end = 0.0
     stage["sft"]["sft"]["steps"] = COLD_START_STEPS
     stage["generator-1"] = longer("generator-1", FIRST_STEPS)
     retrained, labels, generator = [], [], "generator-1"

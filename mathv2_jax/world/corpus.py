@@ -26,7 +26,7 @@ class WorldConfig:
     each is wrong with probability `label_error`. Training learns of the truth from the
     demonstrations too: `writers` begin from the judge's findings before they err, and the drills
     cite where things stand, or that a rule is not given (the share `drill_misquoted` of the lines
-    in source_drills). `graded_false_rule` is `writers.false_rule` for the proofs of D_v and of the
+    in source_drills). `graded_wrong_end` is `writers.wrong_end` for the proofs of D_v and of the
     probe alone, where set: experts grade careful work, the demonstrations come from everyone. How
     often a writer's verdict is the judge's in the end is what
     `python tools/writer_agreement.py` prints.
@@ -45,7 +45,7 @@ class WorldConfig:
     num_graded_proofs: int = 3_000
     num_graded_analyses: int = 2_000
     label_error: float = 0.05
-    graded_false_rule: float | None = None
+    graded_wrong_end: float | None = None
     num_probe: int = 300
     num_validation: int = 200
     num_test: int = 1_000
@@ -58,20 +58,20 @@ class WorldConfig:
         for name in ("refine_share", "label_error", "drill_misquoted"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"world.{name} = {getattr(self, name)}: must lie in [0, 1)")
-        if self.graded_false_rule is not None:
+        if self.graded_wrong_end is not None:
             try:
                 self.graded_writers()
             except ValueError as error:
                 raise ValueError(
-                    f"world.graded_false_rule = {self.graded_false_rule}, in the place of "
-                    f"world.writers.false_rule: {error}"
+                    f"world.graded_wrong_end = {self.graded_wrong_end}, in the place of "
+                    f"world.writers.wrong_end: {error}"
                 ) from None
 
     def graded_writers(self) -> demonstrations.WriterRates:
         """Who wrote the proofs that experts grade."""
-        if self.graded_false_rule is None:
+        if self.graded_wrong_end is None:
             return self.writers
-        return dataclasses.replace(self.writers, false_rule=self.graded_false_rule)
+        return dataclasses.replace(self.writers, wrong_end=self.graded_wrong_end)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,10 @@ class WriterRates:
     may have room for none). `detours` is the share of proofs with a valid step that was not needed,
     where a rule allows one. An analyst invents an issue in `invent_flawed` of flawed and
     `invent_sound` of sound proofs, of those with a faultless step; overlooks a real issue with
-    probability `overlook`; of the steps by a rule that is not given, lets the share `condone` of
-    those it sees pass, citing no rule and saying that they hold all the same; and draws another
-    score with probability `redraw`. A meta-analyst misjudges an issue, or whether the score
-    follows, with probability `misjudge`.
+    probability `overlook`; of the proofs that stop short of the goal, lets the share `condone` of
+    those it sees pass, writing down what was shown and that the goal is reached all the same; and
+    draws another score with probability `redraw`. A meta-analyst misjudges an issue, or whether the
+    score follows, with probability `misjudge`.
     """
 
     skipped: float = 0.2
@@ -204,20 +204,17 @@ def write_analysis(
     if steps is None:
         raise ValueError(f"the analyst reads well-formed proofs only: {proof!r:.120}")
     issues: list[judge.Issue] = []
-    condoned: set[int] = set()
     for issue in verdict.issues:
         draw = rng.random()
         if draw < rates.overlook:
             continue
         seen = (draw - rates.overlook) / (1.0 - rates.overlook)
-        if issue.fault is judge.Fault.NOT_GIVEN and seen < rates.condone:
-            condoned.add(issue.step)
-        else:
+        if issue.fault is not judge.Fault.NO_GOAL or seen >= rates.condone:
             issues.append(issue)
     if rng.random() < (rates.invent_flawed if verdict.issues else rates.invent_sound):
         issues += _invented(rng, len(steps), {i.step for i in verdict.issues})
     named = tuple(sorted(issues))
-    claimed = {i.step: i.fault for i in named} | dict.fromkeys(condoned, judge.Fault.NOT_GIVEN)
+    claimed = {i.step: i.fault for i in named}
     lookups = [
         _fitting(rng, problem, number, lookup, claimed.get(number))
         for number, lookup in enumerate(judge.look_up(problem, steps), start=1)

@@ -130,17 +130,17 @@ def test_without_label_error_the_judge_and_the_labels_agree():
         assert proof.label.score == judge.judge_proof(proof.statement, proof.text).score
 
 
-def test_only_the_proofs_that_experts_grade_have_their_own_share_of_false_rules():
-    config = corpus.WorldConfig(graded_false_rule=0.0)
+def test_only_the_proofs_that_experts_grade_have_their_own_share_of_wrong_ends():
+    config = corpus.WorldConfig(graded_wrong_end=0.0)
 
-    def false_rules(split, *, labelled):
+    def wrong_ends(split, *, labelled):
         proofs = corpus.graded_proofs(config, 0, split, 300, labelled=labelled)
         verdicts = [judge.judge_proof(p.statement, p.text) for p in proofs]
-        return sum(i.fault is judge.Fault.NOT_GIVEN for v in verdicts for i in v.issues)
+        return sum(i.fault is judge.Fault.NO_GOAL for v in verdicts for i in v.issues)
 
-    assert false_rules("train", labelled=True) == false_rules("probe", labelled=True) == 0
-    assert false_rules("test", labelled=False) > 0
-    default = dataclasses.replace(config, graded_false_rule=None)
+    planted = wrong_ends("test", labelled=False)  # beside those where another fault has no room
+    assert 4 * wrong_ends("train", labelled=True) < planted > 4 * wrong_ends("probe", labelled=True)
+    default = dataclasses.replace(config, graded_wrong_end=None)
     assert default.graded_writers() == config.writers
 
 
@@ -286,7 +286,7 @@ def test_a_refinement_starts_from_a_proof_whose_analysis_finds_fault():
         (dict(num_drills=0), "world.num_drills = 0"),
         (dict(refine_share=1.0), "world.refine_share = 1.0"),
         (dict(label_error=-0.1), "world.label_error = -0.1"),
-        (dict(graded_false_rule=0.9), "world.graded_false_rule = 0.9"),
+        (dict(graded_wrong_end=0.9), "world.graded_wrong_end = 0.9"),
     ],
 )
 def test_an_impossible_size_or_share_is_named(fields, named):
