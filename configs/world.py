@@ -33,7 +33,7 @@ COLD_START_STEPS = 1_300
 RETRAINING_STEPS = 40
 NUM_CANDIDATES = 480  # of the newest proofs; 99 labels a verifier learned by heart (seed 11)
 NUM_GRADED = 400  # by experts, as many as auto-labelling decides of its candidates
-CONDONE = 0.85  # of the proofs that stop short of the goal, where analysts see it
+CONDONE = 0.7  # of the proofs that stop short of the goal, where analysts see it
 NUM_AUTOLABEL = 200  # the arms differ in their generators
 
 
