@@ -16,8 +16,9 @@ generator steps as the others:
   against the verifier it already has;
 - `alone`: no iteration at all: `generator-1` goes on against the verifier it already has.
 
-And the ablation of R_meta: `score-verifier` is trained as `verifier-1` is, D_mv included, but
-rewarded for its scores only; `score-1` is a generator against it, beside `generator-1`.
+And the ablation of R_meta: `verifier-meta` is trained as `verifier-1` is, but for longer, and
+`verifier-score` as long, D_mv included, rewarded for its scores only. `generator-meta` and
+`generator-score` are generators against them, as long as `generator-1`.
 
 Each arm answers the same test set; experiments/arms.py compares the answers, pooled over seeds.
 """
@@ -31,6 +32,7 @@ NEXT_STEPS = 30  # of the generator, in each iteration that follows
 ITERATIONS = (2, 3)
 COLD_START_STEPS = 1_300
 RETRAINING_STEPS = 40
+ABLATION_STEPS = 60  # of the verifier, with R_meta and without
 NUM_CANDIDATES = 480  # of the newest proofs; 99 labels a verifier learned by heart (seed 11)
 NUM_GRADED = 400  # by experts, as many as auto-labelling decides of its candidates
 CONDONE = 0.7  # of the proofs that stop short of the goal, where analysts see it
@@ -100,20 +102,27 @@ def get_config() -> ml_collections.ConfigDict:
     as_many = NEXT_STEPS * len(ITERATIONS)
     stage["fixed"] = longer("generator-1", as_many, init="rejection-1")
     stage["alone"] = longer("generator-1", as_many, init="generator-1")
-    stage["score-verifier"] = dict(stage["verifier-1"], judge=None)
-    stage["probe-score"] = dict(stage["probe-1"], verifier="score-verifier")
-    stage["score-1"] = dict(stage["generator-1"], init="score-verifier", judge="score-verifier")
+    ablation = []
+    for kind, judge in dict(meta="meta", score=None).items():
+        verifier = f"verifier-{kind}"
+        both = {
+            verifier: longer("verifier-1", ABLATION_STEPS, judge=judge),
+            f"probe-{kind}": dict(stage["probe-1"], verifier=verifier),
+            f"generator-{kind}": dict(stage["generator-1"], init=verifier, judge=verifier),
+        }
+        stage |= both
+        ablation += both
     stage["before"] = answer("sft", "sft")
     stage["after-1"] = answer("verifier-1", "generator-1")
     stage["after-loop"] = answer(f"verifier-{ITERATIONS[-1]}", generator)
     stage["after-fixed"] = answer("verifier-1", "fixed")
     stage["after-alone"] = answer("verifier-1", "alone")
-    stage["after-score"] = answer("score-verifier", "score-1")
+    for kind in ("meta", "score"):
+        stage[f"after-{kind}"] = answer(f"verifier-{kind}", f"generator-{kind}")
     del stage["generator-2"], stage["after"]
     first = c.stages[: c.stages.index("generator-1") + 1]
-    others = ("fixed", "alone", "score-verifier", "probe-score", "score-1")
-    answers = ("after-1", "after-loop", "after-fixed", "after-alone", "after-score")
-    c.stages = (*first, *retrained, *others, *answers)
+    answers = ("after-1", "after-loop", "after-fixed", "after-alone", "after-meta", "after-score")
+    c.stages = (*first, *retrained, "fixed", "alone", *ablation, *answers)
     c.stage = stage
     c.before, c.after = "before", "after-loop"
     return c

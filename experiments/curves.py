@@ -144,6 +144,7 @@ def draw(stages: Mapping[str, Sequence[Mapping[str, Any]]], path: str) -> bool:
         _plot(lengths, rows, "proof_characters", None)
         scores.set_title(stage)
         lengths.set_xlabel("step")
+        lengths.xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("mean score of sampled proofs")
     axes[1, 0].set_ylabel("characters")
     axes[0, 0].legend(loc="best")
