@@ -4,9 +4,9 @@
 
 As configs/quick.py, with a longer cold start and a blind spot: the analysts whom the model imitates
 let most proofs pass that stop short of the goal, although they write down that another letter was
-shown, and hardly any of the proofs that experts graded for D_v has this fault to unlearn it from.
-So the first verifier passes most of them too, and a generator that is left alone with it learns to
-stop early. After a first, short generator stage there are several ways to go on, each with as many
+shown, and none of the proofs that experts graded for D_v has this fault to unlearn it from. So the
+first verifier passes most of them too, and a generator that is left alone with it learns to stop
+early. After a first, short generator stage there are several ways to go on, each with as many
 generator steps as the others:
 
 - `loop-2`, `loop-3`: the outer iteration of the paper, twice. The generator's newest proofs are

@@ -210,7 +210,8 @@ def graded_proofs(
 ) -> list[records.Proof]:
     """`number` distinct problems of a split with one written proof each.
 
-    The labelled ones are by `config.graded_writers()`.
+    The labelled ones are by `config.graded_writers()`; where `graded_wrong_end` is 0, a proof that
+    stops short all the same, since another fault had no room, is written anew.
     """
     if labelled:
         config = dataclasses.replace(config, writers=config.graded_writers())
@@ -219,11 +220,27 @@ def graded_proofs(
     for problem, record in _distinct(author, number):
         proof = author.proof(problem, record)
         if labelled:
+            if config.graded_wrong_end == 0.0:
+                proof = _reaching_the_goal(author, problem, record, proof)
             verdict = judge.judge_proof(proof.statement, proof.text)
             label = author.human_label(verdict.score, "I_v")
             proof = dataclasses.replace(proof, label=label)
         proofs.append(proof)
     return proofs
+
+
+def _reaching_the_goal(
+    author: _Author, problem: problems.WorldProblem, record: records.Problem, proof: records.Proof
+) -> records.Proof:
+    for _ in range(PATIENCE):
+        issues = judge.judge_proof(proof.statement, proof.text).issues
+        if all(issue.fault is not judge.Fault.NO_GOAL for issue in issues):
+            return proof
+        proof = author.proof(problem, record)
+    raise ValueError(
+        f"world.graded_wrong_end = 0, but none of {PATIENCE} proofs of {record.statement!r} reached "
+        "its goal: lower world.writers.unsupported, skipped or false_rule"
+    )
 
 
 def grade(config: WorldConfig, seed: int, proofs: Iterable[records.Proof]) -> list[records.Proof]:

@@ -138,8 +138,8 @@ def test_only_the_proofs_that_experts_grade_have_their_own_share_of_wrong_ends()
         verdicts = [judge.judge_proof(p.statement, p.text) for p in proofs]
         return sum(i.fault is judge.Fault.NO_GOAL for v in verdicts for i in v.issues)
 
-    planted = wrong_ends("test", labelled=False)  # beside those where another fault has no room
-    assert 4 * wrong_ends("train", labelled=True) < planted > 4 * wrong_ends("probe", labelled=True)
+    assert wrong_ends("train", labelled=True) == wrong_ends("probe", labelled=True) == 0
+    assert wrong_ends("test", labelled=False) > 0
     default = dataclasses.replace(config, graded_wrong_end=None)
     assert default.graded_writers() == config.writers
 
