@@ -238,7 +238,7 @@ def _reaching_the_goal(
             return proof
         proof = author.proof(problem, record)
     raise ValueError(
-        f"world.graded_wrong_end = 0, but none of {PATIENCE} proofs of {record.statement!r} reached "
+        f"world.graded_wrong_end = 0, but {PATIENCE} proofs of {record.statement!r} all missed "
         "its goal: lower world.writers.unsupported, skipped or false_rule"
     )
 
