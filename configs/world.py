@@ -6,15 +6,16 @@ As configs/quick.py, with a longer cold start and a blind spot: the analysts who
 let most proofs pass that stop short of the goal, although they write down that another letter was
 shown, and none of the proofs that experts graded for D_v has this fault to unlearn it from. So the
 first verifier passes most of them too, and a generator that is left alone with it learns to stop
-early. After a first, short generator stage there are several ways to go on, each with as many
-generator steps as the others:
+early. After a first, short generator stage there are two ways to go on, with as many generator
+steps each:
 
 - `loop-2`, `loop-3`: the outer iteration of the paper, twice. The generator's newest proofs are
   graded by experts the first time, as in the paper's early iterations, and auto-labelled the
-  second; the verifier is retrained on them, and the generator goes on against it.
-- `fixed`: the same but for the retraining: the consolidated generator (`rejection-1`) goes on
-  against the verifier it already has;
-- `alone`: no iteration at all: `generator-1` goes on against the verifier it already has.
+  second. The verifier is retrained on D_v and all of them, from the SFT model each time: what the
+  verifier before it has given up saying, no label could reward. The generator is consolidated with
+  its verifier by rejection fine-tuning, and goes on against the new one.
+- `fixed`: the same but for the retraining: the consolidated generator goes on against the verifier
+  it already has.
 
 And the ablation of R_meta: `verifier-meta` is trained as `verifier-1` is, but for longer, and
 `verifier-score` as long, D_mv included, rewarded for its scores only. `generator-meta` and
@@ -31,7 +32,7 @@ FIRST_STEPS = 20  # of the generator, against the first verifier
 NEXT_STEPS = 30  # of the generator, in each iteration that follows
 ITERATIONS = (2, 3)
 COLD_START_STEPS = 1_300
-RETRAINING_STEPS = 40
+RETRAINING_STEPS = 60  # of each verifier, from the SFT model
 ABLATION_STEPS = 60  # of the verifier, with R_meta and without
 NUM_CANDIDATES = 480  # of the newest proofs; 99 labels a verifier learned by heart (seed 11)
 NUM_GRADED = 400  # by experts, as many as auto-labelling decides of its candidates
@@ -85,29 +86,26 @@ def get_config() -> ml_collections.ConfigDict:
             f"verifier-{i}": longer(
                 "verifier-2",
                 RETRAINING_STEPS,
-                init=rejection,
+                init="sft",
                 judge=before["verifier"],
                 proofs=("proofs", *labels),
             ),
             f"probe-{i}": dict(
                 stage["probe-2"], verifier=f"verifier-{i}", predecessor=before["probe"]
             ),
-            f"loop-{i}": longer(
-                "generator-2", NEXT_STEPS, init=f"verifier-{i}", judge=f"verifier-{i}"
-            ),
+            f"loop-{i}": longer("generator-2", NEXT_STEPS, init=rejection, judge=f"verifier-{i}"),
         }
         stage |= iteration
         retrained += iteration
         generator = f"loop-{i}"
     as_many = NEXT_STEPS * len(ITERATIONS)
     stage["fixed"] = longer("generator-1", as_many, init="rejection-1")
-    stage["alone"] = longer("generator-1", as_many, init="generator-1")
     ablation = []
     for kind, judge in dict(meta="meta", score=None).items():
         verifier = f"verifier-{kind}"
         both = {
             verifier: longer("verifier-1", ABLATION_STEPS, judge=judge),
-            f"probe-{kind}": dict(stage["probe-1"], verifier=verifier),
+            f"probe-{kind}": dict(stage["probe-1"], verifier=verifier, predecessor="none"),
             f"generator-{kind}": dict(stage["generator-1"], init=verifier, judge=verifier),
         }
         stage |= both
@@ -116,13 +114,12 @@ def get_config() -> ml_collections.ConfigDict:
     stage["after-1"] = answer("verifier-1", "generator-1")
     stage["after-loop"] = answer(f"verifier-{ITERATIONS[-1]}", generator)
     stage["after-fixed"] = answer("verifier-1", "fixed")
-    stage["after-alone"] = answer("verifier-1", "alone")
     for kind in ("meta", "score"):
         stage[f"after-{kind}"] = answer(f"verifier-{kind}", f"generator-{kind}")
     del stage["generator-2"], stage["after"]
     first = c.stages[: c.stages.index("generator-1") + 1]
-    answers = ("after-1", "after-loop", "after-fixed", "after-alone", "after-meta", "after-score")
-    c.stages = (*first, *retrained, "fixed", "alone", *ablation, *answers)
+    answers = ("after-1", "after-loop", "after-fixed", "after-meta", "after-score")
+    c.stages = (*first, *retrained, "fixed", *ablation, *answers)
     c.stage = stage
     c.before, c.after = "before", "after-loop"
     return c

@@ -295,6 +295,21 @@ def measure(samples: Sequence[records.Sample], judge: Judge) -> dict[str, Ratio]
     }
 
 
+def labels_given(proofs: Sequence[records.Proof], judge: Judge) -> dict[str, float | int | None]:
+    """JSON-able: the share of labelled proofs whose label is the true score, with its standard
+    error, n, and what the best constant label would get on them."""
+    truth = [judge.proof_score(p.statement, p.text) for p in proofs]
+    right = [p.label is not None and p.label.score == t for p, t in zip(proofs, truth, strict=True)]
+    found = Ratio(tuple(p.id for p in proofs), np.asarray(right, float), np.ones(len(proofs)))
+    constant = _figure(_best_accuracy(truth))
+    return {
+        "mean": _figure(found.mean),
+        "se": _figure(found.se),
+        "n": found.n,
+        "constant": constant,
+    }
+
+
 def _best_accuracy(truth: Sequence[float]) -> float:
     """The accuracy of the best constant answer; nan without items."""
     return max(truth.count(s) for s in set(truth)) / len(truth) if truth else math.nan

@@ -12,7 +12,7 @@ import math
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, SupportsFloat
 
 import tensorboardX
@@ -89,6 +89,20 @@ class MetricsConfig:
                     raise ValueError(
                         f"runtime.metrics.{field}: no stage reports a scalar {name!r}{hint}"
                     )
+
+
+def stages_of(lines: Sequence[str], path: epath.PathLike) -> list[str]:
+    """The stage of each line of `metrics.jsonl`; ValueError names one that is damaged."""
+    stages = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            stages.append(json.loads(line)["stage"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path}, line {number} is damaged ({error}): take the line out; every stage keeps "
+                "its own rows in the folder metrics"
+            ) from error
+    return stages
 
 
 class MetricWriter:
@@ -185,7 +199,7 @@ class MetricWriter:
         self.close()
         path = self._workdir / "metrics.jsonl"
         lines = storage.read_bytes(path).decode().splitlines() if storage.exists(path) else []
-        mine = [json.loads(line)["stage"] == self._stage for line in lines]
+        mine = [stage == self._stage for stage in stages_of(lines, path)]
         at = mine.index(True) if True in mine else len(lines)
         before = lines[:at]
         after = [line for line, is_mine in zip(lines[at:], mine[at:], strict=True) if not is_mine]

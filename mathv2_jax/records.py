@@ -18,6 +18,7 @@ T = TypeVar("T")
 
 SCHEMA_VERSION = 1
 SCORES = (0.0, 0.5, 1.0)
+FULL_MARKS = "full-marks"  # the scale of labels by I_v itself
 
 
 class Outcome(enum.StrEnum):
@@ -70,7 +71,7 @@ class Label:
 
     score: float
     source: str  # human | auto | world
-    scale: str = "full-marks"
+    scale: str = FULL_MARKS
     rater: str = ""
     votes: tuple[float, ...] = ()
     rubric: str = "I_v"
@@ -83,7 +84,8 @@ class Label:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Origin:
-    """What made a record: enough to make it again. Checkpoints are named `stage@step`."""
+    """What made a record: enough to make it again. Checkpoints are named `stage@step`,
+    what a finished stage left by the stage alone."""
 
     stage: str
     step: int
@@ -157,6 +159,9 @@ class Demonstration:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
     """One sampled response with everything a reader asks of it.
+
+    `step` counts from 0; the part of records and the row of metrics that belong to it count the
+    steps taken, from 1.
 
     `role` is the role that wrote it; `text` its final response. `statement`, `proof` and
     `analysis` are what its prompt was filled with, `target` the id of what it judged, `index` its

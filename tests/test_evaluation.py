@@ -11,7 +11,7 @@ from mathv2_jax.records import Finish, Outcome
 from mathv2_jax.text import parse
 from mathv2_jax.world import corpus, judge
 from mathv2_jax.world.problems import Rule, WorldProblem
-from tests import scripted
+from tests import by_hand, scripted
 
 RULES = (Rule(("A",), "B"), Rule(("B",), "C"), Rule(("E",), "C"))
 STATEMENT = str(WorldProblem(facts=("A",), rules=RULES, goal="C"))
@@ -142,6 +142,23 @@ def test_auto_labels_are_compared_with_a_constant_where_there_is_a_label():
     assert found["autolabel_precision"] == {"before": round(1 / 3, 6), "after": 1.0}
     assert found["meta_accuracy"] == {"before": None, "after": None}  # of no items
     assert "analysis_faithfulness" not in found and "generator_true_score" not in found
+
+
+def test_labels_that_training_was_given_are_judged_beside_the_best_constant_one():
+    def labelled(text, score):
+        proof = by_hand.proof(text, text=text, score=score)
+        return dataclasses.replace(proof, statement=STATEMENT)
+
+    given = [labelled(RIGHT, 1.0), labelled(FALSE, 1.0), labelled(SKIPS, 0.0), labelled(FALSE, 0.0)]
+    found = evaluation.labels_given(given, judge.ExactJudge())
+    assert found == {
+        "mean": 0.5,
+        "se": pytest.approx(0.5 / 3**0.5, abs=1e-6),
+        "n": 4,
+        "constant": 0.5,
+    }
+    nothing = evaluation.labels_given([], judge.ExactJudge())
+    assert nothing == {"mean": None, "se": None, "n": 0, "constant": None}
 
 
 def test_answers_of_other_roles_are_no_test_answers():

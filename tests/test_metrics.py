@@ -386,3 +386,9 @@ def test_the_scalars_that_may_be_shown_are_those_that_stages_report(smoke_workdi
     rows = [json.loads(line) for line in (smoke_workdir / "metrics.jsonl").read_text().splitlines()]
     reported = {name for row in rows for name in row} - {"stage", "step"}
     assert reported == set(metrics.NAMES)
+
+
+def test_a_damaged_line_of_metrics_is_named_with_a_way_out(tmp_path):
+    lines = ['{"stage": "sft", "step": 1}', "{"]
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 2 is damaged .*take the line out"):
+        metrics.stages_of(lines, tmp_path / "metrics.jsonl")

@@ -208,6 +208,16 @@ def test_a_part_is_named_by_its_step_and_ends_its_lines(tmp_path):
     assert storage.part_step(storage.part_name(12)) == 12
 
 
+def test_a_table_of_one_part_follows_what_it_is_made_of(tmp_path):
+    parts = storage.Parts(tmp_path)
+    parts.write_only(b"old\n")
+    before = snapshot(tmp_path)
+    storage.Parts(tmp_path).write_only(b"old\n")
+    assert snapshot(tmp_path) == before
+    storage.Parts(tmp_path).write_only(b"new\n")
+    assert list(storage.Parts(tmp_path).read()) == ["new"]
+
+
 def test_discarded_parts_are_gone_even_those_never_committed(tmp_path):
     run(tmp_path, last=7)
     assert len(storage.list_names(tmp_path, "part-*")) == 7 and read(tmp_path) == [1, 2, 3, 4, 5, 6]

@@ -371,10 +371,17 @@ def _without_steps(stage: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+ABSENT = "absent (that was another version of this program)"
+
+
 def differences(saved: Any, asked: Any, where: str) -> Iterator[tuple[str, str, str]]:
     """Each field that differs, with its values as short texts."""
     if isinstance(saved, Mapping) and isinstance(asked, Mapping):
         for name in sorted(set(saved) | set(asked)):
-            yield from differences(saved.get(name), asked.get(name), f"{where}.{name}")
+            if name in saved and name in asked:
+                yield from differences(saved[name], asked[name], f"{where}.{name}")
+            else:  # written by another version of this program
+                old, new = (f"{m[name]!r:.80}" if name in m else ABSENT for m in (saved, asked))
+                yield f"{where}.{name}", old, new
     elif saved != asked:
         yield where, f"{saved!r:.80}", f"{asked!r:.80}"

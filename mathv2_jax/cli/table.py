@@ -16,8 +16,8 @@ _TITLES = {
     "generator_true_score": "generator: true score of its proofs",
     "overclaim_rate": "generator: claims 1 wrongly  (lower is better)",
     "verifier_minus_true": "verifier minus true, on those proofs  (near 0)",
-    "autolabel_precision": "auto-labels: correct",
-    "autolabel_coverage": "auto-labels: share decided",
+    "autolabel_precision": "auto-labels of test proofs: correct",
+    "autolabel_coverage": "auto-labels of test proofs: share decided",
 }
 
 
@@ -45,6 +45,10 @@ def render(summary: Mapping[str, Any], seconds: Mapping[str, float], compile_sec
                 f"{cell(row['difference'])} {row['after']['n']:>6}"
                 + ("" if constant is None else f" {constant:>9.3f}")
             )
+    for name, row in summary.get("labels", {}).items():
+        title = f"labels that {name} gave to training: correct"
+        constant = "" if row["constant"] is None else f" {row['constant']:>9.3f}"
+        lines.append(f"{title:50} {'':15} {cell(row)} {'':15} {row['n']:>6}{constant}")
     total = sum(seconds.values(), start=0.0)
     shown = "  ".join(f"{name} {metrics.duration(value)}" for name, value in seconds.items())
     compiling = f"of which {metrics.duration(compile_seconds)} compiling"

@@ -249,31 +249,26 @@ def summarise(
     """The final table as data, free of the clock. Only here does the judge meet the records."""
     measured: dict[str, Any] | None = None
     constants: dict[str, Any] = {}
+    labels: dict[str, Any] = {}
     if config.world is not None and config.before:
         judge = world_judge.ExactJudge()
-        before, after = (_answers(run, name, figures) for name in (config.before, config.after))
+        before, after = run.samples(config.before), run.samples(config.after)
         sides = evaluation.measure(before, judge), evaluation.measure(after, judge)
         measured, constants = evaluation.compare(*sides), evaluation.constants(*sides)
+        labels = {
+            stage.name: evaluation.labels_given(run.stage_records(stage.name, records.Proof), judge)
+            for stage in config.stages
+            if iterate.LABELLED in iterate.leaves(stage)
+        }
     return {
         "schema": config_lib.SCHEMA,
         "seed": config.seed,
         "compared": {"before": config.before, "after": config.after},
         "metrics": measured,
         "constants": constants,
+        "labels": labels,
         "stages": dict(figures),
     }
-
-
-def _answers(run: run_lib.Run, stage: str, figures: Mapping[str, Any]) -> list[records.Sample]:
-    """The samples of a finished answer stage; ValueError where some of them are gone."""
-    found, wrote = run.samples(stage), figures[stage]["answers"]
-    if len(found) != wrote:
-        raise ValueError(
-            f"{run.workdir / 'records' / stage} holds {len(found)} of the {wrote:.0f} answers that "
-            "the stage wrote: restore its files, manifest-*.json among them, or answer again with "
-            f"--restart_stage={stage}"
-        )
-    return found
 
 
 def run_seconds(

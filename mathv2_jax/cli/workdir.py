@@ -2,12 +2,13 @@
 
 import difflib
 import functools
+import hashlib
 import importlib.metadata
 import json
 import pathlib
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -16,8 +17,10 @@ import mathv2_jax
 from mathv2_jax import metrics, storage
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import inputs, shell
-from mathv2_jax.stages import autolabel, experts
+from mathv2_jax.stages import autolabel, experts, rejection
 from mathv2_jax.text import tokenizer as tokenizer_lib
+
+INPUT = "records/input"
 
 
 def begin(workdir: epath.Path, config: config_lib.RunConfig) -> None:
@@ -33,6 +36,7 @@ def begin(workdir: epath.Path, config: config_lib.RunConfig) -> None:
         _forget_refused_probes(workdir, saved, done)
         begun = [name for name in names if has_begun(workdir, name)]
         config_lib.require_same(saved, asked, done, begun)
+        _require_input(workdir)
         return
     left = [n for n in storage.list_names(workdir / "records") if n != "input"]
     if left:
@@ -42,7 +46,7 @@ def begin(workdir: epath.Path, config: config_lib.RunConfig) -> None:
         )
     began = time.monotonic()
     # What an interrupted start left may be of other settings, the tokenizer above all.
-    storage.remove_folder(workdir / "records" / "input")
+    storage.remove_folder(workdir / INPUT)
     if config.tokenizer.directory:
         given = shell.absolute(config.tokenizer.directory)
         inputs.copy_tokenizer(workdir, given, config.model.vocab_size)
@@ -57,31 +61,76 @@ def begin(workdir: epath.Path, config: config_lib.RunConfig) -> None:
     shown = "  ".join(f"{name} {count}" for name, count in counts.items())
     print(f"input: {shown}", flush=True)
     metrics.write_timing(workdir, "input", {"seconds": time.monotonic() - began})
-    write_config(workdir, config)
+    write_config(workdir, config, _digests(workdir, storage.list_names(workdir / INPUT, "*.*")))
 
 
-def write_config(workdir: epath.Path, config: config_lib.RunConfig) -> None:
-    """Put config and code of the session that begins into config.json; print what changed."""
-    body = {
+def write_config(
+    workdir: epath.Path, config: config_lib.RunConfig, digests: Mapping[str, str] | None = None
+) -> None:
+    """Put config and code of the session that begins into config.json; print what changed.
+
+    `changes` there says what each session that changed anything did. `digests` are those of a new
+    run's input files.
+    """
+    body: dict[str, Any] = {
         "schema": config_lib.SCHEMA,
         "identity": config_lib.identity(config),
         "runtime": config_lib.runtime(config),
         "commit": code_commit(),
+        "input": digests or {},
+        "changes": [],
     }
     path = workdir / "config.json"
     if storage.exists(path):
         saved = read_config(workdir)
-        for name in ("runtime", "commit"):
-            for where, old, new in config_lib.differences(saved.get(name), body[name], name):
-                print(f"goes on with another {where}: it was {old}, now {new}", flush=True)
+        body |= {name: saved[name] for name in ("input", "changes") if name in saved}
+        changed = [
+            f"{where}: it was {old}, now {new}"
+            for name in ("identity", "runtime", "commit")
+            for where, old, new in config_lib.differences(
+                _by_stage(saved.get(name)), _by_stage(body[name]), name
+            )
+        ]
+        for change in changed:
+            print(f"goes on with another {change}", flush=True)
+        body["changes"] += [changed] if changed else []
     storage.write_whole(path, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+
+
+def _by_stage(body: Any) -> Any:
+    """An identity with its list of stages by name, so that differences name the stage."""
+    if not isinstance(body, Mapping) or "stages" not in body:
+        return body
+    return {**body, "stages": {stage["name"]: stage for stage in body["stages"]}}
+
+
+def _digests(workdir: epath.Path, names: Iterable[str]) -> dict[str, str]:
+    """The sha256 of input files; an empty one where there is no such file."""
+    paths = {name: workdir / INPUT / name for name in names}
+    return {
+        name: hashlib.sha256(storage.read_bytes(path)).hexdigest() if storage.exists(path) else ""
+        for name, path in paths.items()
+    }
+
+
+def _require_input(workdir: epath.Path) -> None:
+    """ValueError names an input file that is not what the run began with."""
+    wanted = read_config(workdir).get("input", {})
+    found = _digests(workdir, wanted)
+    for name, digest in wanted.items():
+        if found[name] != digest:
+            state = "differs from what the run began with" if found[name] else "is missing"
+            raise ValueError(
+                f"{workdir / INPUT / name} {state} (config.json has its sha256, {digest[:16]}...): "
+                "restore the file, or take another workdir"
+            )
 
 
 def read_config(workdir: epath.Path) -> dict[str, Any]:
     """What config.json holds; ValueError where it is damaged or of another schema."""
     path = workdir / "config.json"
     way_out = "restore it, or take another workdir"
-    body = read_json(path, ("schema", "identity", "runtime"), way_out)
+    body = storage.read_object(path, ("schema", "identity", "runtime"), way_out)
     if body["schema"] != config_lib.SCHEMA:
         raise ValueError(
             f"{path} has schema {body['schema']!r}, this program reads {config_lib.SCHEMA}: use "
@@ -111,7 +160,7 @@ def finished(workdir: epath.Path, config: config_lib.RunConfig) -> dict[str, Any
 def read_summary(workdir: epath.Path) -> dict[str, Any]:
     """What summary.json holds; ValueError where it is damaged."""
     way_out = "delete it, and the run's command writes it anew from the records"
-    return read_json(workdir / "summary.json", ("metrics", "stages"), way_out)
+    return storage.read_object(workdir / "summary.json", ("metrics", "stages"), way_out)
 
 
 def is_done(workdir: epath.Path, stage: str) -> bool:
@@ -155,12 +204,13 @@ def restart(workdir: epath.Path, stage: str) -> None:
         storage.remove(workdir / "records" / name / "stage.json")
         for folder in ("checkpoints", "records", "metrics", "tensorboard"):
             storage.remove_folder(workdir / folder / name)
-        for beside in (autolabel.UNDECIDED, experts.WANTED):
+        for beside in (autolabel.UNDECIDED, experts.WANTED, rejection.CHOSEN):
             storage.remove_folder(workdir / "records" / f"{name}{beside}")
     lines = workdir / "metrics.jsonl"
     if storage.exists(lines):
         rows = storage.read_bytes(lines).decode().splitlines()
-        kept = [row for row in rows if json.loads(row)["stage"] not in gone]
+        stages = metrics.stages_of(rows, lines)
+        kept = [row for row, name in zip(rows, stages, strict=True) if name not in gone]
         storage.write_whole(lines, "".join(f"{row}\n" for row in kept).encode())
     print(f"restarting at {stage}: dropped what {', '.join(gone)} wrote", flush=True)
 
@@ -173,24 +223,6 @@ def run_tokenizer(workdir: epath.Path, config: config_lib.RunConfig) -> tokenize
     return inputs.make_tokenizer(
         workdir, settings.vocab_size, settings.whole_phrases, settings.max_texts
     )
-
-
-def read_json(path: epath.Path, fields: Sequence[str], way_out: str) -> dict[str, Any]:
-    """The JSON object in a file, which holds `fields`; a ValueError ends with the `way_out`.
-
-    FileNotFoundError where there is no file.
-    """
-    data = storage.read_bytes(path)
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged ({len(data)} bytes that are no JSON: {error}); {way_out}"
-        ) from error
-    missing = [f for f in fields if not isinstance(body, dict) or f not in body]
-    if missing:
-        raise ValueError(f"{path} is damaged (it has no field {missing[0]!r}); {way_out}")
-    return body
 
 
 def code_commit() -> str:

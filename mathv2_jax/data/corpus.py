@@ -369,9 +369,11 @@ def require_enough(corpus: Corpus, config: RealConfig) -> Corpus:
     if config.judged_analyses:
         needed.append("analyses")
     for name in needed:
-        if not corpus.files[name]:
+        least = 2 if name == "probe" else 1  # one error alone has no standard error
+        if len(corpus.files[name]) < least:
             raise ValueError(
-                f"the real data leave nothing for records/input/{name}.jsonl; left out were:\n"
+                f"the real data leave {len(corpus.files[name])} records for records/input/"
+                f"{name}.jsonl, which needs {least}; left out were:\n"
                 f"{describe(corpus.rejects) or 'no rows at all'}\n"
                 "scales are mapped by config.real.scales.pairs, and evaluation problems given up "
                 "to a training file by config.real.withdraw"

@@ -17,10 +17,9 @@ from etils import epath
 from mathv2_jax import records, storage
 from mathv2_jax.text import parse
 
-FULL_MARKS = "full-marks"
 # What a 1 means in each public source: `source` of a row -> name of its scale.
 SCALES: Mapping[str, str] = {
-    "deepseek_math_v2": FULL_MARKS,  # experts, every mark of 7, 10 or 21
+    "deepseek_math_v2": records.FULL_MARKS,  # experts, every mark of 7, 10 or 21
     "opc": "opc-5-of-7",  # "correct": would earn 5 of 7 or more, small slips pass
     "mathconverse": "one-reader-6-of-6",  # one reader each, students among them
     "rprover": "disputed-gold",  # a second look at labels that a model doubted
@@ -114,7 +113,7 @@ class ScaleMap:
     left out. Mapped or not, a label keeps the name of the scale that it was given on.
     """
 
-    target: str = FULL_MARKS
+    target: str = records.FULL_MARKS
     pairs: Mapping[str, tuple[tuple[float, float], ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):

@@ -15,16 +15,16 @@ T = TypeVar("T")
 def read(path: epath.PathLike, kind: type[T]) -> list[T]:
     """Every record of a JSON-lines file; ValueError names the file, the line and the fault."""
     # Bytes split at \n and \r, which JSON escapes; text would split at U+2028, which it need not.
-    lines = [line.decode("utf-8") for line in storage.read_bytes(path).splitlines()]
-    return parse_lines(lines, kind, str(path))
+    return parse_lines(storage.read_bytes(path).splitlines(), kind, str(path))
 
 
-def parse_lines(lines: Sequence[str], kind: type[T], where: str) -> list[T]:
-    """As `read`, of lines that came from `where`."""
+def parse_lines(lines: Sequence[str | bytes], kind: type[T], where: str) -> list[T]:
+    """As `read`, of lines (in UTF-8 where they are bytes) that came from `where`."""
     found = []
     for number, line in enumerate(lines, start=1):
         try:
-            found.append(records.from_json(kind, line))
+            text = line if isinstance(line, str) else line.decode("utf-8")
+            found.append(records.from_json(kind, text))
         except ValueError as error:
             raise ValueError(f"{where}, line {number}: {error}") from error
     return found

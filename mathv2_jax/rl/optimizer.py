@@ -28,10 +28,10 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self):
-        if self.learning_rate <= 0 or self.clip_norm <= 0:
+        if not (0.0 < self.learning_rate < math.inf and self.clip_norm > 0):
             raise ValueError(
                 f"optimizer.learning_rate = {self.learning_rate}, optimizer.clip_norm = "
-                f"{self.clip_norm}: both must be positive"
+                f"{self.clip_norm}: both must be positive, the rate finite"
             )
         if self.warmup_steps < 0 or not 0.0 <= self.final_share <= 1.0:
             raise ValueError(

@@ -125,8 +125,7 @@ def run_stage(run: run_lib.Run, stage: AutolabelStage) -> dict[str, float]:
         if verdict.label is not None
     ]
     waiting = run.parts(f"{stage.name}{UNDECIDED}")
-    waiting.write_part(storage.part_name(1), records.to_lines([proof for proof, _ in undecided]))
-    waiting.commit(1)
+    waiting.write_only(records.to_lines([proof for proof, _ in undecided]))
     last = len(chunks) + 1
     parts.write_part(storage.part_name(last), records.to_lines(proofs))
     parts.commit(last)

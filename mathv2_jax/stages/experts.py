@@ -52,15 +52,11 @@ def run_stage(run: run_lib.Run, stage: ExpertsStage) -> dict[str, float]:
     if not wanted:
         logging.warning("%s: there is no proof for experts to grade", stage.name)
         return {"wanted": 0.0, "labelled": 0.0}
-    asked = run.parts(f"{stage.name}{WANTED}")
-    asked.write_part(storage.part_name(1), records.to_lines(wanted))
-    asked.commit(1)
+    run.parts(f"{stage.name}{WANTED}").write_only(records.to_lines(wanted))
     if run.ask_experts is not None:
         run.ask_experts(stage.name)
     graded = _graded(run, stage, wanted)
-    parts = run.parts(stage.name)
-    parts.write_part(storage.part_name(1), records.to_lines(graded))
-    parts.commit(1)
+    run.parts(stage.name).write_only(records.to_lines(graded))
     labels = [proof.label.score for proof in graded if proof.label is not None]
     return {
         "wanted": float(len(wanted)),
@@ -101,6 +97,11 @@ def _graded(
             raise ValueError(f"{where} has no label; add it, or take the line out")
         if proof.label.source == "auto":
             raise ValueError(f"{where} has a label of source 'auto'; an expert's is 'human'")
+        if proof.label.scale != records.FULL_MARKS:
+            raise ValueError(
+                f"{where} has a label of scale {proof.label.scale!r}; experts grade on the scale "
+                f'{records.FULL_MARKS!r}: map the scores to 0, 0.5 and 1, and leave "scale" out'
+            )
         if proof.id in found:
             raise ValueError(f"{where} stands in an earlier line too; keep one of them")
         found[proof.id] = proof.label

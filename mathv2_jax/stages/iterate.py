@@ -86,10 +86,17 @@ def check_stages(stages: Sequence[Stage]) -> None:
         for field, need in _NEEDED.items():
             names = getattr(stage, field, None)
             for name in (names,) if isinstance(names, str) else names or ():
+                if field == "predecessor" and name == probe.NONE:
+                    continue
                 if need not in known.get(name, ()):
                     where = f"stage.{stage.name}.{field} = {name!r}"
                     raise ValueError(f"{where}: {_fault(name, need, known, stages, place)}")
         if isinstance(stage, probe.ProbeStage):
+            if probed and stage.predecessor is None:
+                raise ValueError(
+                    f"stage.{stage.name}.predecessor is not given, and without one no verifier is "
+                    f"ever refused: name the probe stage before it, or {probe.NONE!r}"
+                )
             probed.add(stage.verifier)
         generates = GENERATED in leaves(stage)
         judge = stage.judge if isinstance(stage, rl.RlStage) and generates else None
@@ -141,26 +148,25 @@ def check_settings(
             )
 
 
-def report_path(run: run_lib.Run, name: str) -> Any:
-    """Where a finished stage's figures stand; the file is a stage's last act."""
-    return run.workdir / "records" / name / "stage.json"
-
-
 def run_all(run: run_lib.Run, stages: Sequence[Stage]) -> dict[str, dict[str, float]]:
     """Every stage's figures by name. Finished stages are not run again."""
     check_stages(stages)
     figures: dict[str, dict[str, float]] = {}
     with metrics.CompileTime() as compiling:
         for number, stage in enumerate(stages, start=1):
-            path = report_path(run, stage.name)
-            if storage.exists(path):
-                figures[stage.name] = json.loads(storage.read_bytes(path))
+            before = run.report(stage.name)
+            if before is not None:
+                figures[stage.name] = before
                 print(f"{stage.name}: finished before ({number} of {len(stages)})", flush=True)
                 continue
             print(f"{stage.name}: stage {number} of {len(stages)}", flush=True)
-            figures[stage.name] = _run_timed(run, stage, compiling)
+            found = _run_timed(run, stage, compiling)
+            figures[stage.name] = {
+                **found,
+                run_lib.WROTE: float(len(run.parts(stage.name).names())),
+            }
             body = json.dumps(figures[stage.name], sort_keys=True, indent=1)
-            storage.write_whole(path, body.encode())
+            storage.write_whole(run.report_path(stage.name), body.encode())
     return figures
 
 

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from mathv2_jax import evaluation, records, reward, roles, storage
+from mathv2_jax import evaluation, records, reward, roles
 from mathv2_jax.stages import run as run_lib
 
 
@@ -13,15 +13,18 @@ class DriftError(ValueError):
     """A verifier is worse than its predecessor beyond noise, and is refused as a reward."""
 
 
+NONE = "none"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProbeStage:
     """Scores the input file `probe` with `verifier`; `predecessor` names the probe stage before.
 
-    Refused where the mean absolute error of its first opinion rises by more than
-    `tolerance_se` paired standard errors. Without a predecessor, as the first probe is, it only
-    records what later ones are compared with. `iterate.check_stages` holds that no verifier
-    rewards a generator unprobed; a meta-verifier, as the judge of a verifier stage is, scores no
-    proofs, and is not probed.
+    Refused where the mean absolute error of its first opinion rises by more than `tolerance_se`
+    paired standard errors. Without a predecessor, as the first probe is, it only records what later
+    ones are compared with; a later one that is to have none says `NONE`. `iterate.check_stages`
+    holds that no verifier rewards a generator unprobed; a meta-verifier, as the judge of a verifier
+    stage is, scores no proofs, and is not probed.
     """
 
     name: str
@@ -69,9 +72,7 @@ def run_stage(run: run_lib.Run, stage: ProbeStage) -> dict[str, float]:
         )
         for proof, (opinion,) in zip(proofs, opinions, strict=True)
     ]
-    parts = run.parts(stage.name)
-    parts.write_part(storage.part_name(1), records.to_lines(samples))
-    parts.commit(1)
+    run.parts(stage.name).write_only(records.to_lines(samples))
     errors = _errors(samples)
     prompts = [run.roles.verifier.prompt(run.tokenizer, **f) for f in fields]
     head = run.judge.first_opinions(prompts) @ np.asarray(records.SCORES, np.float32)
@@ -84,7 +85,7 @@ def run_stage(run: run_lib.Run, stage: ProbeStage) -> dict[str, float]:
         "constant_mean_error": evaluation.least_error(labels.tolist()),
         "n": float(len(errors)),
     }
-    if stage.predecessor is not None:
+    if stage.predecessor not in (None, NONE):
         before = _errors(run.samples(stage.predecessor))
         rise = errors - before
         se = float(np.std(rise, ddof=1)) / math.sqrt(len(rise))

@@ -5,17 +5,20 @@ from typing import Any
 
 from absl import logging
 
-from mathv2_jax import records, roles, storage
+from mathv2_jax import records, roles
 from mathv2_jax.stages import run as run_lib
 from mathv2_jax.stages import sft
 from mathv2_jax.text import prompts
+
+CHOSEN = "-chosen"  # the folder of records beside the stage's own
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RejectionStage:
     """SFT from `init` on responses of `samples_from` whose reward is at least `min_reward`.
 
-    At most `per_group` responses of a group are taken, so that easy prompts do not dominate.
+    At most `per_group` responses of a group are taken, so that easy prompts do not dominate; equal
+    ones count as often as they were sampled.
     With `allow_empty` a stage without any such response leaves the variables of `init` unchanged,
     and says so; otherwise that is an error.
     """
@@ -91,8 +94,6 @@ def run_stage(run: run_lib.Run, stage: RejectionStage) -> dict[str, Any]:
             f"stage {stage.name}: no response of {', '.join(stage.samples_from)} earned "
             f"{stage.min_reward}: lower min_reward"
         )
-    parts = run.parts(f"{stage.name}-chosen")
-    parts.write_part(storage.part_name(1), records.to_lines(chosen))
-    parts.commit(1)
+    run.parts(f"{stage.name}{CHOSEN}").write_only(records.to_lines(chosen))
     counts = {f"chosen/{n}": float(sum(d.role == n for d in chosen)) for n in roles.NAMES}
     return {**sft.train(run, stage.name, stage.init, stage.sft, chosen), **counts}

@@ -207,7 +207,10 @@ def task_stream(run: run_lib.Run, stage: RlStage) -> grain.MapDataset:
             and len(t.prompt) + t.role.sampling.max_tokens <= stage.rl.row_length
             for t in items
         ]
-        limit = min(longest, stage.rl.row_length)
+        limit = (
+            f"prompts of {longest} tokens (engine.prompt_buckets) and, answered at full length, "
+            f"rows of {stage.rl.row_length} (row_length)"
+        )
         steps.report_left_out(f"{stage.name}/{name}", room.count(False), len(items), limit)
         found[name] = [t for t, fits in zip(items, room, strict=True) if fits]
     return sources.stream(found, weights, run.seed_for(stage.name, "tasks"))

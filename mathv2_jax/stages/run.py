@@ -19,6 +19,7 @@ from mathv2_jax.rl import learner as learner_lib
 from mathv2_jax.rollout import decode, engine
 from mathv2_jax.text import tokenizer as tokenizer_lib
 
+WROTE = "record_parts"  # the figure of a finished stage that counts its parts of records
 FRESH = "fresh"  # the name of the parameters that a run starts from
 
 
@@ -109,10 +110,32 @@ class Run:
         return self.stage_records(stage, records.Sample)
 
     def stage_records(self, stage: str, kind: type[sources.T]) -> list[sources.T]:
-        """The records of one kind among those that a stage wrote."""
+        """The records of one kind among those that a stage wrote.
+
+        ValueError where it has finished and parts of them do not count any more.
+        """
+        parts, report = self.parts(stage), self.report(stage) or {}
+        wrote = report.get(WROTE, len(parts.names()))
+        if len(parts.names()) != wrote:
+            raise ValueError(
+                f"{self.workdir / 'records' / stage} holds {len(parts.names())} of the {wrote:.0f} "
+                "parts that the stage wrote: restore its files, manifest-*.json among them, or "
+                f"--restart_stage={stage} runs it and what follows anew"
+            )
         mark = f'"kind": "{kind.__name__}"'
-        lines = [line for line in self.parts(stage).read() if mark in line]
+        lines = [line for line in parts.read() if mark in line]
         return sources.parse_lines(lines, kind, f"records/{stage}")
+
+    def report_path(self, stage: str) -> epath.Path:
+        """Where a finished stage's figures stand; the file is a stage's last act."""
+        return self.workdir / "records" / stage / "stage.json"
+
+    def report(self, stage: str) -> dict[str, float] | None:
+        """A finished stage's figures, None where it is not finished; ValueError where damaged."""
+        if not storage.exists(self.report_path(stage)):
+            return None
+        way_out = f"--restart_stage={stage} runs it and what follows anew"
+        return storage.read_object(self.report_path(stage), (), way_out)
 
     def checkpoints(self, stage: str) -> checkpoint.Checkpoints:
         """The train states of a stage in progress."""
@@ -131,12 +154,17 @@ class Run:
             return jax.device_put(
                 transformer.init(self.trunk.config, key, self.trunk.kernels), shardings
             )
-        with checkpoint.Checkpoints(self._final(stage), keep=1) as saved:
-            found = saved.restore(abstract)
+        folder, complaint = self._final(stage), "it holds none"
+        try:
+            with checkpoint.Checkpoints(folder, keep=1) as saved:
+                found = saved.restore(abstract)
+        except ValueError as error:
+            found, complaint = None, str(error)
         if found is None:
             raise ValueError(
-                f"stage {stage!r} has left no variables in {self._final(stage)}: it has not "
-                "finished, or they were removed; take records/NAME/stage.json away to run it again"
+                f"the variables that stage {stage!r} left in {folder} cannot be had: {complaint}. "
+                f"Delete that folder and {self.report_path(stage)}: the same command then takes "
+                "them from the stage's own checkpoints, or runs it again where there are none"
             )
         return found[0]
 

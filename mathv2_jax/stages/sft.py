@@ -105,7 +105,8 @@ def train(
     )
     items = [item(d) for d in demonstrations]
     fitting = [i for i in items if len(i) <= config.row_length]
-    steps.report_left_out(name, len(items) - len(fitting), len(items), config.row_length)
+    limit = f"rows of {config.row_length} tokens (row_length)"
+    steps.report_left_out(name, len(items) - len(fitting), len(items), limit)
     stream = sources.stream(
         {"demonstrations": fitting}, {"demonstrations": 1.0}, run.seed_for(name)
     )

@@ -18,22 +18,19 @@ class NotFiniteError(FloatingPointError):
     """A loss or gradient was not finite; the state is the last good one, the batch is on disk."""
 
 
-def report_left_out(stage: str, left_out: int, total: int, row_length: int) -> None:
-    """Say how much a row's length costs; ValueError where nothing is left."""
+def report_left_out(stage: str, left_out: int, total: int, limit: str) -> None:
+    """Say how much a `limit`, told in words, costs; ValueError where nothing is left."""
     if not total:
         raise ValueError(f"stage {stage}: there is nothing to learn from, its source is empty")
     if left_out == total:
-        raise ValueError(
-            f"stage {stage}: none of {total} items fits rows of {row_length} tokens: raise "
-            "row_length"
-        )
+        raise ValueError(f"stage {stage}: none of {total} items fits {limit}: raise that")
     if left_out:
         logging.warning(
-            "%s: %d of %d items are longer than %d tokens and left out",
+            "%s: %d of %d items do not fit %s, and are left out",
             stage,
             left_out,
             total,
-            row_length,
+            limit,
         )
 
 
@@ -61,6 +58,11 @@ class Loop:
         found = self._checkpoints.restore(self.state)
         if found is not None:
             self.state, self.position, self.first_step = found
+            if self.first_step > num_steps:
+                raise ValueError(
+                    f"stage {name} has taken {self.first_step} steps and is now to have "
+                    f"{num_steps}: give it at least as many, or --restart_stage={name}"
+                )
             print(f"{name}: goes on at step {self.first_step} of {num_steps}", flush=True)
         self._step = self.first_step
         self._parts = run.parts(name)

@@ -148,7 +148,7 @@ def test_the_config_runs_the_stages_of_quick_at_4096_tokens_or_more() -> None:
         loop = getattr(stage, "rl", None) or getattr(stage, "sft", None)
         assert loop is None or loop.row_length >= 4096
     assert config.real is not None
-    assert set(config.real.scales.pairs) == set(graded.SCALES.values()) - {graded.FULL_MARKS}
+    assert set(config.real.scales.pairs) == set(graded.SCALES.values()) - {records.FULL_MARKS}
 
 
 @pytest.fixture

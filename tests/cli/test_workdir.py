@@ -81,6 +81,41 @@ def test_what_a_session_changes_in_how_it_runs_is_said_and_kept(workdir, capsys)
     assert saved["commit"] == workdir_lib.code_commit() != ""
 
 
+def test_a_session_that_changes_what_is_computed_says_so_and_is_remembered(workdir, capsys):
+    workdir_lib.write_config(workdir, smoke())
+    longer = smoke(("stage.verifier-1.rl.steps", "9"))
+    workdir_lib.write_config(workdir, longer)
+    workdir_lib.write_config(workdir, longer)
+    change = "identity.stages.verifier-1.rl.steps: it was 3, now 9"
+    assert capsys.readouterr().out == f"goes on with another {change}\n"
+    assert json.loads((workdir / "config.json").read_text())["changes"] == [[change]]
+
+
+def test_a_config_of_another_version_of_the_program_is_refused_by_the_field(workdir):
+    workdir_lib.write_config(workdir, smoke())
+    body = json.loads((workdir / "config.json").read_text())
+    body["identity"]["world"]["an_older_field"] = None
+    storage.write_whole(workdir / "config.json", json.dumps(body).encode())
+    with pytest.raises(ValueError, match=r"world\.an_older_field was None, now absent \(that was"):
+        workdir_lib.begin(workdir, smoke())
+
+
+@pytest.mark.parametrize("how", ["shorter", "gone"])
+def test_an_input_file_that_changed_under_a_run_is_named(workdir, how):
+    config = smoke(("world.num_demonstrations", "40"))
+    workdir_lib.begin(workdir, config)
+    workdir_lib.begin(workdir, config)
+    storage.write_whole(workdir / "records" / "input" / "experts" / "x.jsonl", b"may come later")
+    path = workdir / "records" / "input" / "proofs.jsonl"
+    whole = storage.read_bytes(path)
+    storage.remove(path)
+    if how == "shorter":
+        storage.write_whole(path, b"".join(whole.splitlines(keepends=True)[:-1]))
+    state = "differs from what the run began with" if how == "shorter" else "is missing"
+    with pytest.raises(ValueError, match=f"proofs.jsonl {state}"):
+        workdir_lib.begin(workdir, config)
+
+
 def test_a_refused_probe_may_change_and_forgets_its_scores(workdir):
     begun(workdir, "probe-1", done=False)
     workdir_lib.begin(workdir, smoke(("stage.probe-1.tolerance_se", "5.0")))
@@ -90,6 +125,8 @@ def test_a_refused_probe_may_change_and_forgets_its_scores(workdir):
 
 def test_a_stage_that_broke_runs_anew_with_other_settings_once_it_is_restarted(workdir):
     names = begun(workdir, "verifier-1", done=False)
+    for beside in ("-undecided", "-wanted", "-chosen"):
+        leave(workdir, f"verifier-1{beside}", done=False)
     storage.write_whole(workdir / "checkpoints" / "verifier-1" / "steps" / "2" / "seal", b"")
     rows = "".join(json.dumps({"stage": n, "step": 1}) + "\n" for n in ("meta", "verifier-1"))
     storage.write_whole(workdir / "metrics.jsonl", rows.encode())

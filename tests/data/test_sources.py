@@ -44,6 +44,13 @@ def test_a_bad_line_is_named_with_its_file_its_number_and_its_fault(tmp_path, li
         sources.read(path, records.Problem)
 
 
+def test_a_line_in_another_encoding_is_named_too(tmp_path):
+    path = tmp_path / "problems.jsonl"
+    path.write_bytes(records.to_lines(PROBLEMS[:2]) + b'{"id": "\xff"}\n')
+    with pytest.raises(ValueError, match=r"problems\.jsonl, line 3: .*can't decode byte 0xff"):
+        sources.read(path, records.Problem)
+
+
 def test_an_element_is_a_function_of_the_seed_and_its_index():
     kinds = {"a": list(range(7)), "b": list(range(100, 113))}
     weights = {"a": 0.3, "b": 0.7}

@@ -153,6 +153,7 @@ def test_without_a_gradient_the_verifier_head_stays_where_it_is():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        (dict(learning_rate=float("inf")), "learning_rate = inf.*the rate finite"),
         (dict(learning_rate=0.0), "learning_rate = 0.0.*must be positive"),
         (dict(clip_norm=-1.0), "clip_norm = -1.0: both must be positive"),
         (dict(warmup_steps=-1), "warmup_steps = -1 must not be negative"),

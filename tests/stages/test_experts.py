@@ -46,8 +46,8 @@ def wanted(run):
     return run.stage_records("grade-wanted", records.Proof)
 
 
-def labelled(found, score=0.5, source="human"):
-    label = records.Label(score=score, source=source, rater="me")
+def labelled(found, score=0.5, source="human", **fields):
+    label = records.Label(score=score, source=source, rater="me", **fields)
     return [dataclasses.replace(p, label=label) for p in found]
 
 
@@ -74,6 +74,13 @@ def test_no_more_are_wanted_than_asked_for(run):
     with pytest.raises(ValueError, match="holds no labelled proof"):
         experts.run_stage(run, stage(num_proofs=2))
     assert [p.text for p in wanted(run)] == [PROOFS[2], PROOFS[1]]
+
+
+def test_while_it_waits_a_stage_may_be_changed_and_asks_anew(run):
+    for number in (3, 2, 3):
+        with pytest.raises(ValueError, match=f"{number} proofs wait for experts"):
+            experts.run_stage(run, stage(num_proofs=number))
+        assert len(wanted(run)) == number
 
 
 def test_the_undecided_of_an_auto_labelling_stage_can_be_asked_about(run):
@@ -115,6 +122,7 @@ def test_the_worlds_experts_err_as_often_as_those_of_d_v_and_not_by_order():
     [
         (lambda found: found, "line 1: proof .* has no label"),
         (lambda found: labelled(found, source="auto"), "an expert's is 'human'"),
+        (lambda found: labelled(found, scale="opc-5-of-7"), "a label of scale 'opc-5-of-7'; exp"),
         (lambda found: labelled([*found, found[1]]), "line 4: proof .* stands in an earlier line"),
         (lambda found: labelled([*found, proof("other")]), "line 4: proof other is none of the"),
     ],

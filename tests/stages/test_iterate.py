@@ -93,11 +93,13 @@ def changed(which, **fields):
         (changed("test", generator="probe"), "stage.test.generator = 'probe': it leaves a probe's"),
         (changed("probe", verifier="proofs"), "it leaves labelled proofs; this field takes"),
         (changed("gen", judge="cold"), "stage.gen.judge = 'cold': no probe stage before 'gen'"),
+        (changed("drift", predecessor=None), "stage.drift.predecessor is not given, and without"),
         ([COLD, JUDGE, GENERATOR, PROBE], "list a stage of kind 'probe' with verifier = 'judge'"),
     ],
 )
 def test_a_stage_takes_what_stages_before_it_leave_and_a_reward_is_probed_first(stages, complaint):
     iterate.check_stages(RECIPE)
+    iterate.check_stages(changed("drift", predecessor="none"))
     with pytest.raises(ValueError, match=re.escape(complaint)):
         iterate.check_stages(stages)
 
@@ -116,7 +118,7 @@ def test_a_stage_that_could_not_run_is_named_before_the_first_one_runs(override,
 
 def test_a_stages_time_is_added_to_what_stopped_sessions_spent(make_run):
     run = make_run(judge={scripted.VERIFY: {by_hand.NOISE: 1.0}})
-    storage.write_whole(iterate.report_path(run, "judge"), b"{}")  # finished before
+    storage.write_whole(run.report_path("judge"), b"{}")  # finished before
     metrics.write_timing(run.workdir, "stage/probe", {"seconds": 1000.0, "compile_seconds": 9.0})
     proofs = [by_hand.proof(f"p{n}", score=1.0) for n in range(2)]
     inputs.write_files(run.workdir, {"probe": proofs})
@@ -130,6 +132,21 @@ def test_a_stages_time_is_added_to_what_stopped_sessions_spent(make_run):
     ended = metrics.read_timing(run.workdir)["stage/probe"]
     assert 1000.0 < stopped["seconds"] < ended["seconds"] < 1500.0
     assert 9.0 <= stopped["compile_seconds"] <= ended["compile_seconds"] < 500.0
+
+
+def test_a_finished_stage_whose_records_went_back_a_manifest_is_not_read(make_run):
+    run = make_run(judge={scripted.VERIFY: {by_hand.NOISE: 1.0}})
+    inputs.write_files(run.workdir, {"probe": [by_hand.proof(f"p{n}", score=1.0) for n in "ab"]})
+    storage.write_whole(run.report_path("judge"), b"{}")
+    iterate.run_all(run, [sft.SftStage(name="judge", sft=SFT), PROBE])
+    assert len(run.samples("probe")) == 2
+    for path in (run.workdir / "records" / "probe").glob("manifest-*"):
+        path.unlink()
+    with pytest.raises(ValueError, match="holds 0 of the 1 parts that the stage wrote: restore"):
+        run.samples("probe")
+    storage.write_whole(run.report_path("judge"), b"{")
+    with pytest.raises(ValueError, match="stage.json is damaged .*--restart_stage=judge"):
+        iterate.run_all(run, [sft.SftStage(name="judge", sft=SFT), PROBE])
 
 
 # The recipe end to end.

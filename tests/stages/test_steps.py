@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from mathv2_jax import records
+from mathv2_jax import records, storage
 from mathv2_jax.rl import optimizer
 from mathv2_jax.stages import run as run_lib
 from mathv2_jax.stages import sft, steps
@@ -71,12 +71,36 @@ def test_a_run_killed_as_it_leaves_its_variables_gets_the_same_figures_again(mak
     run.variables("cold")
 
 
+def test_a_stage_cannot_end_before_where_it_stands(make_run):
+    run = make_run(start={})
+    sft.train(run, "cold", "start", config(1e-2, num_steps=2), TAUGHT)
+    with pytest.raises(ValueError, match="cold has taken 2 steps and is now to have 1: .*restart"):
+        sft.train(run, "cold", "start", config(1e-2, num_steps=1), TAUGHT)
+
+
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_variables_that_are_lost_come_back_from_the_stages_own_checkpoints(make_run, how):
+    run = make_run(start={})
+    sft.train(run, "cold", "start", config(1e-2, num_steps=2), TAUGHT)
+    before, final = run.variables("cold"), run.workdir / "checkpoints" / "cold" / "final"
+    if how == "gone":
+        final.rmtree()
+    else:
+        for path in (final / "2" / "seal").iterdir():
+            path.write_bytes(b"{")
+    with pytest.raises(ValueError, match="Delete that folder and .*records/cold/stage.json: the"):
+        run.variables("cold")
+    storage.remove_folder(final)
+    sft.train(run, "cold", "start", config(1e-2, num_steps=2), TAUGHT)
+    jax.tree.map(np.testing.assert_array_equal, run.variables("cold"), before)
+
+
 def test_conversations_that_no_row_holds_are_counted_or_refused(caplog):
-    steps.report_left_out("s", 0, 5, 16)
+    steps.report_left_out("s", 0, 5, "rows of 16 tokens")
     assert not caplog.text
-    steps.report_left_out("s", 2, 5, 16)
-    assert "2 of 5 items are longer than 16 tokens" in caplog.text
-    with pytest.raises(ValueError, match="none of 5 items fits rows of 16"):
-        steps.report_left_out("s", 5, 5, 16)
+    steps.report_left_out("s", 2, 5, "rows of 16 tokens")
+    assert "2 of 5 items do not fit rows of 16 tokens, and are left out" in caplog.text
+    with pytest.raises(ValueError, match="none of 5 items fits rows of 16 tokens: raise that"):
+        steps.report_left_out("s", 5, 5, "rows of 16 tokens")
     with pytest.raises(ValueError, match="its source is empty"):
-        steps.report_left_out("s", 0, 0, 16)
+        steps.report_left_out("s", 0, 0, "rows of 16 tokens")
