@@ -32,7 +32,8 @@ FIRST_STEPS = 20  # of the generator, against the first verifier
 NEXT_STEPS = 30  # of the generator, in each iteration that follows
 ITERATIONS = (2, 3)
 COLD_START_STEPS = 1_300
-RETRAINING_STEPS = 60  # of each verifier, from the SFT model
+RETRAINING_STEPS = 90  # of each verifier, from the SFT model
+FRESH_SHARE = 1 / 3  # of these steps: D_v is seen as often as by the first verifier
 ABLATION_STEPS = 60  # of the verifier, with R_meta and without
 NUM_CANDIDATES = 480  # of the newest proofs; 99 labels a verifier learned by heart (seed 11)
 NUM_GRADED = 400  # by experts, as many as auto-labelling decides of its candidates
@@ -89,6 +90,7 @@ def get_config() -> ml_collections.ConfigDict:
                 init="sft",
                 judge=before["verifier"],
                 proofs=("proofs", *labels),
+                fresh_share=FRESH_SHARE,
             ),
             f"probe-{i}": dict(
                 stage["probe-2"], verifier=f"verifier-{i}", predecessor=before["probe"]
