@@ -14,7 +14,7 @@ import re
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from absl import logging
@@ -70,25 +70,6 @@ def sync_folder(path: epath.PathLike) -> None:
 def read_bytes(path: epath.PathLike) -> bytes:
     """The whole file; FileNotFoundError names it where there is none."""
     return epath.Path(path).read_bytes()
-
-
-def read_object(path: epath.PathLike, fields: Sequence[str], way_out: str) -> dict[str, Any]:
-    """The JSON object in a file, which holds `fields`; a ValueError ends with the `way_out`.
-
-    FileNotFoundError where there is no file.
-    """
-    data = read_bytes(path)
-    try:
-        body = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is damaged ({len(data)} bytes that are no JSON: {error}); {way_out}"
-        ) from error
-    missing = [f for f in fields if not isinstance(body, dict) or f not in body]
-    if missing or not isinstance(body, dict):
-        fault = f"it has no field {missing[0]!r}" if missing else "it is no JSON object"
-        raise ValueError(f"{path} is damaged ({fault}); {way_out}")
-    return body
 
 
 def exists(path: epath.PathLike) -> bool:

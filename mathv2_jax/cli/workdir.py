@@ -17,6 +17,7 @@ import mathv2_jax
 from mathv2_jax import metrics, storage
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import inputs, shell
+from mathv2_jax.data import sources
 from mathv2_jax.stages import autolabel, experts, rejection
 from mathv2_jax.text import tokenizer as tokenizer_lib
 
@@ -130,7 +131,7 @@ def read_config(workdir: epath.Path) -> dict[str, Any]:
     """What config.json holds; ValueError where it is damaged or of another schema."""
     path = workdir / "config.json"
     way_out = "restore it, or take another workdir"
-    body = storage.read_object(path, ("schema", "identity", "runtime"), way_out)
+    body = sources.read_object(path, ("schema", "identity", "runtime"), way_out)
     if body["schema"] != config_lib.SCHEMA:
         raise ValueError(
             f"{path} has schema {body['schema']!r}, this program reads {config_lib.SCHEMA}: use "
@@ -160,7 +161,7 @@ def finished(workdir: epath.Path, config: config_lib.RunConfig) -> dict[str, Any
 def read_summary(workdir: epath.Path) -> dict[str, Any]:
     """What summary.json holds; ValueError where it is damaged."""
     way_out = "delete it, and the run's command writes it anew from the records"
-    return storage.read_object(workdir / "summary.json", ("metrics", "stages"), way_out)
+    return sources.read_object(workdir / "summary.json", ("metrics", "stages"), way_out)
 
 
 def is_done(workdir: epath.Path, stage: str) -> bool:

@@ -1,5 +1,6 @@
 """Record files to Grain: typed reading with errors that name file and line, and endless streams."""
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
@@ -28,6 +29,25 @@ def parse_lines(lines: Sequence[str | bytes], kind: type[T], where: str) -> list
         except ValueError as error:
             raise ValueError(f"{where}, line {number}: {error}") from error
     return found
+
+
+def read_object(path: epath.PathLike, fields: Sequence[str], way_out: str) -> dict[str, Any]:
+    """The JSON object in a file, which holds `fields`; a ValueError ends with the `way_out`.
+
+    FileNotFoundError where there is no file.
+    """
+    data = storage.read_bytes(path)
+    try:
+        body = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged ({len(data)} bytes that are no JSON: {error}); {way_out}"
+        ) from error
+    missing = [f for f in fields if not isinstance(body, dict) or f not in body]
+    if missing or not isinstance(body, dict):
+        fault = f"it has no field {missing[0]!r}" if missing else "it is no JSON object"
+        raise ValueError(f"{path} is damaged ({fault}); {way_out}")
+    return body
 
 
 def stream(

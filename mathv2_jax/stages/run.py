@@ -135,7 +135,7 @@ class Run:
         if not storage.exists(self.report_path(stage)):
             return None
         way_out = f"--restart_stage={stage} runs it and what follows anew"
-        return storage.read_object(self.report_path(stage), (), way_out)
+        return sources.read_object(self.report_path(stage), (), way_out)
 
     def checkpoints(self, stage: str) -> checkpoint.Checkpoints:
         """The train states of a stage in progress."""

@@ -20,7 +20,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "olympiad.py"
 REAL = inputs.RealConfig(
     scales=graded.ScaleMap(pairs={"opc-5-of-7": ((0.0, 0.0), (1.0, 1.0))}),
-    num_probe=1,
+    num_probe=2,
     num_test=1,
     num_validation=1,
     max_prompt_tokens=1500,
@@ -97,15 +97,15 @@ def test_every_input_file_of_the_world_is_written_and_counted(
     assert counts == {n: len(sources.read(folder / f"{n}.jsonl", k)) for n, k in kinds.items()}
     assert counts == {
         "problems": 3,
-        "proofs": 2,
+        "proofs": 1,
         "analyses": 2,
-        "demonstrations": 2 + 2 + 2,
-        "probe": 1,
+        "demonstrations": 1 + 1 + 2,
+        "probe": 2,
         "validation_problems": 1,
         "test_problems": 2,
         "test_proofs": 1 + 1,
         "test_analyses": 1,
-        "rejects": 1 + 1 + 1,
+        "rejects": 1 + 1 + 2,
     }
 
 

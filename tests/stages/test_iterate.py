@@ -172,7 +172,11 @@ def test_every_listed_stage_leaves_its_figures(smoke_workdir, summary):
 
 
 def test_the_summary_holds_the_stated_metrics_and_nothing_of_the_clock(summary):
-    assert set(summary) == {"schema", "seed", "compared", "metrics", "constants", "stages"}
+    tables = {"metrics", "constants", "labels", "stages"}
+    assert set(summary) == {"schema", "seed", "compared", *tables}
+    assert {name: row["n"] for name, row in summary["labels"].items()} == {
+        name: summary["stages"][name]["labelled"] for name in ("autolabel-1", "experts-1")
+    }
     assert set(summary["metrics"]) == METRICS
     for row in summary["metrics"].values():
         assert set(row) == {"before", "after", "difference"}
