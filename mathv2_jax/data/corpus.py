@@ -361,7 +361,8 @@ def require_disjoint(corpus: Corpus) -> None:
 
 
 def require_enough(corpus: Corpus, config: RealConfig) -> Corpus:
-    """The corpus; ValueError where a file that a run needs is empty, with what was left out.
+    """The corpus; ValueError where a file that a run needs is empty, or the probe holds one
+    proof, with what was left out.
 
     D_mv may be empty only where `config` names no files for it.
     """

@@ -321,6 +321,14 @@ def test_too_few_graded_problems_to_hold_some_out_is_an_error(tmp_path: pathlib.
         make(tmp_path, real_rows(), config)
 
 
+def test_a_probe_of_one_proof_is_refused_before_the_run(tmp_path: pathlib.Path) -> None:
+    enough = make(tmp_path, real_rows())
+    assert corpus.require_enough(enough, SMALL) is enough
+    files = {**enough.files, "probe": enough.files["probe"][:1]}
+    with pytest.raises(ValueError, match=r"leave 1 records for .*probe\.jsonl, which needs 2"):
+        corpus.require_enough(dataclasses.replace(enough, files=files), SMALL)
+
+
 def test_the_shared_data_keep_their_stated_counts_and_lose_no_row() -> None:
     if not REAL.exists():
         pytest.skip("the real data are not here: ../shared/data of the checkout")
