@@ -1,6 +1,6 @@
 """The full miniature: does retraining the verifier pay, and what does R_meta buy?
 
-    mathv2-train --config=configs/world.py --workdir=runs/world --config.seed=0
+    mathv2-train --config=configs/world.py --workdir=runs/world --config.seed=0   # 25 min on a core
 
 As configs/quick.py, with a longer cold start and a blind spot: the analysts whom the model imitates
 let most proofs pass that stop short of the goal, although they write down that another letter was
