@@ -148,7 +148,7 @@ def draw(stages: Mapping[str, Sequence[Mapping[str, Any]]], path: str) -> bool:
     axes[0, 0].set_ylabel("mean score of sampled proofs")
     axes[1, 0].set_ylabel("characters")
     axes[0, 0].legend(loc="best")
-    page.savefig(path, dpi=150)
+    page.savefig(path, dpi=80)
     return True
 
 

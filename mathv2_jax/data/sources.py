@@ -1,4 +1,4 @@
-"""Record files to Grain: typed reading with errors that name file and line, and endless streams."""
+"""Files to typed data, with errors that name file, line and fault; records to endless streams."""
 
 import json
 import math

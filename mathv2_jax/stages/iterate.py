@@ -51,7 +51,8 @@ _NEEDED = {
     "proofs": LABELLED,
     "predecessor": PROBED,
 }
-_GIVEN = {run_lib.FRESH: VARIABLES, rl.INPUT_PROOFS: LABELLED}  # before any stage
+# Before any stage.
+_GIVEN = {run_lib.FRESH: VARIABLES, rl.INPUT_PROOFS: LABELLED, probe.NONE: PROBED}
 
 
 def leaves(stage: Stage) -> set[str]:
@@ -86,8 +87,6 @@ def check_stages(stages: Sequence[Stage]) -> None:
         for field, need in _NEEDED.items():
             names = getattr(stage, field, None)
             for name in (names,) if isinstance(names, str) else names or ():
-                if field == "predecessor" and name == probe.NONE:
-                    continue
                 if need not in known.get(name, ()):
                     where = f"stage.{stage.name}.{field} = {name!r}"
                     raise ValueError(f"{where}: {_fault(name, need, known, stages, place)}")
