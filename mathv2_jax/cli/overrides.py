@@ -20,7 +20,8 @@ PREFIX = "--config."
 def split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """(the other arguments, overrides as (path, value)).
 
-    ValueError where one has no value, or a field or another flag is given twice.
+    ValueError where one has no value, where a field or another flag is given twice, and where a
+    field is one of something else than the config.
     """
     rest, overrides = [], []
     given = [a.partition("=")[0] for a in argv if a.startswith("--") and "=" in a]
@@ -29,6 +30,9 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
             raise ValueError(f"{name} is given {given.count(name)} times: leave one")
     for argument in argv:
         if not argument.startswith(PREFIX):
+            first, dot, field = argument.partition("=")[0].partition(".")
+            if dot and first.startswith("--"):
+                raise ValueError(f"{first}.{field} is no flag; did you mean {PREFIX}{field}?")
             rest.append(argument)
             continue
         path, equals, value = argument.removeprefix("--").partition("=")

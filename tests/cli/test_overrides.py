@@ -118,3 +118,11 @@ def test_a_file_that_makes_no_config_is_named(tmp_path, name, text, named):
     path.write_text(text)
     with pytest.raises(ValueError, match=f"{name}: .*{named}"):
         overrides.load(str(path))
+
+
+def test_a_field_of_something_else_than_the_config_is_named_with_what_may_be_meant():
+    with pytest.raises(
+        ValueError, match=r"--confg\.seed is no flag; did you mean --config\.seed\?"
+    ):
+        overrides.split(["train", "--workdir=../a.b", "--confg.seed=1"])
+    assert overrides.split(["train", "--workdir=../a.b"]) == (["train", "--workdir=../a.b"], [])
