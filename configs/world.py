@@ -1,6 +1,6 @@
-"""The full miniature: does retraining the verifier pay, and what does R_meta buy?
+"""The full miniature: does retraining the verifier pay?
 
-    mathv2-train --config=configs/world.py --workdir=runs/world --config.seed=0   # 25 min on a core
+    mathv2-train --config=configs/world.py --workdir=runs/world --config.seed=0   # 17 min on a core
 
 As configs/quick.py, with a longer cold start and a blind spot: the analysts whom the model imitates
 let most proofs pass that stop short of the goal, although they write down that another letter was
@@ -17,10 +17,6 @@ steps each:
 - `fixed`: the same but for the retraining: the consolidated generator goes on against the verifier
   it already has.
 
-And the ablation of R_meta: `verifier-meta` is trained as `verifier-1` is, but for longer, and
-`verifier-score` as long, D_mv included, rewarded for its scores only. `generator-meta` and
-`generator-score` are generators against them, as long as `generator-1`.
-
 Each arm answers the same test set; experiments/arms.py compares the answers, pooled over seeds.
 """
 
@@ -34,7 +30,6 @@ ITERATIONS = (2, 3)
 COLD_START_STEPS = 1_300
 RETRAINING_STEPS = 90  # of each verifier, from the SFT model
 FRESH_SHARE = 1 / 3  # of these steps: D_v is seen as often as by the first verifier
-ABLATION_STEPS = 60  # of the verifier, with R_meta and without
 NUM_CANDIDATES = 480  # of the newest proofs; 99 labels a verifier learned by heart (seed 11)
 NUM_GRADED = 400  # by experts, as many as auto-labelling decides of its candidates
 CONDONE = 0.7  # of the proofs that stop short of the goal, where analysts see it
@@ -102,26 +97,13 @@ def get_config() -> ml_collections.ConfigDict:
         generator = f"loop-{i}"
     as_many = NEXT_STEPS * len(ITERATIONS)
     stage["fixed"] = longer("generator-1", as_many, init="rejection-1")
-    ablation = []
-    for kind, judge in dict(meta="meta", score=None).items():
-        verifier = f"verifier-{kind}"
-        both = {
-            verifier: longer("verifier-1", ABLATION_STEPS, judge=judge),
-            f"probe-{kind}": dict(stage["probe-1"], verifier=verifier, predecessor="none"),
-            f"generator-{kind}": dict(stage["generator-1"], init=verifier, judge=verifier),
-        }
-        stage |= both
-        ablation += both
     stage["before"] = answer("sft", "sft")
     stage["after-1"] = answer("verifier-1", "generator-1")
     stage["after-loop"] = answer(f"verifier-{ITERATIONS[-1]}", generator)
     stage["after-fixed"] = answer("verifier-1", "fixed")
-    for kind in ("meta", "score"):
-        stage[f"after-{kind}"] = answer(f"verifier-{kind}", f"generator-{kind}")
     del stage["generator-2"], stage["after"]
     first = c.stages[: c.stages.index("generator-1") + 1]
-    answers = ("after-1", "after-loop", "after-fixed", "after-meta", "after-score")
-    c.stages = (*first, *retrained, "fixed", *ablation, *answers)
+    c.stages = (*first, *retrained, "fixed", "after-1", "after-loop", "after-fixed")
     c.stage = stage
     c.before, c.after = "before", "after-loop"
     return c

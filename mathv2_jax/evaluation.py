@@ -213,6 +213,7 @@ METRICS = (
     "verifier_balanced_accuracy",
     "verifier_mean_error",
     "analysis_faithfulness",
+    "right_for_wrong_reason",
     "meta_accuracy",
     "meta_balanced_accuracy",
     "meta_caught",
@@ -229,8 +230,10 @@ def measure(samples: Sequence[records.Sample], judge: Judge) -> dict[str, Ratio]
 
     An unreadable analysis counts as wrong with error 1, an unreadable proof scores 0. A balanced
     accuracy is the mean over the true scores of the share answered rightly, so no constant answer
-    looks good; `meta_caught` is the share of the analyses with a true ms below 1 whose rating is
-    below 1, and an unreadable rating catches nothing.
+    looks good. `right_for_wrong_reason` is the share of the analyses with the right score that name
+    an issue and are not faithful: what a reward for scores alone pays in full. `meta_caught` is the
+    share of the analyses with a true ms below 1 whose rating is below 1, and an unreadable rating
+    catches nothing.
     """
     by_test: dict[str, list[records.Sample]] = {}
     for sample in samples:
@@ -257,6 +260,7 @@ def measure(samples: Sequence[records.Sample], judge: Judge) -> dict[str, Ratio]
         1.0 if s.score is None else abs(s.score - t) for s, t in zip(verify, truth, strict=True)
     ]
     exact, rated = [e == 0.0 for e in error], [s.score for s in meta]
+    hollow = [e and n and not f for e, n, f in zip(exact, named, faithful, strict=True)]
     hit = [r == q for r, q in zip(rated, quality, strict=True)]
     faulty = [q < 1.0 for q in quality]
     caught = [f and r is not None and r < 1.0 for f, r in zip(faulty, rated, strict=True)]
@@ -277,6 +281,7 @@ def measure(samples: Sequence[records.Sample], judge: Judge) -> dict[str, Ratio]
         "verifier_balanced_accuracy": balanced(verify, exact, truth),
         "verifier_mean_error": ratio(verify, error, constant=least_error(truth)),
         "analysis_faithfulness": ratio(verify, faithful, named),
+        "right_for_wrong_reason": ratio(verify, hollow, exact),
         "meta_accuracy": ratio(meta, hit, constant=_best_accuracy(quality)),
         "meta_balanced_accuracy": balanced(meta, hit, quality),
         "meta_caught": ratio(meta, caught, faulty),

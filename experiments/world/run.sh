@@ -21,7 +21,6 @@ sweep 1 world-seed1
 wait "$first"
 .venv/bin/python experiments/arms.py --workdirs="$runs" \
   --arms=after-fixed,after-1,after-loop --out="$here/loop.json"
-.venv/bin/python experiments/arms.py --workdirs="$runs" --arms=after-meta,after-score --out="$here/meta.json"
 for seed in 0 1 2; do
   .venv/bin/python experiments/curves.py --workdir="$workdir/world-seed$seed" \
     --stages=generator-1,fixed,loop-2,loop-3 --out="$here/curve-seed$seed.json"

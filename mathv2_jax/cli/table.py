@@ -10,6 +10,7 @@ _TITLES = {
     "verifier_balanced_accuracy": "verifier: the same, each true score alike",
     "verifier_mean_error": "verifier: mean |score - true|  (lower is better)",
     "analysis_faithfulness": "analyses that name issues: faithful",
+    "right_for_wrong_reason": "right scores for a wrong reason  (lower is better)",
     "meta_accuracy": "meta-verifier: rating equals the true one",
     "meta_balanced_accuracy": "meta-verifier: the same, each true rating alike",
     "meta_caught": "meta-verifier: faulty analyses rated below 1",

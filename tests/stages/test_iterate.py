@@ -21,6 +21,7 @@ METRICS = {
     "verifier_balanced_accuracy",
     "verifier_mean_error",
     "analysis_faithfulness",
+    "right_for_wrong_reason",
     "meta_accuracy",
     "meta_balanced_accuracy",
     "meta_caught",
