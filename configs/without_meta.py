@@ -1,6 +1,6 @@
 """What does R_meta buy? Two verifiers from one start, one rewarded with it and one without.
 
-    mathv2-train --config=configs/without_meta.py --workdir=runs/without_meta --config.seed=0   # 14 min on a core
+    mathv2-train --config=configs/without_meta.py --workdir=runs/without_meta   # 14 min on a core
 
 As configs/quick.py, with a longer cold start on analysts who invent issues more often: in half of
 the flawed proofs, so that an analysis can reach the right score for a wrong reason, and in a tenth

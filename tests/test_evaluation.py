@@ -333,13 +333,14 @@ def test_the_figures_of_scripted_players_are_those_of_the_script(house, test_set
     true = [exact.proof_score(p.statement, p.text) for p in test_set.proofs]
     written = [exact.proof_score(p.statement, "Step 1: A implies B") for p in test_set.problems]
     real = [exact.analysis_quality(p.statement, p.text, FOUND) == 1.0 for p in test_set.proofs]
+    invented = [not r for r, t in zip(real, true, strict=True) if t == 0.0]
     rated = [exact.analysis_quality(a.statement, a.proof, a.text) for a in test_set.analyses]
     expected = {
         "verifier_accuracy": np.mean([t == 0.0 for t in true]),
         "verifier_balanced_accuracy": 1 / 3,
         "verifier_mean_error": np.mean(true),
         "analysis_faithfulness": np.mean(real),
-        "right_for_wrong_reason": 1 - np.mean([r for r, t in zip(real, true, strict=True) if t == 0]),
+        "right_for_wrong_reason": np.mean(invented),
         "meta_accuracy": np.mean([r == 1.0 for r in rated]),
         "meta_balanced_accuracy": 1 / len(set(rated)),
         "meta_caught": 0.0,
