@@ -1,6 +1,6 @@
 """Training-step tokens/s beside transformers + torch: same model, same weights, same two cores.
 
-    python tools/bench_step.py [--repeats=7] [--seconds=4] [--sizes=tiny,small,medium] [--out=FILE]
+    python tools/bench_step.py [--repeats=7] [--seconds=4] [--sizes=tiny,small,medium] [--unroll] [--out=FILE]
 
 One step is forward, backward, clipping by global norm and AdamW, all in float32. Ours is the step
 of the supervised stages (rl/learner.py), router bias and guard against non-finite values included;
@@ -12,6 +12,7 @@ backward, which says where the slower one loses. Needs the extra `[hf]`.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -218,8 +219,9 @@ class Theirs:
 class Ours:
     """The learner of the supervised stages, on weights read from the reference's folder."""
 
-    def __init__(self, folder: str, tokens_BT: np.ndarray):
-        self.config, variables = hf.load(folder)
+    def __init__(self, folder: str, tokens_BT: np.ndarray, unroll: bool):
+        released, variables = hf.load(folder)
+        self.config = dataclasses.replace(released, scan_unroll=unroll)
         self.trunk = learner_lib.Trunk(config=self.config, kernels=transformer.Kernels())
         self.optimizer = optimizer_lib.make_optimizer(ADAM)
         self.mesh = sharding.make_mesh(sharding.MeshConfig())
@@ -319,7 +321,7 @@ def seconds_of(call: Callable[[], Any], at_least: float = 0.5) -> float:
             return taken / calls
 
 
-def measure(name: str, repeats: int, block_seconds: float) -> dict[str, Any]:
+def measure(name: str, repeats: int, block_seconds: float, unroll: bool) -> dict[str, Any]:
     """One size: losses compared, blocks of steps in turn, then the parts."""
     size = SIZES[name]
     shape = (size.rows, size.length)
@@ -328,7 +330,7 @@ def measure(name: str, repeats: int, block_seconds: float) -> dict[str, Any]:
     way = theirs.choose_way()
     with tempfile.TemporaryDirectory() as folder:
         theirs.model.save_pretrained(folder)
-        ours = Ours(folder, tokens_BT.astype(np.int32))
+        ours = Ours(folder, tokens_BT.astype(np.int32), unroll)
     losses = ours.forward(), theirs.forward()
     if abs(losses[0] - losses[1]) > 1e-4 * losses[1]:
         raise ValueError(f"{name}: ours starts at a loss of {losses[0]}, theirs at {losses[1]}")
@@ -377,18 +379,19 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4.0, help="of one block of steps")
     parser.add_argument("--sizes", default=",".join(SIZES))
+    parser.add_argument("--unroll", action="store_true", help="our layers unrolled, not scanned")
     parser.add_argument("--out", help="a JSON file for all figures")
     args = parser.parse_args()
     torch.set_num_threads(len(CORES))
     transformers.utils.logging.disable_progress_bar()
     found = {}
     for name in args.sizes.split(","):
-        found[name] = measure(name, args.repeats, args.seconds)
+        found[name] = measure(name, args.repeats, args.seconds, args.unroll)
         show(name, found[name])
     versions = dict(jax=jax.__version__, torch=torch.__version__)
     versions |= dict(transformers=transformers.__version__, python=platform.python_version())
     if args.out:
-        body = dict(threads=len(CORES), versions=versions, sizes=found)
+        body = dict(threads=len(CORES), unrolled=args.unroll, versions=versions, sizes=found)
         pathlib.Path(args.out).write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")
 
 
