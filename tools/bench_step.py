@@ -1,6 +1,7 @@
-"""Training-step tokens/s beside transformers + torch: same model, same weights, same two cores.
+r"""Training-step tokens/s beside transformers + torch: same model, same weights, same two cores.
 
-    python tools/bench_step.py [--repeats=7] [--seconds=4] [--sizes=tiny,small,medium] [--unroll] [--out=FILE]
+    python tools/bench_step.py [--repeats=7] [--seconds=4] [--sizes=tiny,small,medium] [--unroll] \
+        [--out=FILE]
 
 One step is forward, backward, clipping by global norm and AdamW, all in float32. Ours is the step
 of the supervised stages (rl/learner.py), router bias and guard against non-finite values included;

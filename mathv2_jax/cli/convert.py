@@ -163,12 +163,12 @@ def _tokens(config: ModelConfig) -> np.ndarray:
 def _compare(trained: folder.Trained, path: str, dtype: str | None, tokens_BT: np.ndarray) -> None:
     found = verify.require_same(trained, path, dtype, tokens_BT)
     print(f"verified: every tensor is the same; {found}")
-    length, chosen = tokens_BT.shape[1], trained.config.index_topk
-    if length <= chosen:
+    chosen = trained.config.index_topk
+    if found.reach <= chosen:
         print(
-            f"note: the indexer had nothing to choose, since rows of {length} tokens do not exceed "
-            f"index_topk = {chosen}: its tensors are the same, its choice was not compared; longer "
-            "--tokens do"
+            f"note: the indexer had nothing to choose, since {found.reach} tokens, all that was "
+            f"compared of a row, do not exceed index_topk = {chosen}: its tensors are the same, "
+            "its choice was not compared; longer --tokens do"
         )
 
 

@@ -1,7 +1,8 @@
 """The gate: a checkpoint and a Hugging Face folder are the same model, or it says where not.
 
 The configs are compared, with the ids of control tokens; every tensor bit for bit, those that the
-reference library does not load too; then the logits of both sides, in float32.
+reference library does not load too; then the logits of both sides, in float32, at all places but
+those that come after a near-tie of their row (hf/ties.py).
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mathv2_jax import checkpoint
 from mathv2_jax.hf import config as config_lib
@@ -22,6 +23,7 @@ from mathv2_jax.model.config import ModelConfig
 
 TOLERANCE = 2e-5  # of max|a-b| / max|b|, in float32
 MAX_CHOSEN = 512
+NEAR = 1e-6  # scores of a choice that rounding may turn round
 
 
 class MismatchError(Exception):
@@ -29,7 +31,7 @@ class MismatchError(Exception):
 
 
 class LogitDifference(NamedTuple):
-    """max|a-b| / max|b| over all logits, and where the largest difference is."""
+    """max|a-b| / max|b| over the logits compared, and where the largest difference is."""
 
     relative: float
     row: int
@@ -37,12 +39,21 @@ class LogitDifference(NamedTuple):
     token: int
     ours: float
     theirs: float
+    compared: int  # places
+    places: int
+    reach: int  # tokens of the longest row, as far as it was compared
 
     def __str__(self) -> str:
+        said = (
+            f"max|a-b|/max|b| = {self.relative:.2e} (limit {TOLERANCE:.0e}) over {self.compared} "
+            f"of {self.places} places; largest at row {self.row}, position {self.position}, token "
+            f"{self.token}: ours {self.ours:.6g}, theirs {self.theirs:.6g}"
+        )
+        if self.compared == self.places:
+            return said
         return (
-            f"max|a-b|/max|b| = {self.relative:.2e} (limit {TOLERANCE:.0e}); largest at row "
-            f"{self.row}, position {self.position}, token {self.token}: ours {self.ours:.6g}, "
-            f"theirs {self.theirs:.6g}"
+            f"{said}; the other places come after a choice between scores less than {NEAR:.0e} "
+            "apart, where both sides may choose differently and be right"
         )
 
 
@@ -76,22 +87,32 @@ def require_same(
     variables = _variables(trained, reader, dtype)
     _require_same_tensors(variables, source, path, exported=exported)
     ours_BTV = _our_logits(trained.config, variables, tokens_BT)
-    found = difference(ours_BTV, _their_logits(path, tokens_BT))
+    theirs_BTV, compared_BT = _their_logits(path, tokens_BT)
+    if not compared_BT.any():
+        raise ValueError(
+            f"--verify: the first choice of each row of {path} is between scores less than "
+            f"{NEAR:.0e} apart, so no place can be compared: give other --tokens"
+        )
+    found = difference(ours_BTV, theirs_BTV, compared_BT)
     if not found.relative <= TOLERANCE:  # NaN differs too
         raise MismatchError(f"{path} gives other logits than the checkpoint: {found}")
     return found
 
 
 def difference(
-    ours_BTV: Float[np.ndarray, "B T V"], theirs_BTV: Float[np.ndarray, "B T V"]
+    ours_BTV: Float[np.ndarray, "B T V"],
+    theirs_BTV: Float[np.ndarray, "B T V"],
+    compared_BT: Bool[np.ndarray, "B T"],
 ) -> LogitDifference:
-    """How far `ours` are from `theirs`, and where most."""
-    apart_BTV = np.abs(ours_BTV - theirs_BTV)
+    """How far `ours` are from `theirs` where compared, and where most."""
+    apart_BTV = np.where(compared_BT[..., None], np.abs(ours_BTV - theirs_BTV), 0.0)
     place = np.unravel_index(int(np.argmax(apart_BTV)), apart_BTV.shape)  # the first NaN, if any
     row, position, token = (int(i) for i in place)
-    relative = float(apart_BTV[place] / np.abs(theirs_BTV).max())
+    relative = float(apart_BTV[place] / np.abs(theirs_BTV[compared_BT]).max())
     at = float(ours_BTV[place]), float(theirs_BTV[place])
-    return LogitDifference(relative, row, position, token, *at)
+    reach = int(np.flatnonzero(compared_BT.any(axis=0))[-1]) + 1
+    counts = int(compared_BT.sum()), compared_BT.size, reach
+    return LogitDifference(relative, row, position, token, *at, *counts)
 
 
 def _variables(
@@ -170,9 +191,14 @@ def require_reference() -> None:
         ) from error
 
 
-def _their_logits(path: str, tokens_BT: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:
+def _their_logits(
+    path: str, tokens_BT: Int[np.ndarray, "B T"]
+) -> tuple[Float[np.ndarray, "B T V"], Bool[np.ndarray, "B T"]]:
+    """Theirs, and the places before the first near-tie of each row."""
     import torch
     import transformers
+
+    from mathv2_jax.hf import ties
 
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -182,8 +208,10 @@ def _their_logits(path: str, tokens_BT: Int[np.ndarray, "B T"]) -> Float[np.ndar
         trust_remote_code=False,
         attn_implementation="eager",
     )
-    with torch.no_grad():
-        return model.eval()(torch.as_tensor(tokens_BT).long()).logits.numpy()
+    watch = ties.Watch(np.ones(tokens_BT.shape, bool))
+    with torch.no_grad(), watch:
+        theirs_BTV = model.eval()(torch.as_tensor(tokens_BT).long()).logits.numpy()
+    return theirs_BTV, watch.untouched()
 
 
 def parse_tokens(text: str, config: ModelConfig) -> np.ndarray:

@@ -6,21 +6,19 @@ enough to change the choice, and a router whose scores spread.
 
 import copy
 import tempfile
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from torch.overrides import TorchFunctionMode
 
 from mathv2_jax import hf
+from mathv2_jax.hf import ties
 from mathv2_jax.model import block, cache, heads, layers, mla, transformer
 from mathv2_jax.model.config import ModelConfig
 from tests.hf import checkpoints
-
-NEAR = 1e-6  # scores closer than this may change places under rounding
 
 # The reference's sampled thread pool fights with the tests that run beside it.
 torch.set_num_threads(1)
@@ -147,52 +145,20 @@ def gradients_as_ours(model: Any) -> Any:
     return as_ours(slopes)[1]["params"]
 
 
-class Tie(NamedTuple):
-    """A place where the last chosen and the first left out are nearer than `NEAR`."""
-
-    call: int  # the how-manieth top-k of the pass
-    row: int
-    time: int
-    gap: float
-
-
-class TopK(TorchFunctionMode):
-    """Sees every top-k of a pass: notes the choices and near-ties, or replays choices noted before.
-
-    The two best scores of a group are summed, so a tie there changes nothing and is not noted.
-    """
+class TopK(ties.Watch):
+    """Notes the choices of a pass and its near-ties, or replays choices noted before."""
 
     def __init__(self, real_BT: np.ndarray, replayed: list[torch.Tensor] | None = None):
-        super().__init__()
-        self.real_BT, self.replayed = real_BT, replayed
+        super().__init__(real_BT)
+        self.replayed = replayed
         self.chosen: list[torch.Tensor] = []
-        self.ties: list[Tie] = []
-        self.smallest = np.inf
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func not in (torch.topk, torch.Tensor.topk):
-            return out
-        scores, k = args[0].detach(), out[1].shape[-1]
-        best_of_group = scores.ndim == 3 and tuple(scores.shape[:2]) != self.real_BT.shape
-        if best_of_group:
-            return out
+    def choice(self, scores, out):
         self.chosen.append(out[1])
-        if self.replayed is not None:
-            kept = self.replayed[len(self.chosen) - 1]
-            return torch.return_types.topk((args[0].gather(-1, kept.long()), kept))
-        if k < scores.shape[-1]:
-            self._note(scores.topk(k + 1, dim=-1).values[..., -2:].numpy())
-        return out
-
-    def _note(self, last_two: np.ndarray) -> None:
-        last_two = last_two.reshape(*self.real_BT.shape, 2).astype(np.float64)
-        last, next_one = last_two[..., 0], last_two[..., 1]
-        counts = self.real_BT & (next_one > -1e30)  # else fewer than k + 1 may be chosen
-        gap_BT = np.where(counts, last - np.where(counts, next_one, 0.0), np.inf)
-        self.smallest = min(self.smallest, float(gap_BT.min()))
-        for row, time in np.argwhere(gap_BT < NEAR):
-            self.ties.append(Tie(len(self.chosen) - 1, row, time, float(gap_BT[row, time])))
+        if self.replayed is None:
+            return super().choice(scores, out)
+        kept = self.replayed[len(self.chosen) - 1]
+        return torch.return_types.topk((scores.gather(-1, kept.long()), kept))
 
     def experts_LBTA(self) -> np.ndarray:
         """The experts chosen in each sparse layer; groups and indexers choose between them."""
@@ -207,13 +173,6 @@ class TopK(TorchFunctionMode):
             torch.zeros(*c.shape[:2], length).scatter(-1, c.long(), 1.0).numpy() for c in picks
         ]
         return np.tril(np.stack(masks)) > 0
-
-    def report(self) -> str:
-        """All near-ties, and how near the nearest choice of the pass came to one."""
-        listed = "".join(
-            f"\n    top-k {t.call}, row {t.row}, token {t.time}: {t.gap:.1e}" for t in self.ties
-        )
-        return f"{len(self.ties)} near-ties, smallest gap {self.smallest:.1e}{listed}"
 
 
 def reference_logits(

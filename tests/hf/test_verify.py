@@ -138,6 +138,16 @@ def test_numbers_that_were_not_rounded_as_asked_are_a_difference(both, tmp_path)
     assert "e_score_correction_bias" not in str(error.value)
 
 
+def test_an_indexer_whose_scores_are_all_0_chooses_at_random_and_is_not_compared(tmp_path):
+    arrays = parity.drawn_arrays(V32)
+    silent = {n: np.zeros_like(x) if "indexer.weights" in n else x for n, x in arrays.items()}
+    assert any(np.any(arrays[n] != x) for n, x in silent.items())
+    trained = save(tmp_path / "a", V32, silent)
+    export(trained, tmp_path / "hf")
+    found = verify.require_same(trained, str(tmp_path / "hf"), "float32", TOKENS_BT)
+    assert found.reach == V32.index_topk and found.compared == 2 * V32.index_topk
+
+
 def test_random_tokens_give_the_indexer_something_to_choose_where_that_is_affordable():
     def length(chosen, most=4096):
         config = dataclasses.replace(V32, index_topk=chosen, max_position=most)
@@ -152,10 +162,21 @@ def test_the_place_of_the_largest_difference_is_named():
     theirs = ours.copy()
     theirs[0, 0, 0], ours[1, 2, 3] = -8.0, -6.0
     ours[0, 0, 0] = -8.0
-    found = verify.difference(ours, theirs)
-    assert found == (0.75, 1, 2, 3, -6.0, 0.0)
+    everywhere = np.ones((2, 3), bool)
+    found = verify.difference(ours, theirs, everywhere)
+    assert found == (0.75, 1, 2, 3, -6.0, 0.0, 6, 6, 3)
     ours[0, 1, 1] = np.nan
-    assert np.isnan(verify.difference(ours, theirs).relative)
+    assert np.isnan(verify.difference(ours, theirs, everywhere).relative)
+
+
+def test_places_after_a_near_tie_are_not_compared_and_counted():
+    ours = np.zeros((2, 3, 4), np.float32)
+    theirs = ours.copy()
+    theirs[0, 0, 0], ours[0, 0, 0], ours[1, 1, 3], ours[1, 2, 3] = 8.0, 8.0, 2.0, np.nan
+    before_tie = np.asarray([[True, True, True], [True, False, False]])
+    found = verify.difference(ours, theirs, before_tie)
+    assert (found.relative, found.compared, found.places, found.reach) == (0.0, 4, 6, 3)
+    assert "over 4 of 6 places" in str(found) and "less than 1e-06 apart" in str(found)
 
 
 def test_without_the_reference_library_the_extra_is_named(both, monkeypatch):
