@@ -278,7 +278,7 @@ def num_stacked(name: str, leaf: Any) -> int:
 
 def array_spec(folder: epath.Path, name: str) -> dict[str, Any]:
     """How TensorStore finds the leaf `name` in a checkpoint's folder of arrays."""
-    url = os.fspath(folder) if "://" in os.fspath(folder) else f"file://{folder}"
+    url = os.fspath(folder) if "://" in os.fspath(folder) else f"file://{os.path.abspath(folder)}"
     return {
         "driver": "zarr",
         "kvstore": {"driver": "ocdbt", "base": f"{url}/", "path": f"{name}/"},

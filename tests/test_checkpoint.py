@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorstore
+from etils import epath
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mathv2_jax import checkpoint, storage
@@ -445,6 +446,14 @@ def test_a_process_killed_while_it_saves_leaves_a_readable_store(tmp_path):
     assert step >= 5 and position == {"row": step} and bits(found) == bits(make_state(step))
     save(tmp_path / "run", step + 1)
     assert_restores(tmp_path / "run", step + 1)
+
+
+def test_a_relative_folder_is_found_by_tensorstore(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = checkpoint.array_spec(epath.Path("runs/a"), "params.x")["kvstore"]["base"]
+    assert base == f"file://{tmp_path}/runs/a/"
+    on_bucket = checkpoint.array_spec(epath.Path("gs://bucket/a"), "params.x")["kvstore"]["base"]
+    assert on_bucket == "gs://bucket/a/"
 
 
 def test_saving_and_restoring_need_no_implicit_transfers(tmp_path):
