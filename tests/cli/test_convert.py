@@ -140,7 +140,7 @@ def test_an_export_and_an_import_are_verified_while_they_are_drafts(command, com
     assert "indexer" not in out
     code, out, err = command(*out_of, "--tokens=1,2,3;4,5,6")
     assert code == shell.FINISHED and "verified" in out and "exported" not in out, err
-    assert "rows of 3 tokens do not exceed index_topk = 7" in out
+    assert "3 tokens, all that was compared of a row, do not exceed index_topk = 7" in out
     code, out, err = command(
         f"--from_hf={tmp_path / 'hf'}", f"--checkpoint={tmp_path / 'b'}", "--verify"
     )
