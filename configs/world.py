@@ -1,6 +1,6 @@
 """The full miniature: does retraining the verifier pay?
 
-    mathv2-train --config=configs/world.py --workdir=runs/world --config.seed=0   # 17 min on a core
+    mathv2-train --config=configs/world.py --workdir=runs/world --config.seed=0   # 21 min on a core
 
 As configs/quick.py, with a longer cold start and a blind spot: the analysts whom the model imitates
 let most proofs pass that stop short of the goal, although they write down that another letter was
