@@ -78,6 +78,11 @@ def main(argv: Sequence[str]) -> int:
         checkpoint, source, target = _CHECKPOINT.value, _FROM.value, _TO.value
         if checkpoint is None or (source is None) == (target is None):
             raise ValueError("--checkpoint=DIR and one of --from_hf=DIR, --to_hf=DIR must be given")
+        for flag in (_CHECKPOINT, _FROM, _TO):
+            if flag.value is not None and not flag.value.strip():
+                raise ValueError(
+                    f"--{flag.name}= is empty: name a folder, . for the one you are in"
+                )
         if _TOKENS.value is not None and not _VERIFY.value:
             raise ValueError("--tokens are what --verify compares on: give both or neither")
         # Nothing is computed that an accelerator would speed up: others may be using it.
@@ -100,10 +105,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _import(source: str, target: epath.Path) -> None:
-    if _STAGE.value is not None or _STEP.value is not None or not _TOKENIZER.value:
+    of_exports = (_STAGE, _STEP, _TOKENIZER, _SHARD)
+    if any(flag.value != flag.default for flag in of_exports):
         raise ValueError(
-            "--stage, --step and --notokenizer choose what is exported; leave them out with "
-            "--from_hf"
+            "--stage, --step, --notokenizer and --max_shard_size choose what is exported and how; "
+            "leave them out with --from_hf"
         )
     if _VERIFY.value and _is_full(target):
         trained = folder.locate(target)
