@@ -38,6 +38,11 @@ def adam(rate: float, **fields) -> dict:
     return dict(learning_rate=rate, **fields)
 
 
+def longer(stage: dict, steps: int, **changes) -> dict:
+    """An RL stage with other steps, and with other fields."""
+    return dict(stage, rl=dict(stage["rl"], steps=steps), **changes)
+
+
 def get_config() -> ml_collections.ConfigDict:
     c = ml_collections.ConfigDict()
     c.seed = 0

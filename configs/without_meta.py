@@ -30,9 +30,6 @@ def get_config() -> ml_collections.ConfigDict:
     stage = c.stage.to_dict()
     c.world.writers = dict(invent_flawed=INVENT_FLAWED, invent_sound=INVENT_SOUND)
 
-    def longer(name: str, steps: int, **changes) -> dict:
-        return dict(stage[name], rl=dict(stage[name]["rl"], steps=steps), **changes)
-
     def answer(verifier: str, generator: str) -> dict:
         return dict(
             stage["after"], verifier=verifier, generator=generator, num_autolabel=NUM_AUTOLABEL
@@ -44,14 +41,16 @@ def get_config() -> ml_collections.ConfigDict:
     stages = {name: stage[name] for name in first}
     for arm, judge in ARMS.items():
         name = f"verifier-{arm}"
-        stages[name] = longer("verifier-1", VERIFIER_STEPS, judge=judge)
+        stages[name] = quick.longer(stage["verifier-1"], VERIFIER_STEPS, judge=judge)
         stages[f"probe-{arm}"] = dict(kind="probe", verifier=name)
     for arm in ARMS:
         judge = f"verifier-{arm}"
-        stages[f"generator-{arm}"] = longer("generator-1", GENERATOR_STEPS, init=judge, judge=judge)
+        stages[f"generator-{arm}"] = quick.longer(
+            stage["generator-1"], GENERATOR_STEPS, init=judge, judge=judge
+        )
     for arm in ARMS:
         stages[f"after-{arm}"] = answer(f"verifier-{arm}", f"generator-{arm}")
-    stages["probe-score"]["predecessor"] = "none"
+    stages["probe-score"]["predecessor"] = "none"  # a later probe must say which it follows
     c.stages, c.stage = tuple(stages), stages
     c.before, c.after = "before", "after-meta"
     return c

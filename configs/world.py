@@ -40,9 +40,6 @@ def get_config() -> ml_collections.ConfigDict:
     c = quick.get_config()
     stage = c.stage.to_dict()
 
-    def longer(name: str, steps: int, **changes) -> dict:
-        return dict(stage[name], rl=dict(stage[name]["rl"], steps=steps), **changes)
-
     def answer(verifier: str, generator: str) -> dict:
         return dict(
             stage["after"],
@@ -54,7 +51,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.world.writers = dict(condone=CONDONE)
     c.world.graded_wrong_end = 0.0
     stage["sft"]["sft"]["steps"] = COLD_START_STEPS
-    stage["generator-1"] = longer("generator-1", FIRST_STEPS)
+    stage["generator-1"] = quick.longer(stage["generator-1"], FIRST_STEPS)
     retrained, labels, generator = [], [], "generator-1"
     for i in ITERATIONS:
         before = dict(verifier=f"verifier-{i - 1}", probe=f"probe-{i - 1}")
@@ -79,8 +76,8 @@ def get_config() -> ml_collections.ConfigDict:
                 init=generator,
                 samples_from=(before["verifier"], generator),
             ),
-            f"verifier-{i}": longer(
-                "verifier-2",
+            f"verifier-{i}": quick.longer(
+                stage["verifier-2"],
                 RETRAINING_STEPS,
                 init="sft",
                 judge=before["verifier"],
@@ -90,13 +87,15 @@ def get_config() -> ml_collections.ConfigDict:
             f"probe-{i}": dict(
                 stage["probe-2"], verifier=f"verifier-{i}", predecessor=before["probe"]
             ),
-            f"loop-{i}": longer("generator-2", NEXT_STEPS, init=rejection, judge=f"verifier-{i}"),
+            f"loop-{i}": quick.longer(
+                stage["generator-2"], NEXT_STEPS, init=rejection, judge=f"verifier-{i}"
+            ),
         }
         stage |= iteration
         retrained += iteration
         generator = f"loop-{i}"
     as_many = NEXT_STEPS * len(ITERATIONS)
-    stage["fixed"] = longer("generator-1", as_many, init="rejection-1")
+    stage["fixed"] = quick.longer(stage["generator-1"], as_many, init="rejection-1")
     stage["before"] = answer("sft", "sft")
     stage["after-1"] = answer("verifier-1", "generator-1")
     stage["after-loop"] = answer(f"verifier-{ITERATIONS[-1]}", generator)
