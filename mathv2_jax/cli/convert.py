@@ -8,8 +8,8 @@ Either with [--verify [--tokens=1,2,3;4,5,6]]: both sides are compared, configs,
 and what differs does not come into being; where both folders exist already they are compared and
 left alone. The checkpoint of an export is what an import made, or the workdir of mathv2-train.
 
-Exit codes: 0 finished, 2 bad usage or input, 1 failure or a difference, 143 ended by SIGTERM.
-Whatever the code, nothing half-written stays.
+Exit codes: 0 finished, 2 bad usage or input, 1 failure or a difference, 143 ended by SIGTERM, 129
+by SIGHUP. Whatever the code, nothing half-written stays.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from etils import epath
 
 from mathv2_jax import storage
@@ -71,28 +71,18 @@ class Bar:
 def main(argv: Sequence[str]) -> int:
     """Usage and input errors are one line and exit code 2; what is a bug keeps its traceback."""
     try:
-        app.define_help_flags()
-        rest = flags.FLAGS(list(argv))
-        if len(rest) > 1:
-            raise ValueError(f"unexpected argument {rest[1]!r}: every setting is a --flag")
-        checkpoint, source, target = _CHECKPOINT.value, _FROM.value, _TO.value
-        if checkpoint is None or (source is None) == (target is None):
-            raise ValueError("--checkpoint=DIR and one of --from_hf=DIR, --to_hf=DIR must be given")
-        for flag in (_CHECKPOINT, _FROM, _TO):
-            if flag.value is not None and not flag.value.strip():
-                raise ValueError(
-                    f"--{flag.name}= is empty: name a folder, . for the one you are in"
-                )
-        if _TOKENS.value is not None and not _VERIFY.value:
-            raise ValueError("--tokens are what --verify compares on: give both or neither")
+        if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv):
+            print(f"{__doc__}\n{flags.FLAGS.main_module_help()}")
+            return shell.FINISHED
+        _read_flags(argv)
         # Nothing is computed that an accelerator would speed up: others may be using it.
         jax.config.update("jax_platforms", "cpu")
-        at = shell.absolute(checkpoint)
-        with _sigterm_raises():
-            if source is not None:
-                _import(os.fspath(shell.absolute(source)), at)
-            elif target is not None:
-                _export(at, shell.absolute(target))
+        at = shell.absolute(_CHECKPOINT.value)
+        with _signals_raise():
+            if _FROM.value is not None:
+                _import(os.fspath(shell.absolute(_FROM.value)), at)
+            else:
+                _export(at, shell.absolute(_TO.value))
         return shell.FINISHED
     except verify.MismatchError as error:
         print(f"mathv2-convert: {error}", file=sys.stderr)
@@ -102,6 +92,22 @@ def main(argv: Sequence[str]) -> int:
             raise
         print(f"mathv2-convert: {error}", file=sys.stderr)
         return shell.BAD_INPUT
+    except OSError as error:  # a full disk, a folder that may not be read: no bug of ours
+        print(f"mathv2-convert: {error}", file=sys.stderr)
+        return shell.FAILED
+
+
+def _read_flags(argv: Sequence[str]) -> None:
+    rest = flags.FLAGS(list(argv))
+    if len(rest) > 1:
+        raise ValueError(f"unexpected argument {rest[1]!r}: every setting is a --flag")
+    if _CHECKPOINT.value is None or (_FROM.value is None) == (_TO.value is None):
+        raise ValueError("--checkpoint=DIR and one of --from_hf=DIR, --to_hf=DIR must be given")
+    for flag in (_CHECKPOINT, _FROM, _TO):
+        if flag.value is not None and not flag.value.strip():
+            raise ValueError(f"--{flag.name}= is empty: name a folder, . for the one you are in")
+    if _TOKENS.value is not None and not _VERIFY.value:
+        raise ValueError("--tokens are what --verify compares on: give both or neither")
 
 
 def _import(source: str, target: epath.Path) -> None:
@@ -113,6 +119,11 @@ def _import(source: str, target: epath.Path) -> None:
         )
     if _VERIFY.value and _is_full(target):
         trained = folder.locate(target)
+        if _DTYPE.value not in (None, trained.config.param_dtype):
+            raise ValueError(
+                f"--dtype={_DTYPE.value}: {target} is there already, in "
+                f"{trained.config.param_dtype}, and is only compared: leave --dtype out"
+            )
         _compare(trained, source, None, _tokens(trained.config))
         return
     opened = importer.open_source(source, _DTYPE.value)
@@ -137,6 +148,11 @@ def _export(at: epath.Path, target: epath.Path) -> None:
     if _VERIFY.value:
         tokens_BT = _tokens(trained.config)
         if _is_full(target):
+            if any(flag.value != flag.default for flag in (_TOKENIZER, _SHARD)):
+                raise ValueError(
+                    f"--notokenizer and --max_shard_size choose how an export is written, but "
+                    f"{target} is there already and is only compared: leave them out"
+                )
             _compare(trained, os.fspath(target), dtype, tokens_BT)
             return
 
@@ -145,7 +161,7 @@ def _export(at: epath.Path, target: epath.Path) -> None:
 
         check = compare
 
-    step = exporter.convert(
+    step, notes = exporter.convert(
         trained,
         target,
         dtype=dtype,
@@ -155,7 +171,9 @@ def _export(at: epath.Path, target: epath.Path) -> None:
         check=check,
     )
     if not storage.exists(target / hf_tokenizer.TOKENIZER):
-        print(f"note: {target} has no tokenizer: put the files of one there to serve it")
+        notes.append(f"{target} has no tokenizer: put the files of one there to serve it")
+    for note in notes:
+        print(f"note: {note}")
     print(f"exported step {step} of {trained.checkpoints} as {dtype} into {target}")
 
 
@@ -179,18 +197,24 @@ def _compare(trained: folder.Trained, path: str, dtype: str | None, tokens_BT: n
 
 
 @contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """Within, SIGTERM unwinds the process as Ctrl-C does, so that nothing half-written stays."""
+def _signals_raise() -> Iterator[None]:
+    """Within, SIGTERM and SIGHUP unwind the process as Ctrl-C does: nothing half-written stays."""
 
     def leave(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_IGN)  # a second one would break off the cleaning up
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # a second one would break off the cleaning up
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]  # nohup
+    for each in before:
+        signal.signal(each, leave)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def _is_full(target: epath.Path) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,6 +82,7 @@ _HARMLESS = """
     problem_type qk_head_dim quantization_config return_dict rope_parameters rope_scaling rope_theta
     router_aux_loss_coef seq_aux torch_dtype transformers_version use_cache
 """
+_AGAIN = "copy or download it again"
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -94,20 +96,33 @@ class SourceConfig:
     ignored: tuple[str, ...]
 
 
-def read(folder: epath.PathLike) -> SourceConfig:
-    """The config.json in `folder`; FileNotFoundError or ValueError says what is wrong with it."""
+def read(folder: epath.PathLike, dtype: str | None = None) -> SourceConfig:
+    """The config.json in `folder`; FileNotFoundError or ValueError says what is wrong with it.
+
+    `dtype` is what the parameters shall have, by default what the file says.
+    """
     path = epath.Path(folder) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{os.fspath(folder)} holds no config.json: give the folder of a model in the format "
+            "of Hugging Face"
+        )
     try:
         body = json.loads(storage.read_bytes(path))
     except ValueError as error:
-        raise ValueError(f"{path} is no JSON: {error}") from error
+        raise ValueError(f"{path} is no JSON: {error}; {_AGAIN}") from error
     if not isinstance(body, dict):
-        raise ValueError(f"{path} holds {type(body).__name__}, not a JSON object")
-    return from_json(body, str(path))
+        raise ValueError(f"{path} holds a {type(body).__name__}, not a JSON object; {_AGAIN}")
+    return from_json(body, str(path), dtype)
 
 
-def from_json(body: Mapping[str, Any], where: str = "config.json") -> SourceConfig:
-    """Ours for theirs. One ValueError lists each field that we cannot follow, its value and why."""
+def from_json(
+    body: Mapping[str, Any], where: str = "config.json", dtype: str | None = None
+) -> SourceConfig:
+    """Ours for theirs. One ValueError lists each field that we cannot follow, its value and why.
+
+    `dtype` as in `read`.
+    """
     given, complaints = set(body), []
     body = _with_containers(body, complaints)
     complaints += _broken_rules(body)
@@ -128,7 +143,10 @@ def from_json(body: Mapping[str, Any], where: str = "config.json") -> SourceConf
         else:
             values[ours] = float(value) if _name(hints[ours]) == "float" else value
     values |= _rope(body, complaints)
-    fp8, dtype = _dtype(body, complaints)
+    fp8 = _is_fp8(body, complaints)
+    dtype = dtype or _dtype(body, complaints)
+    tokens = {name: body[name] for name in TOKEN_FIELDS if body.get(name) is not None}
+    complaints += wrong_ids(tokens, body.get("vocab_size"))
     if complaints:
         raise ValueError(f"{where} asks for what is not implemented: " + "; ".join(complaints))
     try:
@@ -137,7 +155,6 @@ def from_json(body: Mapping[str, Any], where: str = "config.json") -> SourceConf
         raise ValueError(f"{where}: {error}") from error
     known = {theirs for _, theirs in _FIELDS + _INDEXER_FIELDS} | {r[0] for r in _RULES}
     ignored = tuple(sorted(given - known - set(_HARMLESS.split())))
-    tokens = {name: body[name] for name in TOKEN_FIELDS if body.get(name) is not None}
     return SourceConfig(model=model, tokens=tokens, fp8=fp8, ignored=ignored)
 
 
@@ -173,10 +190,16 @@ def _broken_rules(body: Mapping[str, Any]) -> list[str]:
 
 
 def _num_dense(body: Mapping[str, Any], complaints: list[str]) -> Any:
-    kinds = body.get("mlp_layer_types")
+    kinds, told = body.get("mlp_layer_types"), body.get("first_k_dense_replace")
     if kinds is None:
-        return body.get("first_k_dense_replace")
+        return told
     dense = kinds.count("dense")
+    # The reference's deepseek_v32 goes by the list; its deepseek_v3 does not know of one.
+    if body.get("model_type") != V32 and told not in (None, dense):
+        complaints.append(
+            f"mlp_layer_types has {dense} dense layers, first_k_dense_replace = {told!r}: they "
+            "must agree"
+        )
     if kinds != ["dense"] * dense + ["sparse"] * (len(kinds) - dense):
         complaints.append(f"mlp_layer_types = {kinds!r:.80}: dense layers come first")
     if len(kinds) != body.get("num_hidden_layers"):
@@ -244,7 +267,25 @@ def _yarn(rope: Mapping[str, Any], complaints: list[str]) -> dict[str, Any]:
     }
 
 
-def _dtype(body: Mapping[str, Any], complaints: list[str]) -> tuple[bool, str]:
+def wrong_ids(ids: Mapping[str, Any], vocab_size: Any) -> list[str]:
+    """What is wrong with the control tokens' ids: each an id of the vocabulary, or a list of them.
+
+    The rule is not asked for where `vocab_size` is no number, which is a fault of its own.
+    """
+    wrong = []
+    for name in TOKEN_FIELDS:
+        value = ids.get(name)
+        some = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        whole = all(isinstance(i, int) and not isinstance(i, bool) for i in some)
+        inside = not isinstance(vocab_size, int) or (
+            whole and all(0 <= i < vocab_size for i in some)
+        )
+        if value is not None and not (some and whole and inside):
+            wrong.append(f"{name} = {value!r:.80}: no id of a vocabulary of {vocab_size} tokens")
+    return wrong
+
+
+def _is_fp8(body: Mapping[str, Any], complaints: list[str]) -> bool:
     quantized = body.get("quantization_config")
     if quantized is not None:
         expected = {"quant_method": "fp8", "weight_block_size": list(FP8_BLOCK)}
@@ -254,13 +295,20 @@ def _dtype(body: Mapping[str, Any], complaints: list[str]) -> tuple[bool, str]:
                 f"quantization_config = {dict(quantized)!r:.200}: must be fp8, e4m3, in blocks of "
                 f"{list(FP8_BLOCK)}"
             )
+    return quantized is not None
+
+
+def _dtype(body: Mapping[str, Any], complaints: list[str]) -> str:
     dtype = body.get("dtype", body.get("torch_dtype"))
     if dtype is None:
-        dtype = "float32" if quantized is None else "bfloat16"
+        dtype = "float32" if body.get("quantization_config") is None else "bfloat16"
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in ("float32", "bfloat16"):
-        complaints.append(f"dtype = {dtype!r}: must be float32 or bfloat16")
-    return quantized is not None, dtype
+        complaints.append(
+            f"dtype = {dtype!r}: parameters are float32 or bfloat16 here: choose with --dtype; "
+            "float32 keeps every number"
+        )
+    return dtype
 
 
 def to_json(config: ModelConfig, dtype: str, tokens: Mapping[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,10 @@ def drafted(target: epath.Path) -> Iterator[epath.Path]:
     if os.path.ismount(target):
         raise ValueError(f"{target} is a mount point, which stays: name a folder to be made in it")
     draft = target.parent / f".{target.name}.draft"
-    draft.mkdir(parents=True, exist_ok=True)
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError) as error:
+        raise ValueError(f"{target} lies below a file: name a folder to be made") from error
     with _locked(draft), _deleted_on_failure(draft):
         for left in draft.iterdir():
             if left.is_dir():

@@ -60,8 +60,8 @@ def convert(
     progress: Progress,
     with_tokenizer: bool = True,
     check: Callable[[folder.Trained, str], None] | None = None,
-) -> int:
-    """Writes the newest sound checkpoint of `trained` into `target`; returns its step.
+) -> tuple[int, list[str]]:
+    """Writes the newest sound checkpoint of `trained` into `target`; returns its step, and notes.
 
     `target` must be local, and empty or absent; it stays so unless all went well. That includes
     `check`, which is given what was exported and the folder, still a draft. Memory holds a few
@@ -78,7 +78,7 @@ def convert(
         try:
             reader = store.Reader(trained.checkpoints / str(step))
             with drafts.drafted(target) as draft:
-                _write(trained, reader, draft, jnp.dtype(dtype), max_shard_bytes, progress)
+                broken = _write(trained, reader, draft, jnp.dtype(dtype), max_shard_bytes, progress)
                 for name, data in files.items():
                     storage.write_whole(draft / name, data)
                 _write_json(draft / "config.json", config)
@@ -88,7 +88,7 @@ def convert(
             complaints.append(str(error))
             logging.warning("damaged checkpoint, %s", error)
         else:
-            return step
+            return step, tensors.notes_of_broken(broken)
     raise ValueError(f"no sound checkpoint in {trained.checkpoints}: {'; '.join(complaints)}")
 
 
@@ -99,7 +99,9 @@ def _write(
     dtype: np.dtype,
     max_shard_bytes: int,
     progress: Progress,
-) -> None:
+) -> set[str]:
+    """The names of the tensors that hold NaN or infinity."""
+    broken: set[str] = set()
     entries = names.table(trained.config)
     _require_fit(entries, reader, trained.prefix)
     trunk = [e for e in entries if not e.verifier_head]
@@ -121,7 +123,7 @@ def _write(
                 name = names.VERIFIER_HEAD_FILE
             else:
                 index |= dict.fromkeys((one.name for one in shard), name)
-            written = _write_file(pool, reader, trained.prefix, shard, draft / name)
+            written = _write_file(pool, reader, trained.prefix, shard, draft / name, broken)
             with contextlib.closing(written):  # at once, should anything go wrong
                 for size in written:
                     done += size
@@ -129,6 +131,7 @@ def _write(
     reader.verify()
     metadata = {"total_size": sum(one.size for one in wanted)}
     _write_json(draft / tensors.INDEX, {"metadata": metadata, "weight_map": index})
+    return broken
 
 
 def _write_json(path: epath.Path, body: Mapping[str, Any]) -> None:
@@ -185,8 +188,9 @@ def _write_file(
     prefix: str,
     shard: Sequence[Wanted],
     path: epath.Path,
+    broken: set[str],
 ) -> Generator[int, None, None]:
-    """Writes the tensors of one file; the size of each piece that is done."""
+    """Writes the tensors of one file, the `broken` are added; the size of each piece done."""
     layout = {one.name: (one.dtype, one.entry.their_shape) for one in shard}
     writer = tensors.Writer(os.fspath(path), layout)
 
@@ -194,6 +198,8 @@ def _write_file(
         one, piece = job
         x = reader.read(prefix + one.entry.ours, piece.index, again=one.entry.copy)
         x = one.entry.to_theirs(x.astype(one.dtype, copy=False))
+        if not tensors.is_finite(x):
+            broken.add(one.name)
         writer.write_rows(one.name, x, piece.rows.start)
         return x.nbytes
 

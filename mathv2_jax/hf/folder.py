@@ -9,6 +9,7 @@ from typing import Any
 from etils import epath
 
 from mathv2_jax import checkpoint, storage
+from mathv2_jax.hf import config as config_lib
 from mathv2_jax.hf import store
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.text import hf_tokenizer, tokenizer_files
@@ -23,6 +24,21 @@ def write_config(draft: epath.Path, config: ModelConfig, tokens: Mapping[str, An
     body = {"schema": SCHEMA, "model": dataclasses.asdict(config), "tokens": dict(tokens)}
     text = json.dumps(body, indent=1, sort_keys=True) + "\n"
     storage.write_whole(draft / "config.json", text.encode())
+
+
+def require_generation_config(path: str, vocab_size: int) -> None:
+    """ValueError where a folder's generation_config.json is damaged; it need not be there."""
+    name = hf_tokenizer.GENERATION
+    at = os.path.join(path, name)
+    if not os.path.lexists(at):
+        return
+    try:
+        body = hf_tokenizer.read_json({name: storage.read_bytes(at)}, name)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; mend it or take it away") from error
+    wrong = config_lib.wrong_ids(body, vocab_size)
+    if wrong:
+        raise ValueError(f"{at}: {'; '.join(wrong)}; mend it or take it away")
 
 
 def copy_tokenizer(path: str, draft: epath.Path) -> str:

@@ -47,13 +47,15 @@ class Part(NamedTuple):
 class Source:
     """A checked folder: its model, and every tensor in its place.
 
-    `notes` says what a user should know: fields that were ignored, tensors that lose bits.
+    `is_exact` where what is read equals what is stored, number by number. `notes` says what a user
+    should know: fields that were ignored, tensors that lose bits.
     """
 
     config: ModelConfig
     tokens: Mapping[str, Any]
     entries: tuple[names.Entry, ...]
     found: Mapping[str, tensors.Tensor]
+    is_exact: bool
     notes: tuple[str, ...]
 
     def parts(self, entry: names.Entry, limit: int = checkpoint.CHUNK_BYTES) -> Iterator[Part]:
@@ -70,11 +72,17 @@ class Source:
             rows = part.piece.rows.stop - part.piece.rows.start
             x = np.zeros((rows, *entry.their_shape[1:]), dtype)
         else:
-            x = source.read_rows(part.piece.rows)
-            if source.dtype == "F8_E4M3":
-                scale = self.found[part.name + fp8.SUFFIX].read_rows(slice(None))
-                x = fp8.dequantize(x, scale, part.piece.rows.start)
+            x = self.rows(part.name, part.piece.rows)
         return entry.to_ours(x.astype(dtype, copy=False))
+
+    def rows(self, name: str, rows: slice) -> np.ndarray:
+        """Rows of a tensor as it is there, FP8 de-quantised to float32."""
+        source = self.found[name]
+        x = source.read_rows(rows)
+        if source.dtype != "F8_E4M3":
+            return x
+        scale = self.found[name + fp8.SUFFIX].read_rows(slice(None))
+        return fp8.dequantize(x, scale, rows.indices(source.shape[0])[0])
 
 
 def open_source(path: str, dtype: str | None = None) -> Source:
@@ -86,10 +94,9 @@ def open_source(path: str, dtype: str | None = None) -> Source:
         raise ValueError(f"{path}: a Hugging Face folder is read from a local disk; copy it there")
     if not os.path.isdir(path):
         raise FileNotFoundError(f"{path} is no folder: give one with config.json and safetensors")
-    read = config_lib.read(path)
+    read = config_lib.read(path, dtype)
     model, notes = read.model, []
-    if dtype is not None:
-        model = dataclasses.replace(model, param_dtype=dtype, compute_dtype=dtype)
+    folder.require_generation_config(path, model.vocab_size)
     if read.ignored:
         notes.append(f"fields of config.json that were ignored: {', '.join(read.ignored)}")
     found = tensors.find(path)
@@ -111,19 +118,25 @@ def open_source(path: str, dtype: str | None = None) -> Source:
         raise ValueError(f"{path} does not hold this model: " + "; ".join(complaints))
     if not os.path.exists(head):
         notes.append(f"there is no {names.VERIFIER_HEAD_FILE}: the verifier head starts at zero")
+    held = [(entry, name) for entry in entries for name, _ in entry.tensors() if name in found]
     rounded = [
         name
-        for entry in entries
-        for name, _ in entry.tensors()
-        if name in found and entry.dtype == "bfloat16" and found[name].dtype in ("F32", "F16")
+        for entry, name in held
+        if entry.dtype == "bfloat16" and found[name].dtype in ("F32", "F16")
     ]
+    quantized = any(found[name].dtype == "F8_E4M3" for _, name in held)
     if rounded:
         notes.append(
             f"{len(rounded)} tensors are rounded to bfloat16, {rounded[0]} among them; "
             "--dtype=float32 keeps them"
         )
     return Source(
-        config=model, tokens=read.tokens, entries=entries, found=found, notes=tuple(notes)
+        config=model,
+        tokens=read.tokens,
+        entries=entries,
+        found=found,
+        is_exact=not rounded and not quantized,
+        notes=tuple(notes),
     )
 
 
@@ -187,21 +200,24 @@ def convert(
             chunk[entry.split] = entry.step(checkpoint.CHUNK_BYTES, jnp.dtype(entry.dtype).itemsize)
             ones = (1,) * len(entry.stack)
             writer.create(entry.ours, entry.full_shape, entry.dtype, (*ones, *chunk))
-        _stream(source, writer, progress)
+        broken = _stream(source, writer, progress)
         writer.finish(folder.IMPORTED_STEP, {"stage": "import"})
         reason = folder.copy_tokenizer(path, draft)
         folder.write_config(draft, source.config, source.tokens)
         if check is not None:
             check(draft)
-    if not reason:
-        return source.notes
-    note = (
-        f"imported without a tokenizer: {reason}. A run takes one from config.tokenizer.directory"
-    )
-    return (*source.notes, note)
+    notes = [*source.notes, *tensors.notes_of_broken(broken)]
+    if reason:
+        notes.append(
+            f"imported without a tokenizer: {reason}. A run takes one from "
+            "config.tokenizer.directory"
+        )
+    return tuple(notes)
 
 
-def _stream(source: Source, writer: store.Writer, progress: Progress) -> None:
+def _stream(source: Source, writer: store.Writer, progress: Progress) -> set[str]:
+    """The names of the tensors that hold NaN or infinity."""
+    broken: set[str] = set()
     parts = [p for e in source.entries if not e.copy for p in source.parts(e)]
     total, done = sum(part.size for part in parts), 0
     pending = collections.deque(parts)
@@ -216,7 +232,10 @@ def _stream(source: Source, writer: store.Writer, progress: Progress) -> None:
                 batch = writer.batch()
 
                 def put(part: Part, batch: store.Batch = batch) -> None:
-                    batch.write(part.entry.ours, part.piece.index, source.read(part))
+                    x = source.read(part)
+                    if not tensors.is_finite(x):
+                        broken.add(part.name)
+                    batch.write(part.entry.ours, part.piece.index, x)
 
                 list(pool.map(put, some))
                 if committing is not None:
@@ -227,6 +246,7 @@ def _stream(source: Source, writer: store.Writer, progress: Progress) -> None:
         finally:
             if committing is not None:
                 committing.result()  # none writes into a folder that is being deleted
+    return broken
 
 
 def _require_equal_copies(source: Source) -> None:

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -27,7 +27,14 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _OTHER_BYTES = {"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2}
 _OTHER_BYTES |= {"I8": 1, "U8": 1, "BOOL": 1, "F8_E5M2": 1}
+_RUN = 2**16
 _MAX_HEADER = 100_000_000
+_AGAIN = "copy or download it again"
+_EXPONENT = {  # all bits of it are set in NaN and infinity
+    np.dtype(np.float32): np.uint32(0x7F800000),
+    np.dtype(np.float16): np.uint16(0x7C00),
+    np.dtype(ml_dtypes.bfloat16): np.uint16(0x7F80),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +58,20 @@ class Tensor:
         return data.view(dtype).reshape(shape)
 
 
+def is_finite(x: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite."""
+    mask = _EXPONENT[x.dtype]
+    bits = np.ascontiguousarray(x).reshape(-1).view(mask.dtype)
+    runs = (bits[i : i + _RUN] for i in range(0, bits.size, _RUN))  # each stays in a core's cache
+    return not any(((run & mask) == mask).any() for run in runs)
+
+
+def notes_of_broken(names: Iterable[str]) -> list[str]:
+    """What a user should know of the tensors that hold NaN or infinity, if there are any."""
+    some = sorted(names)
+    return [f"{len(some)} tensors hold NaN or infinity: {', '.join(some[:5])}"] if some else []
+
+
 def _pread(file: int, data: memoryview, begin: int, path: str) -> None:
     done = 0
     while done < len(data):
@@ -62,21 +83,42 @@ def _pread(file: int, data: memoryview, begin: int, path: str) -> None:
 
 def read_header(path: str) -> dict[str, Tensor]:
     """The tensors of a file; ValueError where its header is none or says what the file is not."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is no file: safetensors are expected there")
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         start = file.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
         if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise ValueError(f"{path} is no safetensors file: a header of {length} bytes in {size}")
+            raise ValueError(
+                f"{path} is no safetensors file: a header of {length} bytes in {size}; {_AGAIN}"
+            )
         text = file.read(length)
     try:
         header = json.loads(text)
+        if not isinstance(header, dict):
+            raise TypeError(f"it is a {type(header).__name__}, not a JSON object")
         header.pop("__metadata__", None)
+        _require_no_gaps({n: e["data_offsets"] for n, e in header.items()}, size - 8 - length)
         return {
             name: _tensor(path, name, entry, 8 + length, size) for name, entry in header.items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} has a damaged header: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{path} has a damaged header: no known {error}; {_AGAIN}") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has a damaged header: {error}; {_AGAIN}") from error
+
+
+def _require_no_gaps(places: Mapping[str, Sequence[int]], size: int) -> None:
+    """Each byte is of one tensor, which is the format's rule; ValueError where one is not."""
+    at, before = 0, "the header"
+    for name, (begin, end) in sorted(places.items(), key=lambda item: tuple(item[1])):
+        if begin != at:
+            raise ValueError(f"{name} begins at {begin}, but {before} ends at {at}")
+        at, before = end, name
+    if at != size:
+        cut = ": the file has been cut short" if at > size else ""
+        raise ValueError(f"{before} ends at {at} of {size} bytes{cut}")
 
 
 def _tensor(path: str, name: str, entry: Mapping[str, Any], base: int, size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 import builtins
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from etils import epath
 from mathv2_jax import checkpoint
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import convert, overrides, shell
-from mathv2_jax.hf import folder, verify
+from mathv2_jax.hf import folder, tensors, verify
 from mathv2_jax.text import sentencepiece_export, tokenizer, tokenizer_files
 from tests import byte_level
 from tests.hf import checkpoints, parity
@@ -35,7 +36,7 @@ def command(capsys):
         flags.FLAGS.unparse_flags()
         for name in ("from_hf", "to_hf", "checkpoint", "stage", "step", "dtype", "tokens"):
             flags.FLAGS[name].unparse()
-        for name in ("verify", "tokenizer"):
+        for name in ("verify", "tokenizer", "max_shard_size"):
             flags.FLAGS[name].unparse()
         code = convert.main(["mathv2-convert", *arguments])
         printed = capsys.readouterr()
@@ -192,14 +193,19 @@ def test_what_a_check_needs_is_missed_before_anything_is_written(
     assert checkpoints.files(tmp_path) == {"source"}
 
 
-@pytest.mark.parametrize("way", ["out", "in"])
-def test_sigterm_leaves_nothing_half_written(command, trained, tmp_path, monkeypatch, way):
-    source, before = tmp_path / "source", signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize(
+    ("way", "number", "code"),
+    [("out", signal.SIGTERM, 143), ("in", signal.SIGTERM, 143), ("in", signal.SIGHUP, 129)],
+)
+def test_a_signal_leaves_nothing_half_written(
+    command, trained, tmp_path, monkeypatch, way, number, code
+):
+    source, before = tmp_path / "source", signal.getsignal(number)
     command(f"--to_hf={source}", f"--checkpoint={trained}")
     progress = convert.Bar.__call__
 
     def interrupted(bar, done, total):
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         progress(bar, done, total)
 
     monkeypatch.setattr(convert.Bar, "__call__", interrupted)
@@ -208,9 +214,55 @@ def test_sigterm_leaves_nothing_half_written(command, trained, tmp_path, monkeyp
     into = [f"--from_hf={source}", f"--checkpoint={new}"]
     with pytest.raises(SystemExit) as ended:
         command(*(out_of if way == "out" else into))
-    assert ended.value.code == 143
+    assert ended.value.code == code
     assert checkpoints.files(tmp_path) == {"source"}
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.parametrize("asked", ["--help", "--helpfull"])
+def test_help_is_no_failure(command, asked):
+    code, out, _ = command(asked)
+    assert code == shell.FINISHED and "--max_shard_size" in out and "Exit codes" in out
+
+
+def test_a_target_below_a_file_is_named(command, trained, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = command(f"--to_hf={tmp_path / 'file' / 'hf'}", f"--checkpoint={trained}")
+    assert code == shell.BAD_INPUT and "lies below a file" in err and "Traceback" not in err
+
+
+def test_what_the_system_refuses_is_one_line(command, trained, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+    monkeypatch.setattr(tensors.Writer, "write_rows", full)
+    code, _, err = command(f"--to_hf={tmp_path / 'hf'}", f"--checkpoint={trained}")
+    assert code == shell.FAILED and "No space left on device: 'model.safetensors'" in err
+    assert not checkpoints.files(tmp_path)
+
+
+def test_tensors_that_hold_no_numbers_are_noted_both_ways(command, tmp_path):
+    arrays = checkpoints.drawn(checkpoints.PLAIN)
+    arrays["params.final_norm.scale"][3] = np.nan
+    checkpoints.save(tmp_path / "a", checkpoints.PLAIN, arrays)
+    said = "note: 1 tensors hold NaN or infinity: model.norm.weight"
+    code, out, _ = command(f"--to_hf={tmp_path / 'hf'}", f"--checkpoint={tmp_path / 'a'}")
+    assert code == shell.FINISHED and said in out
+    code, out, _ = command(f"--from_hf={tmp_path / 'hf'}", f"--checkpoint={tmp_path / 'b'}")
+    assert code == shell.FINISHED and said in out
+
+
+def test_what_is_only_compared_cannot_be_asked_to_be_otherwise(command, comparable, tmp_path):
+    out_of = [f"--to_hf={tmp_path / 'hf'}", f"--checkpoint={comparable}"]
+    into = [f"--from_hf={tmp_path / 'hf'}", f"--checkpoint={tmp_path / 'b'}"]
+    assert command(*out_of)[0] == command(*into)[0] == shell.FINISHED
+    for arguments, said in (
+        ([*out_of, "--notokenizer"], "is only compared"),
+        ([*out_of, "--max_shard_size=1KB"], "is only compared"),
+        ([*into, "--dtype=float32"], "in bfloat16, and is only compared"),
+    ):
+        code, _, err = command(*arguments, "--verify")
+        assert code == shell.BAD_INPUT and said in err
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from etils import epath
 
 from configs.models import tiny_v3, tiny_v32
 from mathv2_jax import checkpoint
-from mathv2_jax.hf import exporter, folder, importer, names
+from mathv2_jax.hf import exporter, folder, fp8, importer, names
 from mathv2_jax.model.config import ModelConfig
 
 SMALL = dict(num_layers=3, num_experts=6, num_expert_groups=3, experts_per_token=2)
@@ -65,7 +65,7 @@ def save(
 
 def export(trained: folder.Trained, to: pathlib.Path, dtype: str = "float32", **changes) -> int:
     settings = dict(dtype=dtype, max_shard_bytes=30_000, progress=silent) | changes
-    return exporter.convert(trained, epath.Path(to), **settings)
+    return exporter.convert(trained, epath.Path(to), **settings)[0]
 
 
 def bring_in(source: pathlib.Path, to: pathlib.Path, dtype: str | None = None) -> folder.Trained:
@@ -108,6 +108,20 @@ def rewrite(at: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
         path.unlink()
     full = {n: np.ascontiguousarray(x) for n, x in tensors.items()}
     safetensors.numpy.save_file(full, at / "model.safetensors")
+
+
+def quantized(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As DeepSeek releases them: a layer's matrices but the router and the indexer's weights."""
+    out = {}
+    for name, x in tensors.items():
+        matrix = x.ndim == 2 and ".layers." in name
+        if matrix and not name.endswith(
+            ("mlp.gate.weight", "weights_proj.weight", "embed_tokens.weight", "head.weight")
+        ):
+            out[name], out[name + fp8.SUFFIX] = fp8.quantize(x)
+        else:
+            out[name] = x
+    return out
 
 
 def files(at: pathlib.Path) -> set[str]:

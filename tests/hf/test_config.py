@@ -216,6 +216,14 @@ REFUSED = {
     "layer_types = 3: must be a list": {"layer_types": 3},
     "layer_types = [['full_attention']]": {"layer_types": [["full_attention"]]},
     "layer_types = ['indexed_attention']": {"layer_types": ["indexed_attention"]},
+    "eos_token_id = 129280: no id of a vocabulary of 129280": {"eos_token_id": 129280},
+    "eos_token_id = [1, -1]: no id": {"eos_token_id": [1, -1]},
+    "eos_token_id = []: no id": {"eos_token_id": []},
+    "bos_token_id = [0]: no id": {"bos_token_id": [0]},
+    "pad_token_id = 'x': no id": {"pad_token_id": "x"},
+    "first_k_dense_replace = 3: they must agree": {
+        "mlp_layer_types": ["dense"] * 2 + ["sparse"] * 59
+    },
     "model.norm_eps = nan: must be finite": {"rms_norm_eps": math.nan},
     "model.norm_eps = -1.0: must be positive": {"rms_norm_eps": -1},
     "model.rope_theta = nan: must be finite": {"rope_theta": math.nan},
@@ -234,6 +242,18 @@ def test_what_is_not_implemented_is_refused_by_field_and_value(said, change):
     with pytest.raises(ValueError) as error:
         config_lib.from_json(V3 | change)
     assert said in str(error.value)
+
+
+def test_numbers_in_float16_are_read_once_it_is_said_as_what():
+    with pytest.raises(ValueError, match="--dtype; float32 keeps every number"):
+        config_lib.from_json(V3 | {"torch_dtype": "float16"})
+    read = config_lib.from_json(V3 | {"torch_dtype": "float16"}, dtype="float32")
+    assert (read.model.param_dtype, read.model.compute_dtype) == ("float32", "float32")
+
+
+def test_the_references_sparse_attention_goes_by_the_list_of_layers():
+    body = V32 | {"mlp_layer_types": ["dense"] * 2 + ["sparse"] * 59, "first_k_dense_replace": 3}
+    assert config_lib.from_json(body).model.num_dense_layers == 2
 
 
 def test_all_that_is_refused_stands_in_one_error():

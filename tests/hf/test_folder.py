@@ -56,6 +56,21 @@ def test_a_tokenizer_that_cannot_be_used_is_left_out_with_a_note(released, tmp_p
     assert generation == {"top_p": 0.9, "eos_token_id": 5}
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"{broken", "generation_config.json is not valid JSON"),
+        (b"[]", "must hold a JSON object"),
+        (b'{"eos_token_id": [5, 999]}', r"eos_token_id = \[5, 999\]: no id of a vocabulary of 61"),
+    ],
+)
+def test_a_damaged_generation_config_is_an_error_of_the_import(released, tmp_path, text, said):
+    put(released, {"generation_config.json": text})
+    with pytest.raises(ValueError, match=said + ".*mend it or take it away"):
+        imported(released, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
 def test_a_tokenizer_that_can_be_used_travels_byte_for_byte(released, tmp_path):
     put(released, byte_level.files())
     trained, notes = imported(released, tmp_path / "b")

@@ -134,25 +134,11 @@ def test_bfloat16_rounds_all_but_the_router_bias_and_the_verifier_head(tmp_path)
         assert x.dtype == want.dtype and x.tobytes() == want.tobytes(), name
 
 
-def quantized(tensors):
-    """As DeepSeek releases them: a layer's matrices but the router and the indexer's weights."""
-    out = {}
-    for name, x in tensors.items():
-        matrix = x.ndim == 2 and ".layers." in name
-        if matrix and not name.endswith(
-            ("mlp.gate.weight", "weights_proj.weight", "embed_tokens.weight", "head.weight")
-        ):
-            out[name], out[name + fp8.SUFFIX] = fp8.quantize(x)
-        else:
-            out[name] = x
-    return out
-
-
 def test_fp8_weights_are_dequantized_once_and_stay(tmp_path):
     config = dataclasses.replace(HALF, width=160, dense_width=272)  # more than one block, ragged
     export(save(tmp_path / "a", config), tmp_path / "hf", "bfloat16")
     tensors = read_all(tmp_path / "hf")
-    checkpoints.rewrite(tmp_path / "hf", quantized(tensors))
+    checkpoints.rewrite(tmp_path / "hf", checkpoints.quantized(tensors))
     first = bring_in(tmp_path / "hf", tmp_path / "b")
     gate = "model.layers.0.mlp.gate_proj.weight"
     want = fp8.dequantize(*fp8.quantize(tensors[gate])).T.astype(ml_dtypes.bfloat16)
@@ -233,7 +219,7 @@ def test_missing_unknown_and_misshapen_tensors_are_one_error_that_lists_them_all
 
 
 def test_fp8_weights_need_their_scales(copied, tmp_path):
-    held = quantized(read_all(copied))
+    held = checkpoints.quantized(read_all(copied))
     name = "model.layers.0.mlp.gate_proj.weight"
     del held[name + fp8.SUFFIX]
     other = "model.layers.0.mlp.up_proj.weight"

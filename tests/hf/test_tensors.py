@@ -94,8 +94,42 @@ def test_a_file_that_is_cut_after_its_header_was_read_is_an_error(tmp_path):
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match="cut short"):
         found["c"].read_rows(slice(None))
-    with pytest.raises(ValueError, match="lies at"):
+    with pytest.raises(ValueError, match=r"cut short.*copy or download it again"):
         tensors.find(str(tmp_path))
+
+
+BETWEEN = {
+    "a and b overlap": ({"a": [0, 8], "b": [4, 12]}, 12, "b begins at 4, but a ends at 8"),
+    "nothing between": ({"a": [0, 8], "b": [12, 20]}, 20, "b begins at 12, but a ends at 8"),
+    "nothing before": ({"a": [4, 12]}, 12, "a begins at 4, but the header ends at 0"),
+    "more after": ({"a": [0, 8]}, 12, "a ends at 8 of 12 bytes"),
+}
+
+
+@pytest.mark.parametrize(("places", "size", "said"), BETWEEN.values(), ids=BETWEEN)
+def test_each_byte_is_of_one_tensor(tmp_path, places, size, said):
+    header = {n: {"dtype": "F32", "shape": [2], "data_offsets": at} for n, at in places.items()}
+    text = json.dumps(header).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes(size))
+    with pytest.raises(ValueError, match=said):
+        tensors.find(str(tmp_path))
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"model\.safetensors is no file"):
+        tensors.find(str(tmp_path))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_one_number_that_is_none_is_seen(dtype, broken):
+    x = np.zeros((3, 70_000), dtype)
+    x[0, 0] = ml_dtypes.finfo(dtype).max
+    assert tensors.is_finite(x) and tensors.is_finite(x.T) and tensors.is_finite(x[:0])
+    x[2, 69_999] = broken
+    assert not tensors.is_finite(x) and not tensors.is_finite(x.T)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "x.pth"])

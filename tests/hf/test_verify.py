@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from mathv2_jax.hf import folder, verify
+from mathv2_jax.hf import folder, ties, verify
 from tests.hf import checkpoints, parity
 from tests.hf.checkpoints import export, read_all, rewrite, save
 
@@ -190,6 +190,37 @@ def test_without_the_reference_library_the_extra_is_named(both, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", without_torch)
     with pytest.raises(ValueError, match=r"mathv2_jax\[hf\]"):
+        verify.require_same(trained, str(path), "float32", TOKENS_BT)
+
+
+def test_a_source_in_fp8_is_verified_by_the_numbers_that_came_of_it(tmp_path):
+    """Matrices are larger than a block and end within one."""
+    for base, dtype in ((V3, "bfloat16"), (V32, None)):
+        config = dataclasses.replace(base, width=160, dense_width=272)
+        at = tmp_path / str(dtype)
+        export(save(at / "a", config, parity.drawn_arrays(config)), at / "hf", "bfloat16")
+        tensors = checkpoints.quantized(read_all(at / "hf"))
+        scaled = {n: x * 1.1 if n.endswith("_scale_inv") else x for n, x in tensors.items()}
+        rewrite(at / "hf", scaled)
+        body = json.loads((at / "hf" / "config.json").read_text())
+        body["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+        (at / "hf" / "config.json").write_text(json.dumps(body))
+        back = checkpoints.bring_in(at / "hf", at / "b", dtype)
+        assert verify.require_same(back, str(at / "hf"), None, TOKENS_BT).relative < 2e-6
+
+
+def test_rounding_that_was_asked_for_on_the_way_in_is_no_difference(both, tmp_path):
+    _, path = both
+    back = checkpoints.bring_in(path, tmp_path / "b", "bfloat16")
+    assert verify.require_same(back, str(path), None, TOKENS_BT).relative < 2e-6
+
+
+@pytest.mark.parametrize("rest", [0, 3])
+def test_a_comparison_of_hardly_any_place_is_none(both, monkeypatch, rest):
+    trained, path = both
+    few_BT = np.arange(TOKENS_BT.size).reshape(TOKENS_BT.shape) < rest
+    monkeypatch.setattr(ties.Watch, "untouched", lambda watch: few_BT)
+    with pytest.raises(ValueError, match=f"only {rest} of 40 places .* at least 10% must"):
         verify.require_same(trained, str(path), "float32", TOKENS_BT)
 
 
