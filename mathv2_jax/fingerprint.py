@@ -5,6 +5,7 @@ every sharding, and may be summed up part by part. One changed word always shows
 does but for one in 2^32.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -16,6 +17,7 @@ _SMALL = 2**24  # bytes of an array that is fingerprinted on the host
 _SEED = np.uint32(0x9E3779B9)
 _RUN = 2**16  # words that are fingerprinted at a time: they stay in a core's cache
 _RAMP = np.arange(_RUN, dtype=np.uint32)
+_LONG = 2**20  # words that are fingerprinted at a time by a compiled program, four times as fast
 
 
 def of_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
@@ -52,9 +54,18 @@ def of_part(part: np.ndarray, begin: Sequence[int], shape: Sequence[int]) -> int
 
 
 def _of_run(words: np.ndarray, at: int) -> int:
+    first, total = 0, 0
+    cpu = _cpu() if words.size >= _LONG else None
+    if cpu is not None:
+        first = words.size // _LONG * _LONG
+        with jax.default_device(cpu):
+            found = [
+                _of_long_run(words[i : i + _LONG], np.uint32((at + i) % 2**32))
+                for i in range(0, first, _LONG)
+            ]
+        total = sum(int(value) for value in found)
     places, spare = np.empty((2, min(_RUN, words.size)), np.uint32)
-    total = 0
-    for begin in range(0, words.size, _RUN):
+    for begin in range(first, words.size, _RUN):
         some = words[begin : begin + _RUN]
         h, other = places[: some.size], spare[: some.size]
         np.add(_RAMP[: some.size], np.uint32((int(_SEED) + at + begin) % 2**32), out=h)
@@ -63,6 +74,21 @@ def _of_run(words: np.ndarray, at: int) -> int:
         _mix_in_place(h, other)
         total += int(np.add.reduce(h, dtype=np.uint64))
     return total
+
+
+@functools.cache
+def _cpu() -> jax.Device | None:
+    """The host as a device of JAX, which a process may have been told to do without."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+@jax.jit
+def _of_long_run(words: jax.Array, at: jax.Array) -> jax.Array:
+    places = jnp.arange(words.size, dtype=jnp.uint32) + (at + _SEED)
+    return jnp.sum(_mix(words.astype(jnp.uint32) ^ _mix(places)), dtype=jnp.uint32)
 
 
 def _mix_in_place(h: np.ndarray, other: np.ndarray) -> None:

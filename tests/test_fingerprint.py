@@ -35,6 +35,15 @@ def test_the_fingerprint_on_host_is_that_on_device_for_every_shape(shape):
     assert fingerprint.on_host(x) == int(fingerprint.on_device(jnp.asarray(x)))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "uint8"])
+def test_the_compiled_program_for_long_runs_gives_what_numpy_gives(dtype, monkeypatch):
+    length = 2 * fingerprint._LONG + 70_003
+    x = np.random.default_rng(3).integers(0, 200, (2, length)).astype(jnp.dtype(dtype))
+    found = fingerprint.of_part(x[1:, 5:], (1, 5), x.shape)
+    monkeypatch.setattr(fingerprint, "_cpu", lambda: None)
+    assert found == fingerprint.of_part(x[1:, 5:], (1, 5), x.shape)
+
+
 def test_the_fingerprint_shows_changed_moved_and_zeroed_words():
     x = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
     swapped, zeroed, flipped = x.copy(), x.copy(), x.copy()
