@@ -58,12 +58,8 @@ def _of_run(words: np.ndarray, at: int) -> int:
     cpu = _cpu() if words.size >= _LONG else None
     if cpu is not None:
         first = words.size // _LONG * _LONG
-        with jax.default_device(cpu):
-            found = [
-                _of_long_run(words[i : i + _LONG], np.uint32((at + i) % 2**32))
-                for i in range(0, first, _LONG)
-            ]
-        total = sum(int(value) for value in found)
+        runs = ((words[i : i + _LONG], np.uint32((at + i) % 2**32)) for i in range(0, first, _LONG))
+        total = sum(int(_of_long_run(*jax.device_put(run, cpu))) for run in runs)
     places, spare = np.empty((2, min(_RUN, words.size)), np.uint32)
     for begin in range(first, words.size, _RUN):
         some = words[begin : begin + _RUN]

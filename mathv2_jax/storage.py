@@ -30,6 +30,14 @@ def is_local(path: epath.PathLike) -> bool:
     return "://" not in os.fspath(path)
 
 
+def parse_json(data: bytes | str) -> Any:
+    """What JSON says; ValueError for whatever is wrong with it, absurdly deep nesting included."""
+    try:
+        return json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 def write_whole(path: epath.PathLike, data: bytes) -> None:
     """Puts `data` at `path`, making its folder; a reader finds all of it, or what was before.
 

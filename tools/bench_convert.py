@@ -94,7 +94,8 @@ def make(at: epath.Path, gigabytes: float) -> dict[str, Any]:
                 shape = [part.stop - part.start for part in inner if isinstance(part, slice)]
                 x = draw.standard_normal(shape, np.float32) * 0.02
                 batch.write(e.ours, piece.index, x.astype(dtype))
-            batch.commit().result()
+            batch.commit()
+            batch.wait()
     writer.finish(0, {})
     folder.write_config(at, config, {})
     return {"bytes": size_of(config), "num_layers": config.num_layers}

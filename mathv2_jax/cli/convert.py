@@ -45,6 +45,7 @@ _SHARD = flags.DEFINE_string("max_shard_size", "5GB", "Of one safetensors file."
 _TOKENIZER = flags.DEFINE_bool("tokenizer", True, "Write the tokenizer beside an export.")
 _VERIFY = flags.DEFINE_bool("verify", False, "Compare both sides; needs the extra [hf].")
 _TOKENS = flags.DEFINE_string("tokens", None, "What to verify on; default: random ones.")
+_FLAGS = (_FROM, _TO, _CHECKPOINT, _STAGE, _STEP, _DTYPE, _SHARD, _TOKENIZER, _VERIFY, _TOKENS)
 
 
 class Bar:
@@ -71,8 +72,9 @@ class Bar:
 def main(argv: Sequence[str]) -> int:
     """Usage and input errors are one line and exit code 2; what is a bug keeps its traceback."""
     try:
-        if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(argv):
-            print(f"{__doc__}\n{flags.FLAGS.main_module_help()}")
+        if shell.asks_for_help(argv):
+            print(__doc__)
+            print("\n".join(f"--{f.name}: {flags.FLAGS[f.name].help}" for f in _FLAGS))
             return shell.FINISHED
         _read_flags(argv)
         # Nothing is computed that an accelerator would speed up: others may be using it.

@@ -26,6 +26,12 @@ def absolute(path: str) -> epath.Path:
     return epath.Path(os.path.abspath(os.path.expanduser(path)) if storage.is_local(path) else path)
 
 
+def asks_for_help(argv: Sequence[str]) -> bool:
+    """Whether one of the arguments is one of absl's flags for help."""
+    asked = {argument.lstrip("-").partition("=")[0] for argument in argv if argument[:1] == "-"}
+    return bool(asked & {"help", "h", "helpfull", "helpshort", "helpxml"})
+
+
 def read_flags(
     asked: flags.FlagValues, argv: Sequence[str], doc: str | None, required: Sequence[str]
 ) -> bool:
@@ -33,7 +39,7 @@ def read_flags(
 
     ValueError where an argument is no flag, or one of the `required` flags is missing or empty.
     """
-    if "--help" in argv:
+    if asks_for_help(argv):
         print(f"{doc}{asked.get_help()}")
         return False
     rest = asked(argv)[1:]

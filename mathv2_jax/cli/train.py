@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     """Usage and input errors are one line and exit code 2; what is a bug keeps its traceback."""
     try:
         rest, overrides = overrides_lib.split(argv)
-        if {"--help", "-h", "-help", "--helpfull", "--helpshort"} & set(rest):
+        if shell.asks_for_help(rest):
             print(__doc__)
             print("\n".join(f"--{f.name}: {flags.FLAGS[f.name].help}" for f in _FLAGS))
             return shell.FINISHED

@@ -1,7 +1,6 @@
 """Their config.json and our ModelConfig, both ways; what we do not implement is refused."""
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -88,11 +87,15 @@ TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """A config.json as read: the model, its control tokens' ids, and whether weights are FP8."""
+    """A config.json as read: the model, its control tokens' ids, and whether weights are FP8.
+
+    `is_known`: whether the reference library has its model_type.
+    """
 
     model: ModelConfig
     tokens: Mapping[str, Any]
     fp8: bool
+    is_known: bool
     ignored: tuple[str, ...]
 
 
@@ -102,13 +105,13 @@ def read(folder: epath.PathLike, dtype: str | None = None) -> SourceConfig:
     `dtype` is what the parameters shall have, by default what the file says.
     """
     path = epath.Path(folder) / "config.json"
-    if not path.exists():
+    if not path.exists() or path.is_dir():
         raise FileNotFoundError(
             f"{os.fspath(folder)} holds no config.json: give the folder of a model in the format "
             "of Hugging Face"
         )
     try:
-        body = json.loads(storage.read_bytes(path))
+        body = storage.parse_json(storage.read_bytes(path))
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}; {_AGAIN}") from error
     if not isinstance(body, dict):
@@ -148,14 +151,17 @@ def from_json(
     tokens = {name: body[name] for name in TOKEN_FIELDS if body.get(name) is not None}
     complaints += wrong_ids(tokens, body.get("vocab_size"))
     if complaints:
-        raise ValueError(f"{where} asks for what is not implemented: " + "; ".join(complaints))
+        raise ValueError(
+            f"{where} is incomplete or asks for what is not implemented: " + "; ".join(complaints)
+        )
     try:
         model = ModelConfig(**values, param_dtype=dtype, compute_dtype=dtype)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from error
     known = {theirs for _, theirs in _FIELDS + _INDEXER_FIELDS} | {r[0] for r in _RULES}
     ignored = tuple(sorted(given - known - set(_HARMLESS.split())))
-    return SourceConfig(model=model, tokens=tokens, fp8=fp8, ignored=ignored)
+    is_known = body["model_type"] in ARCHITECTURES
+    return SourceConfig(model=model, tokens=tokens, fp8=fp8, is_known=is_known, ignored=ignored)
 
 
 def _with_containers(body: Mapping[str, Any], complaints: list[str]) -> dict[str, Any]:
@@ -222,7 +228,8 @@ def _name(hint: Any) -> str:
 def _rope(body: Mapping[str, Any], complaints: list[str]) -> dict[str, float | int]:
     """Rotation, as in released files (rope_theta, rope_scaling) or transformers 5's one field."""
     rope = {**(body.get("rope_scaling") or {}), **(body.get("rope_parameters") or {})}
-    theta = rope.get("rope_theta", body.get("rope_theta"))
+    theta = rope.get("rope_theta")
+    theta = body.get("rope_theta") if theta is None else theta
     kind = rope.get("rope_type", rope.get("type", "default"))
     values: dict[str, float | int] = {"rope_theta": theta if theta is not None else 10_000.0}
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -275,7 +282,8 @@ def wrong_ids(ids: Mapping[str, Any], vocab_size: Any) -> list[str]:
     wrong = []
     for name in TOKEN_FIELDS:
         value = ids.get(name)
-        some = value if isinstance(value, list) and name == "eos_token_id" else [value]
+        several = isinstance(value, list) and name == "eos_token_id"
+        some: list[Any] = list(value) if several else [value]
         whole = all(isinstance(i, int) and not isinstance(i, bool) for i in some)
         inside = not isinstance(vocab_size, int) or (
             whole and all(0 <= i < vocab_size for i in some)
@@ -299,7 +307,7 @@ def _is_fp8(body: Mapping[str, Any], complaints: list[str]) -> bool:
 
 
 def _dtype(body: Mapping[str, Any], complaints: list[str]) -> str:
-    dtype = body.get("dtype", body.get("torch_dtype"))
+    dtype = body.get("dtype") or body.get("torch_dtype")
     if dtype is None:
         dtype = "float32" if body.get("quantization_config") is None else "bfloat16"
     dtype = str(dtype).removeprefix("torch.")

@@ -31,11 +31,7 @@ def drafted(target: epath.Path) -> Iterator[epath.Path]:
     if os.path.ismount(target):
         raise ValueError(f"{target} is a mount point, which stays: name a folder to be made in it")
     draft = target.parent / f".{target.name}.draft"
-    try:
-        draft.mkdir(parents=True, exist_ok=True)
-    except (NotADirectoryError, FileExistsError) as error:
-        raise ValueError(f"{target} lies below a file: name a folder to be made") from error
-    with _locked(draft), _deleted_on_failure(draft):
+    with _made(target, draft), _locked(draft), _deleted_on_failure(draft):
         for left in draft.iterdir():
             if left.is_dir():
                 left.rmtree()
@@ -44,6 +40,28 @@ def drafted(target: epath.Path) -> Iterator[epath.Path]:
         yield draft
         os.replace(draft, target)  # an empty folder gives way to a full one
         storage.sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def _made(target: epath.Path, draft: epath.Path) -> Iterator[None]:
+    """The draft's folder, with all above it, which go again after a failure if they are empty."""
+    above = [p for p in target.parents if not p.exists()]
+    try:
+        draft.mkdir(parents=True, exist_ok=True)
+    except (NotADirectoryError, FileExistsError) as error:
+        raise ValueError(f"{target} lies below a file: name a folder to be made") from error
+    except OSError as error:
+        raise ValueError(
+            f"{target} cannot be made: {error.strerror}; name a folder in a place that you may "
+            "write to"
+        ) from error
+    try:
+        yield
+    except BaseException:
+        for folder in above:
+            with contextlib.suppress(OSError):  # another program may have put something there
+                os.rmdir(folder)
+        raise
 
 
 @contextlib.contextmanager

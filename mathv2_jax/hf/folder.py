@@ -32,6 +32,8 @@ def require_generation_config(path: str, vocab_size: int) -> None:
     at = os.path.join(path, name)
     if not os.path.lexists(at):
         return
+    if not os.path.isfile(at):
+        raise ValueError(f"{at} is no file: mend it or take it away")
     try:
         body = hf_tokenizer.read_json({name: storage.read_bytes(at)}, name)
     except ValueError as error:
@@ -41,22 +43,25 @@ def require_generation_config(path: str, vocab_size: int) -> None:
         raise ValueError(f"{at}: {'; '.join(wrong)}; mend it or take it away")
 
 
-def copy_tokenizer(path: str, draft: epath.Path) -> str:
-    """The tokenizer's files, as they are, if they make one that can be used; else why they do not.
+def read_tokenizer(path: str) -> tuple[dict[str, bytes], str]:
+    """(files, "") of the tokenizer in a folder, as they are, if they make one that can be used.
 
-    Nothing that could be executed is among them. generation_config.json is copied all the same.
+    Else why they do not, with no file but generation_config.json, if it is there. Nothing that
+    could be executed is among the files.
     """
-    reason = ""
     try:
         files = tokenizer_files.read(path)
         tokenizer_files.from_files(files)
+        return files, ""
     except ValueError as error:
         reason = str(error)
-        at = os.path.join(path, hf_tokenizer.GENERATION)
-        files = {hf_tokenizer.GENERATION: storage.read_bytes(at)} if os.path.isfile(at) else {}
-    for name, data in files.items():
-        storage.write_whole(draft / TOKENIZER / name, data)
-    return reason
+    except (AttributeError, IndexError, KeyError, OSError, TypeError) as error:
+        # Files of others, in which anything may stand where we look for something else.
+        reason = f"its files are damaged: {error!r}"
+    at = os.path.join(path, hf_tokenizer.GENERATION)
+    if not os.path.isfile(at):
+        return {}, reason
+    return {hf_tokenizer.GENERATION: storage.read_bytes(at)}, reason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,11 +95,16 @@ def locate(path: epath.Path, stage: str | None = None, step: int | None = None) 
             "mathv2-train"
         )
     try:
-        body = json.loads(storage.read_bytes(path / "config.json"))
+        body = storage.parse_json(storage.read_bytes(path / "config.json"))
     except ValueError as error:
         raise ValueError(f"{path / 'config.json'} is damaged: {error}") from error
-    if isinstance(body, dict) and "identity" in body:
-        return _locate_in_run(path, body["identity"], stage, step)
+    if isinstance(body, dict) and isinstance(body.get("identity"), dict):
+        try:
+            return _locate_in_run(path, body["identity"], stage, step)
+        except (KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path / 'config.json'} is damaged: its identity has no {error}"
+            ) from error
     if not isinstance(body, dict) or {"schema", "model", "tokens"} - set(body):
         raise ValueError(f"{path / 'config.json'} is neither mathv2-convert's nor mathv2-train's")
     if body["schema"] != SCHEMA:
@@ -104,13 +114,16 @@ def locate(path: epath.Path, stage: str | None = None, step: int | None = None) 
         )
     if stage is not None:
         raise ValueError(f"{path} is an imported model: it has no stages, so none is {stage!r}")
-    tokenizer = path / TOKENIZER
+    tokenizer, model = path / TOKENIZER, _model(body["model"], path)
+    tokens = body["tokens"] if isinstance(body["tokens"], dict) else {"eos_token_id": "no object"}
+    if wrong := config_lib.wrong_ids(tokens, model.vocab_size):
+        raise ValueError(f"{path / 'config.json'} is damaged: tokens: {'; '.join(wrong)}")
     return Trained(
-        config=_model(body["model"], path),
+        config=model,
         checkpoints=path / CHECKPOINTS,
         steps=_steps(path / CHECKPOINTS, step),
         prefix="",
-        tokens=body["tokens"],
+        tokens=tokens,
         tokenizer=tokenizer if tokenizer.exists() else None,
     )
 

@@ -47,7 +47,8 @@ class Part(NamedTuple):
 class Source:
     """A checked folder: its model, and every tensor in its place.
 
-    `is_exact` where what is read equals what is stored, number by number. `notes` says what a user
+    `is_exact` where what is read equals what is stored, number by number, `is_known` where the
+    reference library has the model by the same name. `notes` says what a user
     should know: fields that were ignored, tensors that lose bits.
     """
 
@@ -56,6 +57,7 @@ class Source:
     entries: tuple[names.Entry, ...]
     found: Mapping[str, tensors.Tensor]
     is_exact: bool
+    is_known: bool
     notes: tuple[str, ...]
 
     def parts(self, entry: names.Entry, limit: int = checkpoint.CHUNK_BYTES) -> Iterator[Part]:
@@ -125,6 +127,8 @@ def open_source(path: str, dtype: str | None = None) -> Source:
         if entry.dtype == "bfloat16" and found[name].dtype in ("F32", "F16")
     ]
     quantized = any(found[name].dtype == "F8_E4M3" for _, name in held)
+    if read.fp8 and not quantized:
+        notes.append("config.json speaks of FP8, but no tensor is: nothing was de-quantised")
     if rounded:
         notes.append(
             f"{len(rounded)} tensors are rounded to bfloat16, {rounded[0]} among them; "
@@ -136,6 +140,7 @@ def open_source(path: str, dtype: str | None = None) -> Source:
         entries=entries,
         found=found,
         is_exact=not rounded and not quantized,
+        is_known=read.is_known,
         notes=tuple(notes),
     )
 
@@ -190,6 +195,7 @@ def convert(
     it cannot be used. `target` must be empty or absent; it stays so unless all went well. That
     includes `check`, which is given the new folder, still a draft. Memory holds a few pieces.
     """
+    tokenizer, reason = folder.read_tokenizer(path)
     _require_equal_copies(source)
     with drafts.drafted(target) as draft:
         writer = store.Writer(draft / folder.CHECKPOINTS / str(folder.IMPORTED_STEP))
@@ -202,7 +208,8 @@ def convert(
             writer.create(entry.ours, entry.full_shape, entry.dtype, (*ones, *chunk))
         broken = _stream(source, writer, progress)
         writer.finish(folder.IMPORTED_STEP, {"stage": "import"})
-        reason = folder.copy_tokenizer(path, draft)
+        for name, data in tokenizer.items():
+            storage.write_whole(draft / folder.TOKENIZER / name, data)
         folder.write_config(draft, source.config, source.tokens)
         if check is not None:
             check(draft)
@@ -221,7 +228,7 @@ def _stream(source: Source, writer: store.Writer, progress: Progress) -> set[str
     parts = [p for e in source.entries if not e.copy for p in source.parts(e)]
     total, done = sum(part.size for part in parts), 0
     pending = collections.deque(parts)
-    committing: Any = None
+    committing: store.Batch | None = None
     with futures.ThreadPoolExecutor(NUM_THREADS) as pool:
         try:
             while pending:
@@ -239,13 +246,14 @@ def _stream(source: Source, writer: store.Writer, progress: Progress) -> set[str
 
                 list(pool.map(put, some))
                 if committing is not None:
-                    committing.result()
-                committing = batch.commit()
+                    committing.wait()
+                batch.commit()
+                committing = batch
                 done += size
                 progress(done, total)
         finally:
             if committing is not None:
-                committing.result()  # none writes into a folder that is being deleted
+                committing.wait()  # none writes into a folder that is being deleted
     return broken
 
 

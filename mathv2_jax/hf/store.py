@@ -4,12 +4,13 @@ No array is ever held whole. Every piece that is read or written counts towards 
 fingerprint, so that what is read is known to be what was saved.
 """
 
+import contextlib
 import json
 import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -24,6 +25,10 @@ _HANDLERS = "orbax.checkpoint._src.handlers."
 # Decoded chunks that are kept for the next piece, which may share them where another mesh chose
 # the chunks.
 _CACHE_BYTES = 2**26
+
+
+# TensorStore's words for faults that leave a checkpoint what it is.
+_OF_THE_SYSTEM = ("PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAVAILABLE")
 
 
 class DamagedError(ValueError):
@@ -41,7 +46,7 @@ class Reader:
         self._folder = step_folder
         try:
             self.seal = checkpoint.read_seal(step_folder)
-        except (OSError, ValueError) as error:
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError) as error:
             raise DamagedError(f"{step_folder}: its seal cannot be read: {error}") from error
         checkpoint.require_format(self.seal, str(step_folder))
         self.leaves: dict[str, tuple[tuple[int, ...], np.dtype]] = {
@@ -63,6 +68,8 @@ class Reader:
         try:
             x = self._open(name)[index].read().result()
         except ValueError as error:
+            if any(word in str(error) for word in _OF_THE_SYSTEM):
+                raise OSError(f"{self._folder}: {name} cannot be read: {error}") from error
             raise DamagedError(f"{self._folder}: {name} cannot be read: {error}") from error
         if not again:
             shape, _ = self.leaves[name]
@@ -102,7 +109,7 @@ class Writer:
     """
 
     def __init__(self, step_folder: epath.Path):
-        self._folder = step_folder
+        self.folder = step_folder
         self._stores: dict[str, Any] = {}
         self._leaves: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
         self._chunks: dict[str, tuple[int, ...]] = {}
@@ -123,15 +130,16 @@ class Writer:
             "chunks": list(chunk),
             "compressor": {"id": "zstd", "level": 1},
         }
-        spec = checkpoint.array_spec(self._folder / "state", name)
+        spec = checkpoint.array_spec(self.folder / "state", name)
         spec |= {"metadata": metadata, "dtype": jnp.dtype(dtype).name}
         spec["store_data_equal_to_fill_value"] = True
         self._stores[name] = tensorstore.open(spec, create=True, context=self._context)
 
     def batch(self) -> "Batch":
         """Pieces to be committed together."""
-        for store in self._stores.values():
-            store.result()
+        with _writing(self.folder):
+            for store in self._stores.values():
+                store.result()
         return Batch(self)
 
     def write(self, name: str, index: names.Index, x: np.ndarray, transaction: Any) -> None:
@@ -141,7 +149,8 @@ class Writer:
         begin, whole = _begin_and_whole(index, shape)
         x = np.ascontiguousarray(x)
         store = self._stores[name].result()
-        store.with_transaction(transaction)[index].write(x).result()
+        with _writing(self.folder):
+            store.with_transaction(transaction)[index].write(x).result()
         added = fingerprint.of_part(x.reshape(whole), begin, shape)
         with self._lock:
             self._prints[name] += added
@@ -160,7 +169,7 @@ class Writer:
         }
         self._write_json("state/_METADATA", self._orbax_tree())
         self._write_json("state/array_metadatas/process_0", self._orbax_arrays())
-        storage.write_whole(self._folder / "seal" / "metadata", storage.seal(body))
+        storage.write_whole(self.folder / "seal" / "metadata", storage.seal(body))
         now = time.time_ns()
         self._write_json(
             "_CHECKPOINT_METADATA",
@@ -178,7 +187,7 @@ class Writer:
         )
 
     def _write_json(self, name: str, body: Mapping[str, Any]) -> None:
-        storage.write_whole(self._folder / name, json.dumps(body).encode())
+        storage.write_whole(self.folder / name, json.dumps(body).encode())
 
     def _orbax_tree(self) -> dict[str, Any]:
         tree = {
@@ -218,6 +227,8 @@ class Writer:
 class Batch:
     """Pieces of one transaction: in memory until it is committed."""
 
+    _committing: Any
+
     def __init__(self, writer: Writer):
         self._writer = writer
         self._transaction = tensorstore.Transaction()
@@ -226,9 +237,23 @@ class Batch:
         """As `Writer.write`."""
         self._writer.write(name, index, x, self._transaction)
 
-    def commit(self) -> Any:
-        """Starts writing; the result is waited for with `.result()`."""
-        return self._transaction.commit_async()
+    def commit(self) -> None:
+        """Starts writing; `wait` waits for its end."""
+        self._committing = self._transaction.commit_async()
+
+    def wait(self) -> None:
+        """Until what `commit` started is on disk; OSError where it cannot be."""
+        with _writing(self._writer.folder):
+            self._committing.result()
+
+
+@contextlib.contextmanager
+def _writing(folder: epath.Path) -> Iterator[None]:
+    """What TensorStore says of the file system is no fault of the arrays or of the user."""
+    try:
+        yield
+    except ValueError as error:
+        raise OSError(f"{folder} cannot be written: {error}") from error
 
 
 def _begin_and_whole(

@@ -15,6 +15,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from mathv2_jax import storage
+
 DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
@@ -95,16 +97,13 @@ def read_header(path: str) -> dict[str, Tensor]:
             )
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = storage.parse_json(text)
         if not isinstance(header, dict):
             raise TypeError(f"it is a {type(header).__name__}, not a JSON object")
         header.pop("__metadata__", None)
+        found = {name: _tensor(path, name, e, 8 + length, size) for name, e in header.items()}
         _require_no_gaps({n: e["data_offsets"] for n, e in header.items()}, size - 8 - length)
-        return {
-            name: _tensor(path, name, entry, 8 + length, size) for name, entry in header.items()
-        }
-    except KeyError as error:
-        raise ValueError(f"{path} has a damaged header: no known {error}; {_AGAIN}") from error
+        return found
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} has a damaged header: {error}; {_AGAIN}") from error
 
@@ -122,13 +121,17 @@ def _require_no_gaps(places: Mapping[str, Sequence[int]], size: int) -> None:
 
 
 def _tensor(path: str, name: str, entry: Mapping[str, Any], base: int, size: int) -> Tensor:
-    dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-    width = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_BYTES[dtype]
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        width = DTYPES[dtype].itemsize if dtype in DTYPES else _OTHER_BYTES[dtype]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} is described by {dict(entry)!r:.200}") from error
     if any(not isinstance(n, int) or n < 0 for n in (*shape, begin, end)):
         raise ValueError(f"{name} has shape {list(shape)} at {begin} to {end}")
     if end - begin != math.prod(shape) * width or base + end > size:
+        cut = ": the file has been cut short" if base + end > size else ""
         raise ValueError(
-            f"{name} of {dtype} {list(shape)} lies at {begin} to {end} of {size - base} bytes"
+            f"{name} of {dtype} {list(shape)} lies at {begin} to {end} of {size - base} bytes{cut}"
         )
     return Tensor(path, dtype, shape, base + begin)
 
@@ -163,10 +166,10 @@ def find(folder: str) -> dict[str, Tensor]:
 def _find_indexed(folder: str, index: str) -> dict[str, Tensor]:
     try:
         with open(index, encoding="utf-8") as file:
-            places = json.load(file)["weight_map"]
+            places = storage.parse_json(file.read())["weight_map"]
         files = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is no index of safetensors: {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, IsADirectoryError) as error:
+        raise ValueError(f"{index} is no index of safetensors: {error!r}; {_AGAIN}") from error
     foreign = [n for n in files if not _lies_beside(n)]
     if foreign:
         raise ValueError(
@@ -222,7 +225,10 @@ class Writer:
         text += b" " * (-len(text) % 8)
         self._base = 8 + len(text)
         self._file = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        os.ftruncate(self._file, self._base + end)
+        try:
+            os.ftruncate(self._file, self._base + end)
+        except OSError as error:
+            raise self._named(error) from error
         self._pwrite(memoryview(struct.pack("<Q", len(text)) + text), 0)
 
     def write_rows(self, name: str, x: np.ndarray, first_row: int = 0) -> None:
@@ -234,7 +240,14 @@ class Writer:
     def _pwrite(self, data: memoryview, begin: int) -> None:
         done = 0
         while done < len(data):
-            done += os.pwrite(self._file, data[done:], begin + done)
+            try:
+                done += os.pwrite(self._file, data[done:], begin + done)
+            except OSError as error:
+                raise self._named(error) from error
+
+    def _named(self, error: OSError) -> OSError:
+        """The error with its file: the system does not say it of an open one."""
+        return OSError(error.errno, error.strerror, self._path)
 
     def close(self) -> None:
         """Syncs to disk."""

@@ -6,6 +6,7 @@ those that come after a near-tie of their row (hf/ties.py).
 """
 
 import dataclasses
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ TOLERANCE = 2e-5  # of max|a-b| / max|b|, in float32
 MAX_CHOSEN = 512
 NEAR = 1e-6  # scores of a choice that rounding may turn round
 MIN_COMPARED = 0.1  # of the places
+_OF_MTP = ("params.mtp.", "router.mtp.")  # which the reference has no place for
 
 
 class MismatchError(Exception):
@@ -200,7 +202,8 @@ def _their_logits(
     """Theirs, and the places before the first near-tie of each row.
 
     Where an import has de-quantised or rounded, the reference gets the numbers that came of it: of
-    FP8 it would make bfloat16, and by blocks of other sizes where the last are not full.
+    FP8 it would make bfloat16, and by blocks of other sizes where the last are not full. Likewise
+    for a name of ours that it does not know, kimi_k2. No code of the folder is run.
     """
     import torch
     import transformers
@@ -215,14 +218,11 @@ def _their_logits(
         "attn_implementation": "eager",
     }
     auto: Any = transformers.AutoModelForCausalLM
-    if source.is_exact:
+    if source.is_exact and source.is_known:
         model = auto.from_pretrained(path, **settings)
     else:
-        settings["config"] = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-        settings["config"].__dict__.pop("quantization_config", None)
         with tempfile.TemporaryDirectory() as at:
             _write_as_imported(source, at)
-            settings["config"].save_pretrained(at)
             model = auto.from_pretrained(at, **settings)
     watch = ties.Watch(np.ones(tokens_BT.shape, bool))
     with torch.no_grad(), watch:
@@ -231,13 +231,17 @@ def _their_logits(
 
 
 def _write_as_imported(source: importer.Source, folder: str) -> None:
-    """The trunk's tensors in float32, each number as the import has it."""
+    """The trunk's tensors in float32, each number as the import has it, and our config of it."""
+    body = config_lib.to_json(
+        dataclasses.replace(source.config, num_mtp_layers=0), "float32", source.tokens
+    )
+    with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
+        json.dump(body, file)
     wanted = [
         (name, jnp.dtype(entry.dtype))
         for entry in source.entries
-        if not entry.verifier_head
+        if not entry.verifier_head and not entry.ours.startswith(_OF_MTP)
         for name, _ in entry.tensors()
-        if name in source.found
     ]
     layout = {name: (np.dtype(np.float32), source.found[name].shape) for name, _ in wanted}
     writer = tensors.Writer(os.path.join(folder, tensors.SINGLE), layout)
@@ -261,7 +265,8 @@ def parse_tokens(text: str, config: ModelConfig) -> np.ndarray:
 
 def _require_tokens(rows: Sequence[Sequence[int]], config: ModelConfig) -> None:
     if len({len(row) for row in rows}) != 1:
-        raise ValueError("--tokens: all rows must be equally long")
+        lengths = sorted({len(row) for row in rows})
+        raise ValueError(f"--tokens: rows of {lengths} ids, all must be equally long")
     wrong = [i for row in rows for i in row if not 0 <= i < config.vocab_size]
     if wrong:
         raise ValueError(f"--tokens: {wrong[0]} is no token of a vocabulary of {config.vocab_size}")

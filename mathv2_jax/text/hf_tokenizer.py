@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import pre_tokenizers
 
+from mathv2_jax import storage
 from mathv2_jax.text import chat_template, tokenizer
 from mathv2_jax.text.chat_template import Piece
 from mathv2_jax.text.tokenizer import Message
@@ -260,7 +261,7 @@ def read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     if name not in files:
         raise ValueError(f"a tokenizer of Hugging Face needs {name}; there are {sorted(files)}")
     try:
-        body = json.loads(files[name])
+        body = storage.parse_json(files[name])
     except ValueError as error:
         raise ValueError(f"{name} is not valid JSON: {error}") from error
     if not isinstance(body, dict):

@@ -90,6 +90,6 @@ def _why_not(folder: epath.Path) -> str:
 
 def _model_config(folder: epath.Path) -> dict[str, object]:
     try:
-        return json.loads(storage.read_bytes(folder / "config.json"))
+        return storage.parse_json(storage.read_bytes(folder / "config.json"))
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'} is not valid JSON: {error}") from error

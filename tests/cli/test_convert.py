@@ -2,7 +2,6 @@
 
 import builtins
 import dataclasses
-import errno
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from etils import epath
 from mathv2_jax import checkpoint
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import convert, overrides, shell
-from mathv2_jax.hf import folder, tensors, verify
+from mathv2_jax.hf import folder, verify
 from mathv2_jax.text import sentencepiece_export, tokenizer, tokenizer_files
 from tests import byte_level
 from tests.hf import checkpoints, parity
@@ -219,10 +218,11 @@ def test_a_signal_leaves_nothing_half_written(
     assert signal.getsignal(number) == before
 
 
-@pytest.mark.parametrize("asked", ["--help", "--helpfull"])
+@pytest.mark.parametrize("asked", ["--help", "--helpfull", "-h", "--help=true"])
 def test_help_is_no_failure(command, asked):
     code, out, _ = command(asked)
-    assert code == shell.FINISHED and "--max_shard_size" in out and "Exit codes" in out
+    assert code == shell.FINISHED and "Exit codes" in out
+    assert "--max_shard_size: Of one safetensors file." in out
 
 
 def test_a_target_below_a_file_is_named(command, trained, tmp_path):
@@ -231,14 +231,25 @@ def test_a_target_below_a_file_is_named(command, trained, tmp_path):
     assert code == shell.BAD_INPUT and "lies below a file" in err and "Traceback" not in err
 
 
-def test_what_the_system_refuses_is_one_line(command, trained, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
-
-    monkeypatch.setattr(tensors.Writer, "write_rows", full)
-    code, _, err = command(f"--to_hf={tmp_path / 'hf'}", f"--checkpoint={trained}")
-    assert code == shell.FAILED and "No space left on device: 'model.safetensors'" in err
-    assert not checkpoints.files(tmp_path)
+@pytest.mark.parametrize("way", ["out", "in"])
+def test_a_disk_that_takes_no_more_is_a_failure_in_one_line(command, trained, tmp_path, way):
+    source, new = tmp_path / "source", tmp_path / "deep" / "new"
+    command(f"--to_hf={source}", f"--checkpoint={trained}")
+    out_of = [f"--to_hf={new}", f"--checkpoint={trained}"]
+    into = [f"--from_hf={source}", f"--checkpoint={new}"]
+    limited = ["bash", "-c", 'ulimit -f 30; exec "$@"', "bash"]  # files of at most 30 KiB
+    program = [sys.executable, "-m", "mathv2_jax.cli.convert"]
+    ended = subprocess.run(
+        [*limited, *program, *(out_of if way == "out" else into)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = ended.stderr.splitlines()[-1]
+    assert ended.returncode == shell.FAILED and said.startswith("mathv2-convert: "), ended.stderr
+    assert ".new.draft" in said and "too large" in said.lower() and "Traceback" not in ended.stderr
+    assert checkpoints.files(tmp_path) == {"source"}
 
 
 def test_tensors_that_hold_no_numbers_are_noted_both_ways(command, tmp_path):

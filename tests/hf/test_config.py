@@ -244,6 +244,13 @@ def test_what_is_not_implemented_is_refused_by_field_and_value(said, change):
     assert said in str(error.value)
 
 
+def test_null_is_as_good_as_left_out():
+    body = V3 | {"rope_scaling": None, "rope_theta": 5e4, "rope_parameters": {"rope_theta": None}}
+    assert config_lib.from_json(body).model.rope_theta == 5e4
+    body = V3 | {"dtype": None, "torch_dtype": "bfloat16"}
+    assert config_lib.from_json(body).model.param_dtype == "bfloat16"
+
+
 def test_numbers_in_float16_are_read_once_it_is_said_as_what():
     with pytest.raises(ValueError, match="--dtype; float32 keeps every number"):
         config_lib.from_json(V3 | {"torch_dtype": "float16"})

@@ -60,3 +60,18 @@ def test_a_mount_point_is_refused_before_anything_is_written(tmp_path, monkeypat
         make(tmp_path / "out")
     assert checkpoints.files(tmp_path) == {"out"}
     make(tmp_path / "out" / "new")
+
+
+def test_folders_above_go_again_after_a_failure_unless_they_were_there(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(KeyboardInterrupt), drafts.drafted(epath.Path(tmp_path) / "there/new/x"):
+        raise KeyboardInterrupt
+    assert [p.name for p in tmp_path.rglob("*")] == ["there"]
+    with drafts.drafted(epath.Path(tmp_path) / "there/new/x") as draft:
+        (draft / "file").write_text("")
+    assert (tmp_path / "there/new/x/file").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_named():
+    with pytest.raises(ValueError, match="/proc/new cannot be made: .*; name a folder"):
+        make(pathlib.Path("/proc/new"))

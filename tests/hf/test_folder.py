@@ -41,6 +41,13 @@ UNUSABLE = {
     },
     "tokenizer.json is not valid JSON": byte_level.files() | {"tokenizer.json": b"{broken"},
     "it holds no tokenizer.json": {},
+    "its files are damaged: AttributeError": byte_level.files()
+    | {"tokenizer_config.json": b'{"added_tokens_decoder": [1], "chat_template": "x"}'},
+    "its files are damaged: TypeError": {
+        n: b'{"chat_template": [1]}' if n == "tokenizer_config.json" else data
+        for n, data in byte_level.files().items()
+        if n != "chat_template.jinja"
+    },
 }
 
 
@@ -61,6 +68,7 @@ def test_a_tokenizer_that_cannot_be_used_is_left_out_with_a_note(released, tmp_p
     [
         (b"{broken", "generation_config.json is not valid JSON"),
         (b"[]", "must hold a JSON object"),
+        (b"[" * 200_000, "nested too deeply"),
         (b'{"eos_token_id": [5, 999]}', r"eos_token_id = \[5, 999\]: no id of a vocabulary of 61"),
     ],
 )
@@ -117,3 +125,23 @@ def test_an_export_without_its_tokenizer_keeps_the_ids(released, tmp_path):
     _, ids = exporter.tokenizer_of(trained)
     body = json.loads((tmp_path / "again" / "config.json").read_text())
     assert {name: body[name] for name in ids} == ids and ids["eos_token_id"] == 1
+
+
+DAMAGED = {
+    "tokens: eos_token_id = 999": lambda body: body | {"tokens": {"eos_token_id": 999}},
+    "tokens: eos_token_id = 'no object'": lambda body: body | {"tokens": [1]},
+    "its identity has no 'stages'": lambda _: {"identity": {}},
+    "its identity has no string": lambda _: {"identity": {"stages": ["x"]}},
+}
+
+
+@pytest.mark.parametrize("said", DAMAGED)
+def test_a_damaged_config_of_a_checkpoint_is_an_error_that_names_it(tmp_path, said):
+    save(tmp_path / "a", PLAIN)
+    config = tmp_path / "a" / "config.json"
+    config.write_text(json.dumps(DAMAGED[said](json.loads(config.read_text()))))
+    with pytest.raises(ValueError, match=rf"a/config\.json is damaged: {said}"):
+        folder.locate(epath.Path(tmp_path / "a"))
+    config.write_text('{"identity": []}')
+    with pytest.raises(ValueError, match="neither mathv2-convert's nor mathv2-train's"):
+        folder.locate(epath.Path(tmp_path / "a"))

@@ -1,6 +1,8 @@
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from mathv2_jax.hf import fp8
 
@@ -43,3 +45,16 @@ def test_scales_of_other_types_are_read_as_numbers():
     codes = np.asarray([[1.5, -448.0]], ml_dtypes.float8_e4m3fn)
     scale = np.asarray([[0.25]], ml_dtypes.float8_e8m0fnu)
     np.testing.assert_array_equal(fp8.dequantize(codes, scale), [[0.375, -112.0]])
+
+
+def test_the_reference_library_gives_the_same_numbers():
+    """Of whole blocks: of others it takes blocks of another size."""
+    draw = np.random.default_rng(4)
+    codes, scales = fp8.quantize(draw.standard_normal((256, 384)).astype(np.float32))
+    scales *= draw.uniform(0.7, 1.4, scales.shape).astype(np.float32)
+    theirs = Fp8Dequantize(None)._dequantize_one(
+        torch.from_numpy(codes.view(np.uint8)).view(torch.float8_e4m3fn),
+        torch.from_numpy(scales),
+        torch.float32,
+    )
+    np.testing.assert_array_equal(fp8.dequantize(codes, scales), theirs.numpy())

@@ -2,6 +2,7 @@
 
 import builtins
 import dataclasses
+import io
 import json
 import re
 
@@ -207,6 +208,21 @@ def test_a_source_in_fp8_is_verified_by_the_numbers_that_came_of_it(tmp_path):
         (at / "hf" / "config.json").write_text(json.dumps(body))
         back = checkpoints.bring_in(at / "hf", at / "b", dtype)
         assert verify.require_same(back, str(at / "hf"), None, TOKENS_BT).relative < 2e-6
+
+
+def test_kimi_k2_is_compared_by_our_config_and_its_code_is_never_run(tmp_path, monkeypatch):
+    """The reference does not know the name, and would run what auto_map names if someone said y."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    config = dataclasses.replace(V3, num_mtp_layers=0)
+    export(save(tmp_path / "a", config, parity.drawn_arrays(config)), tmp_path / "hf")
+    body = json.loads((tmp_path / "hf" / "config.json").read_text())
+    body |= {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_x.X"}}
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(body))
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nclass X: pass\n"
+    (tmp_path / "hf" / "configuration_x.py").write_text(code)
+    back = checkpoints.bring_in(tmp_path / "hf", tmp_path / "b")
+    assert verify.require_same(back, str(tmp_path / "hf"), None, TOKENS_BT).relative < 2e-6
+    assert not (tmp_path / "ran").exists()
 
 
 def test_rounding_that_was_asked_for_on_the_way_in_is_no_difference(both, tmp_path):
