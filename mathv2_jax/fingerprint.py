@@ -8,6 +8,7 @@ does but for one in 2^32.
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,8 +74,8 @@ def _of_run(words: np.ndarray, at: int) -> int:
 
 
 @functools.cache
-def _cpu() -> jax.Device | None:
-    """The host as a device of JAX, which a process may have been told to do without."""
+def _cpu() -> Any:
+    """The host as a device of JAX; None where the process was told to do without."""
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError:

@@ -76,15 +76,14 @@ def main(argv: Sequence[str]) -> int:
             print(__doc__)
             print("\n".join(f"--{f.name}: {flags.FLAGS[f.name].help}" for f in _FLAGS))
             return shell.FINISHED
-        _read_flags(argv)
+        checkpoint, source, target = _read_flags(argv)
         # Nothing is computed that an accelerator would speed up: others may be using it.
         jax.config.update("jax_platforms", "cpu")
-        at = shell.absolute(_CHECKPOINT.value)
         with _signals_raise():
-            if _FROM.value is not None:
-                _import(os.fspath(shell.absolute(_FROM.value)), at)
-            else:
-                _export(at, shell.absolute(_TO.value))
+            if source is not None:
+                _import(os.fspath(source), checkpoint)
+            elif target is not None:
+                _export(checkpoint, target)
         return shell.FINISHED
     except verify.MismatchError as error:
         print(f"mathv2-convert: {error}", file=sys.stderr)
@@ -99,17 +98,25 @@ def main(argv: Sequence[str]) -> int:
         return shell.FAILED
 
 
-def _read_flags(argv: Sequence[str]) -> None:
+def _read_flags(
+    argv: Sequence[str],
+) -> tuple[epath.Path, epath.Path | None, epath.Path | None]:
+    """The folders of --checkpoint and of one of --from_hf, --to_hf; ValueError for other flags."""
     rest = flags.FLAGS(list(argv))
     if len(rest) > 1:
         raise ValueError(f"unexpected argument {rest[1]!r}: every setting is a --flag")
     if _CHECKPOINT.value is None or (_FROM.value is None) == (_TO.value is None):
         raise ValueError("--checkpoint=DIR and one of --from_hf=DIR, --to_hf=DIR must be given")
+    folders = []
     for flag in (_CHECKPOINT, _FROM, _TO):
         if flag.value is not None and not flag.value.strip():
             raise ValueError(f"--{flag.name}= is empty: name a folder, . for the one you are in")
+        folders.append(None if flag.value is None else shell.absolute(flag.value))
     if _TOKENS.value is not None and not _VERIFY.value:
         raise ValueError("--tokens are what --verify compares on: give both or neither")
+    checkpoint, source, target = folders
+    assert checkpoint is not None
+    return checkpoint, source, target
 
 
 def _import(source: str, target: epath.Path) -> None:

@@ -282,8 +282,9 @@ def wrong_ids(ids: Mapping[str, Any], vocab_size: Any) -> list[str]:
     wrong = []
     for name in TOKEN_FIELDS:
         value = ids.get(name)
-        several = isinstance(value, list) and name == "eos_token_id"
-        some: list[Any] = list(value) if several else [value]
+        some: list[Any] = [value]
+        if isinstance(value, list) and name == "eos_token_id":
+            some = value
         whole = all(isinstance(i, int) and not isinstance(i, bool) for i in some)
         inside = not isinstance(vocab_size, int) or (
             whole and all(0 <= i < vocab_size for i in some)
