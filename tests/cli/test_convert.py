@@ -192,22 +192,30 @@ def test_what_a_check_needs_is_missed_before_anything_is_written(
     assert checkpoints.files(tmp_path) == {"source"}
 
 
+@pytest.fixture
+def handled():
+    """Sets a signal's handler for one test, whatever this process has inherited."""
+    before = {}
+
+    def put(number, handler):
+        before[number] = signal.signal(number, handler)
+
+    yield put
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.parametrize(
     ("way", "number", "code"),
     [("out", signal.SIGTERM, 143), ("in", signal.SIGTERM, 143), ("in", signal.SIGHUP, 129)],
 )
 def test_a_signal_leaves_nothing_half_written(
-    command, trained, tmp_path, monkeypatch, way, number, code
+    command, trained, tmp_path, monkeypatch, handled, way, number, code
 ):
-    source, before = tmp_path / "source", signal.getsignal(number)
+    source = tmp_path / "source"
     command(f"--to_hf={source}", f"--checkpoint={trained}")
-    progress = convert.Bar.__call__
-
-    def interrupted(bar, done, total):
-        os.kill(os.getpid(), number)
-        progress(bar, done, total)
-
-    monkeypatch.setattr(convert.Bar, "__call__", interrupted)
+    monkeypatch.setattr(convert.Bar, "__call__", lambda *_: os.kill(os.getpid(), number))
+    handled(number, signal.SIG_DFL)
     new = tmp_path / "new"
     out_of = [f"--to_hf={new}", f"--checkpoint={trained}"]
     into = [f"--from_hf={source}", f"--checkpoint={new}"]
@@ -215,7 +223,16 @@ def test_a_signal_leaves_nothing_half_written(
         command(*(out_of if way == "out" else into))
     assert ended.value.code == code
     assert checkpoints.files(tmp_path) == {"source"}
-    assert signal.getsignal(number) == before
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_a_hang_up_that_nohup_has_left_out_stays_so(
+    command, trained, tmp_path, monkeypatch, handled
+):
+    monkeypatch.setattr(convert.Bar, "__call__", lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+    handled(signal.SIGHUP, signal.SIG_IGN)
+    code, _, _ = command(f"--to_hf={tmp_path / 'hf'}", f"--checkpoint={trained}")
+    assert code == shell.FINISHED
 
 
 @pytest.mark.parametrize("asked", ["--help", "--helpfull", "-h", "--help=true"])
