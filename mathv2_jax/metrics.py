@@ -49,7 +49,7 @@ NAMES = (
     *_SHORT,
     *("reward/format", "reward/honesty", "outcome/unparseable"),
     *("score", "lost_votes", "left_group"),
-    *("tokens", "learning_rate", "head_loss", "router_peak_load"),
+    *("tokens", "learning_rate", "head_loss", "router_peak_load", "expert_overflow"),
     *("clipped", "dropped", "ratio"),
 )
 _WINDOW = 20  # steps over which the rate of tokens is taken

@@ -6,6 +6,7 @@ Unlike Flax's own resolver this one raises on an unknown axis and on a mesh axis
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,21 +19,29 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
 LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
-    "time": (),
+    "batch": ("data", "fsdp", "expert"),
+    "time": ("context",),
     "layers": (),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),
+    "expert_embed": ("fsdp",),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "head_width": (),
     "q_latent": (),
     "kv_latent": (),
+    "latent_in": ("fsdp",),  # of what is expanded from a latent; its width seldom divides further
     "mlp": ("tensor",),
     "experts": ("expert",),
     "router": (),
     "norm": (),
     "score": (),
 }
+
+# In `constrain`: the compiler lays this dimension out as it likes.
+FREE = PartitionSpec.UNCONSTRAINED
+
+# Logical axes that are split to share out memory, not work.
+STORED_APART = ("embed", "expert_embed", "latent_in")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,13 +75,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     )
 
 
-def partition_spec(axes: Sequence[str | None], where: str) -> PartitionSpec:
+def partition_spec(axes: Sequence[Any], where: str) -> PartitionSpec:
     """The mesh axes for logical `axes`; ValueError names `where` and the axis at fault."""
     used: dict[str, str] = {}
-    entries: list[tuple[str, ...] | str | None] = []
+    entries: list[Any] = []
     for axis in axes:
-        if axis is None:
-            entries.append(None)
+        if axis is None or axis is FREE:
+            entries.append(axis)
             continue
         if axis not in LOGICAL_TO_MESH:
             raise ValueError(
@@ -88,6 +97,17 @@ def partition_spec(axes: Sequence[str | None], where: str) -> PartitionSpec:
             used[mesh_axis] = axis
         entries.append(mesh_axes[0] if len(mesh_axes) == 1 else (mesh_axes or None))
     return PartitionSpec(*entries)
+
+
+def mesh_axes(axes: Sequence[str], mesh: Any) -> tuple[str, ...]:
+    """The mesh axes of more than one device that logical `axes` are split over."""
+    return tuple(a for name in axes for a in LOGICAL_TO_MESH[name] if mesh.shape[a] > 1)
+
+
+def ways(axis: str) -> int:
+    """In how many parts logical `axis` is split by the mesh in force; 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[a] for a in LOGICAL_TO_MESH[axis])
 
 
 def _names(leaf: Any, where: str) -> tuple[str | None, ...]:
@@ -147,8 +167,33 @@ def computing(mesh: Mesh) -> Iterator[None]:
         yield
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """`x` laid out by logical axes under the mesh in force (`jax.set_mesh`); itself without one."""
+def gathered(x: jax.Array, *axes: str | None) -> jax.Array:
+    """A parameter made whole along the axes that it is only stored apart by, for its use.
+
+    So a layer's weights travel, and not the much larger activations; and its gradient is summed
+    where its parts are stored, not everywhere. Itself without a mesh.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return _gathered(x, axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    return constrain(x, *(None if axis in STORED_APART else axis for axis in axes))
+
+
+_gathered.defvjp(
+    lambda x, axes: (_gathered(x, axes), None),
+    lambda axes, _, slope: (constrain(slope, *axes),),
+)
+
+
+def constrain(x: jax.Array, *axes: Any) -> jax.Array:
+    """`x` laid out by logical axes under the mesh in force (`jax.set_mesh`); itself without one.
+
+    None keeps a dimension whole on every device, FREE leaves it to the compiler.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, "activation"))

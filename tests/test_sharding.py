@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mathv2_jax import sharding
-from mathv2_jax.model import cache, heads, moe, transformer
+from mathv2_jax.model import cache, grouped, heads, transformer
 from mathv2_jax.model.config import ModelConfig
 
 # Every dimension that the table shards is even, and no two kinds of width are equal.
@@ -68,8 +68,10 @@ def test_a_mesh_that_cannot_be_is_refused_with_its_sizes(sizes, rule):
 
 def test_logical_axes_go_where_the_table_says():
     spec = functools.partial(sharding.partition_spec, where="p")
-    assert spec(("batch", "time", None)) == PartitionSpec(("data", "fsdp"), None, None)
-    assert spec(("experts", "embed", "mlp")) == PartitionSpec("expert", "fsdp", "tensor")
+    batch = ("data", "fsdp", "expert")
+    assert spec(("batch", "time", None)) == PartitionSpec(batch, "context", None)
+    assert spec((None, sharding.FREE)) == PartitionSpec(None, PartitionSpec.UNCONSTRAINED)
+    assert spec(("experts", "expert_embed", "mlp")) == PartitionSpec("expert", "fsdp", "tensor")
     assert spec(("norm", "norm")) == PartitionSpec(None, None)
     for mesh_axes in sharding.LOGICAL_TO_MESH.values():
         assert set(mesh_axes) <= set(sharding.MESH_AXES)
@@ -102,9 +104,10 @@ def test_every_parameter_of_the_model_has_axes_in_the_table():
         assert len(leaf.names) == len(leaf.value.shape)
     found: Any = sharding.shardings_for(tree, mesh)
     params, router = found["params"], found["router"]
-    assert params["embed"].spec == PartitionSpec("tensor", "fsdp")
-    assert params["unembed"].spec == PartitionSpec("fsdp", "tensor")
-    assert params["verifier_head_kernel"].spec == PartitionSpec("fsdp", None)
+    both = ("fsdp", "expert")  # what is no expert's is split over the experts' axis too
+    assert params["embed"].spec == PartitionSpec("tensor", both)
+    assert params["unembed"].spec == PartitionSpec(both, "tensor")
+    assert params["verifier_head_kernel"].spec == PartitionSpec(both, None)
     experts = params["sparse"]["mlp"]
     assert experts["experts_gate"].spec == PartitionSpec(None, "expert", "fsdp", "tensor")
     assert experts["experts_down"].spec == PartitionSpec(None, "expert", "tensor", "fsdp")
@@ -121,8 +124,8 @@ def test_each_device_holds_its_share_of_the_big_matrices():
     )["params"]
     routed = held["sparse"]["mlp"]
     assert {routed[f"experts_{name}"] for name in ("gate", "up", "down")} == {1 / 8}
-    assert held["embed"] == held["unembed"] == held["dense"]["mlp"]["gate"] == 1 / 4
-    assert held["sparse"]["attention"]["o"] == 1 / 4
+    assert held["embed"] == held["unembed"] == held["dense"]["mlp"]["gate"] == 1 / 8
+    assert held["sparse"]["attention"]["o"] == 1 / 8
 
 
 def test_a_constraint_lays_out_under_a_mesh_and_is_nothing_without_one():
@@ -131,13 +134,13 @@ def test_a_constraint_lays_out_under_a_mesh_and_is_nothing_without_one():
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
     with jax.set_mesh(mesh):
         laid_out = jax.jit(lambda x: sharding.constrain(x, "batch", "time", "vocab"))(x_BTD)
-    wanted = NamedSharding(mesh, PartitionSpec(("data", "fsdp"), None, "tensor"))
+    wanted = NamedSharding(mesh, PartitionSpec(("data", "fsdp", "expert"), None, "tensor"))
     assert laid_out.sharding.is_equivalent_to(wanted, 3)
     np.testing.assert_array_equal(laid_out, x_BTD)
 
 
-def test_batches_are_split_over_data_and_fsdp():
-    mesh = mesh_of(data=2, fsdp=2, tensor=2)
+def test_batches_are_split_over_data_fsdp_and_expert():
+    mesh = mesh_of(fsdp=2, expert=2, tensor=2)
     assert sharding.batch_ways(mesh) == 4
     assert sharding.batch_sharding(mesh).shard_shape((8, 3)) == (2, 3)
     assert sharding.replicated(mesh).shard_shape((8, 3)) == (8, 3)
@@ -204,17 +207,20 @@ def loss_load_and_grads(experts, variables, batch):
 @pytest.fixture(scope="module")
 def on_one_device():
     variables, batch = drawn_variables(), drawn_batch()
-    found = jax.jit(functools.partial(loss_load_and_grads, moe.every_expert))(variables, batch)
+    found = jax.jit(functools.partial(loss_load_and_grads, grouped.every_expert))(variables, batch)
     return jax.device_get(found)
 
 
 @pytest.mark.parametrize(
     ("sizes", "experts"),
     [
-        (dict(data=2, fsdp=2, expert=1, tensor=2), moe.sorted_blocks),
-        (dict(data=1, fsdp=2, expert=2, tensor=2), moe.ragged),
+        (dict(data=2, fsdp=2, expert=1, tensor=2), grouped.sorted_blocks),
+        (dict(data=1, fsdp=2, expert=2, tensor=2), grouped.ragged),
+        (dict(data=1, fsdp=2, expert=4, tensor=1), grouped.sorted_blocks),
+        (dict(data=1, fsdp=2, expert=1, context=4), grouped.ragged),
+        (dict(data=1, expert=2, tensor=2, context=2), grouped.sorted_blocks),
     ],
-    ids=["data-fsdp-tensor", "fsdp-expert-tensor"],
+    ids=["data-fsdp-tensor", "fsdp-expert-tensor", "expert", "context", "expert-tensor-context"],
 )
 def test_many_devices_give_the_loss_load_and_gradients_of_one(on_one_device, sizes, experts):
     mesh = mesh_of(**sizes)

@@ -13,13 +13,14 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+import jax
 import ml_collections
 
-from mathv2_jax import roles
+from mathv2_jax import roles, sharding
 from mathv2_jax.cli import inputs
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.cli import start as start_lib
-from mathv2_jax.model import moe
+from mathv2_jax.model import attention, grouped
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.rollout import engine
 from mathv2_jax.stages import answer, iterate
@@ -29,17 +30,24 @@ from mathv2_jax.text import prompts
 T = TypeVar("T")
 SCHEMA = 1
 AUTO = "auto"
-EXPERTS: Mapping[str, moe.Experts] = {
-    "sorted_blocks": moe.sorted_blocks,
-    "ragged": moe.ragged,
-    "every_expert": moe.every_expert,
+EXPERTS: Mapping[str, grouped.Experts] = {
+    "sorted_blocks": grouped.sorted_blocks,
+    "ragged": grouped.ragged,
+    "every_expert": grouped.every_expert,
 }
 
 
-def choose_experts(name: str, platform: str) -> moe.Experts:
+ATTENTION: Mapping[str, attention.Attend] = {
+    AUTO: attention.attend_by_length,
+    "dense": attention.attend_densely,
+    "blocks": attention.attend_in_blocks,
+}
+
+
+def choose_experts(name: str, platform: str) -> grouped.Experts:
     """The experts' product by its name; `auto` is the quickest on JAX's `platform`."""
     if name == AUTO:
-        return moe.sorted_blocks if platform == "cpu" else moe.ragged
+        return grouped.sorted_blocks if platform == "cpu" else grouped.ragged
     return EXPERTS[name]
 
 
@@ -115,12 +123,13 @@ class RunConfig:
             self.stages, self.roles.sampling, inputs.conversations(real=self.world is None)
         )
         self._check_compared()
-        chosen = self.runtime.model_kernels
-        if chosen not in (AUTO, *EXPERTS):
-            raise ValueError(
-                f"config.runtime.model_kernels = {chosen!r} is none of {[AUTO, *EXPERTS]}"
-                f"{_nearest(chosen, [AUTO, *EXPERTS])}"
-            )
+        for field, known in (("model_kernels", [AUTO, *EXPERTS]), ("attention", [*ATTENTION])):
+            chosen = getattr(self.runtime, field)
+            if chosen not in known:
+                raise ValueError(
+                    f"config.runtime.{field} = {chosen!r} is none of {known}"
+                    f"{_nearest(chosen, known)}"
+                )
 
     def _check_lengths(self) -> None:
         """No sequence may be longer than the model's context. Rows of RL hold several of them."""
@@ -385,3 +394,19 @@ def differences(saved: Any, asked: Any, where: str) -> Iterator[tuple[str, str, 
                 yield f"{where}.{name}", old, new
     elif saved != asked:
         yield where, f"{saved!r:.80}", f"{asked!r:.80}"
+
+
+def make_mesh(config: RunConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The run's mesh, of all `devices`; ValueError names a stage whose rows it does not divide."""
+    mesh = sharding.make_mesh(config.runtime.mesh, devices)
+    ways = sharding.batch_ways(mesh)
+    for stage in config.stages:
+        for loop in ("sft", "rl"):
+            rows = getattr(getattr(stage, loop, None), "rows", ways)
+            if rows % ways:
+                raise ValueError(
+                    f"config.stage.{stage.name}.{loop}.rows = {rows} cannot be split {ways} ways, "
+                    "over the mesh's axes data, fsdp and expert: give a multiple, or "
+                    "another config.runtime.mesh"
+                )
+    return mesh

@@ -22,13 +22,13 @@ import jax
 from absl import flags, logging
 from etils import epath
 
-from mathv2_jax import evaluation, metrics, records, roles, sharding, storage
+from mathv2_jax import evaluation, metrics, records, roles, storage
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import inputs, shell, table
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.cli import start as start_lib
 from mathv2_jax.cli import workdir as workdir_lib
-from mathv2_jax.model import transformer
+from mathv2_jax.model import exchange, transformer
 from mathv2_jax.rl import learner
 from mathv2_jax.stages import iterate, probe, steps
 from mathv2_jax.stages import run as run_lib
@@ -94,7 +94,7 @@ def train(
     cache_folder = cache or str(workdir.parent / "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", cache_folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    mesh = make_mesh(config)
+    mesh = config_lib.make_mesh(config)
     with _asked_to_stop() as asked, _lease(workdir) as lease:
 
         def should_stop() -> bool:
@@ -192,41 +192,30 @@ def _asked_to_stop() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def make_mesh(config: config_lib.RunConfig) -> jax.sharding.Mesh:
-    """The run's mesh; ValueError names a stage whose rows it does not divide."""
-    mesh = sharding.make_mesh(config.runtime.mesh)
-    ways = sharding.batch_ways(mesh)
-    for stage in config.stages:
-        for loop in ("sft", "rl"):
-            rows = getattr(getattr(stage, loop, None), "rows", ways)
-            if rows % ways:
-                raise ValueError(
-                    f"config.stage.{stage.name}.{loop}.rows = {rows} cannot be split {ways} ways, "
-                    "over the mesh's axes data and fsdp: give a multiple, or another "
-                    "config.runtime.mesh"
-                )
-    return mesh
-
-
 def make_run(
     workdir: epath.Path,
     config: config_lib.RunConfig,
     should_stop: Callable[[], bool],
     mesh: jax.sharding.Mesh | None = None,
 ) -> run_lib.Run:
-    """Tokenizer, roles, model and engines of a run; on `make_mesh(config)` by default."""
+    """Tokenizer, roles, model and engines of a run; on the config's mesh by default."""
     tokenizer = workdir_lib.run_tokenizer(workdir, config)
     model = config.model
     if not config.tokenizer.directory:  # a trained vocabulary may be smaller than asked for
         model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
-    experts = config_lib.choose_experts(config.runtime.model_kernels, jax.default_backend())
+    platform = jax.default_backend()
+    kernels = transformer.Kernels(
+        attend=config_lib.ATTENTION[config.runtime.attention],
+        experts=config_lib.choose_experts(config.runtime.model_kernels, platform),
+        exchange=exchange.choose(platform, config.runtime.expert_buffer),
+    )
     run = run_lib.Run(
         workdir=workdir,
         seed=config.seed,
-        trunk=learner.Trunk(config=model, kernels=transformer.Kernels(experts=experts)),
+        trunk=learner.Trunk(config=model, kernels=kernels),
         tokenizer=tokenizer,
         roles=roles.make_roles(config.roles),
-        mesh=mesh or make_mesh(config),
+        mesh=mesh or config_lib.make_mesh(config),
         engine_config=config.engine,
         runtime=config.runtime,
         router_bias_rate=config.router_bias_rate,

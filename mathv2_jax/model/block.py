@@ -8,8 +8,9 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from mathv2_jax import sharding
+from mathv2_jax.model import attention, grouped, layers, mla, moe
 from mathv2_jax.model import cache as cache_lib
-from mathv2_jax.model import layers, mla, moe
+from mathv2_jax.model import exchange as exchange_lib
 from mathv2_jax.model.config import ModelConfig
 
 # What a layer keeps for its backward pass, by ModelConfig.remat; "none" keeps everything.
@@ -23,10 +24,11 @@ MTP_NAMES = ("off", "on", "detached")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """The functions chosen once per platform: expanded attention and grouped experts."""
+    """Chosen once per platform: expanded attention, grouped experts, and how tokens reach them."""
 
-    attend: mla.Attend = mla.attend_densely
-    experts: moe.Experts = moe.sorted_blocks
+    attend: attention.Attend = attention.attend_densely
+    experts: grouped.Experts = grouped.sorted_blocks
+    exchange: exchange_lib.Exchange = exchange_lib.Exchange()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,20 +78,18 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Passed]:
         c, alignment = self.config, None
         x_BTD = sharding.constrain(x_BTD, "batch", "time", None)
-        attention = mla.LatentAttention(
-            c, self.kernels.attend, self.signals.align, name="attention"
-        )
+        latent = mla.LatentAttention(c, self.kernels.attend, self.signals.align, name="attention")
         normed_BTD = layers.RMSNorm(c.norm_eps, c.param_dtype, name="attention_norm")(x_BTD)
         if cached is None or view is None:
-            out_BTD, latents, alignment = attention.expanded(normed_BTD, layout)
+            out_BTD, latents, alignment = latent.expanded(normed_BTD, layout)
         else:
-            out_BTD, latents = attention.absorbed(normed_BTD, layout.positions_BT, cached, view)
+            out_BTD, latents = latent.absorbed(normed_BTD, layout.positions_BT, cached, view)
         x_BTD = x_BTD + out_BTD
         normed_BTD = layers.RMSNorm(c.norm_eps, c.param_dtype, name="mlp_norm")(x_BTD)
         if not self.sparse:
             out_BTD = layers.GatedMlp(c.dense_width, c.param_dtype, name="mlp")(normed_BTD)
             return x_BTD + out_BTD, Passed(latents, None, alignment)
-        mlp = moe.SparseMlp(c, self.kernels.experts, name="mlp")
+        mlp = moe.SparseMlp(c, self.kernels.experts, self.kernels.exchange, name="mlp")
         balanced_BT = layout.segments_BT if self.signals.balance else None
         out_BTD, routing = mlp(normed_BTD, layout.segments_BT > 0, kept_BTA, balanced_BT)
         return x_BTD + out_BTD, Passed(latents, routing, alignment)

@@ -33,16 +33,18 @@ class Indexer(nn.Module):
 
     def setup(self):
         c = self.config
-        own = functools.partial(layers.weight, self, dtype=c.param_dtype)
+        own = functools.partial(layers.weight, self, dtype=c.param_dtype, used_in=c.compute_dtype)
         self.q_b_QJW = own(
             "q_b",
             (c.q_latent_width, c.index_heads, c.index_head_width),
-            ("q_latent", "heads", "head_width"),
+            ("latent_in", "heads", "head_width"),
             c.q_latent_width,
         )
         self.k_DW = own("k", (c.width, c.index_head_width), ("embed", "head_width"), c.width)
         self.k_norm = layers.LayerNorm(KEY_NORM_EPS, c.param_dtype, name="k_norm")
-        self.weights_DJ = own("weights", (c.width, c.index_heads), ("embed", "heads"), c.width)
+        self.weights_DJ = own(
+            "weights", (c.width, c.index_heads), ("embed", "heads"), c.width, used_in=c.param_dtype
+        )
 
     def queries(
         self,
@@ -52,8 +54,7 @@ class Indexer(nn.Module):
     ) -> IndexQueries:
         """From the normed stream and the normed query latent."""
         x_BTD, q_latent_BTQ = jax.lax.stop_gradient((x_BTD, q_latent_BTQ))
-        q_b_QJW = self.q_b_QJW.astype(q_latent_BTQ.dtype)
-        heads_BTJW = jnp.einsum("BTQ,QJW->BTJW", q_latent_BTQ, q_b_QJW)
+        heads_BTJW = jnp.einsum("BTQ,QJW->BTJW", q_latent_BTQ, self.q_b_QJW)
         weights_BTJ = jnp.einsum(
             "BTD,DJ->BTJ",
             x_BTD.astype(jnp.float32),
@@ -68,13 +69,26 @@ class Indexer(nn.Module):
     ) -> Float[Array, "B T W"]:
         """From the normed stream: what the indexer's cache keeps."""
         x_BTD = jax.lax.stop_gradient(x_BTD)
-        key_BTW = self.k_norm(x_BTD @ self.k_DW.astype(x_BTD.dtype))
+        key_BTW = self.k_norm(x_BTD @ self.k_DW)
         return self._turned(key_BTW[:, :, None], positions_BT)[:, :, 0]
 
     def _turned(self, x_BTNW: jax.Array, positions_BT: jax.Array) -> jax.Array:
         turned, kept = jnp.split(x_BTNW, [self.config.head_rope_width], axis=-1)
         turned = rope.rotate_halves(turned, positions_BT, rope.rotation(self.config))
         return jnp.concatenate([turned, kept], axis=-1)
+
+
+class Index(NamedTuple):
+    """What narrows a row's attention, and what of it is asked for.
+
+    `topk` tokens are picked for each query (0: attention stays dense); with `align` the kernel
+    gives `alignment` with attention over what is seen.
+    """
+
+    queries: IndexQueries
+    keys_BSW: Float[Array, "B S W"]
+    topk: int
+    align: bool
 
 
 def scores(queries: IndexQueries, keys_BSW: Float[Array, "B S W"]) -> Float[Array, "B T S"]:
@@ -86,6 +100,29 @@ def scores(queries: IndexQueries, keys_BSW: Float[Array, "B S W"]) -> Float[Arra
     return jnp.einsum("BTJ,BTJS->BTS", queries.weights_BTJ, hits_BTJS)
 
 
+def nth_largest(x_BTS: Float[Array, "B T S"], n: int) -> Float[Array, "B T 1"]:
+    """The n-th largest of each row, exactly: its 32 bits one by one, the highest first.
+
+    Every bit costs one look at the row. A sort, which a top-k of thousands is, takes longer to run
+    and minutes to compile for TPUs.
+    """
+    bits_BTS = jax.lax.bitcast_convert_type(x_BTS, jnp.int32)
+    # Ordered like the floats: of negative ones all bits but the sign are turned round.
+    key_BTS = bits_BTS ^ ((bits_BTS >> 31) & jnp.int32(0x7FFFFFFF))
+
+    def one_bit(step: jax.Array, found_BT1: jax.Array) -> jax.Array:
+        # The first step is from the smallest number to 0, and wraps.
+        tried_BT1 = found_BT1 + (jnp.int32(1) << (31 - step))
+        enough_BT1 = jnp.sum(key_BTS >= tried_BT1, axis=-1, keepdims=True) >= n
+        return jnp.where(enough_BT1, tried_BT1, found_BT1)
+
+    smallest_BT1 = jnp.full((*x_BTS.shape[:-1], 1), jnp.iinfo(jnp.int32).min)
+    key_BT1 = jax.lax.fori_loop(0, 32, one_bit, smallest_BT1)
+    return jax.lax.bitcast_convert_type(
+        key_BT1 ^ ((key_BT1 >> 31) & jnp.int32(0x7FFFFFFF)), jnp.float32
+    )
+
+
 def select(
     score_BTS: Float[Array, "B T S"], seen_BTS: Bool[Array, "B T S"], topk: int
 ) -> Bool[Array, "B T S"]:
@@ -93,7 +130,7 @@ def select(
     if topk >= score_BTS.shape[-1]:
         return seen_BTS
     score_BTS = jnp.where(seen_BTS, jax.lax.stop_gradient(score_BTS), -jnp.inf)
-    last_BT1 = jax.lax.top_k(score_BTS, topk)[0][..., -1:]
+    last_BT1 = nth_largest(score_BTS, topk)
     above_BTS, level_BTS = score_BTS > last_BT1, score_BTS == last_BT1
     room_BT1 = topk - jnp.sum(above_BTS, axis=-1, keepdims=True)
     first_BTS = jnp.cumsum(level_BTS, axis=-1) <= room_BT1

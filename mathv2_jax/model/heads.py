@@ -1,5 +1,6 @@
 """The two heads on the trunk: token log-probabilities, and the verifier's P(score)."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -18,13 +19,14 @@ class TokenLogprobs(NamedTuple):
 
 def logits(hidden_BTD: Float[Array, "B T D"], unembed_DV: Float[Array, "D V"]) -> jax.Array:
     """Generator head: float32 logits, partitioned over the vocabulary."""
-    out_BTV = jnp.einsum(
-        "BTD,DV->BTV",
-        hidden_BTD,
-        unembed_DV.astype(hidden_BTD.dtype),
-        preferred_element_type=jnp.float32,
-    )
+    unembed_DV = sharding.gathered(unembed_DV.astype(hidden_BTD.dtype), "embed", "vocab")
+    out_BTV = _product(hidden_BTD, unembed_DV)
     return sharding.constrain(out_BTV, "batch", "time", "vocab")
+
+
+def _product(hidden_BTD: jax.Array, unembed_DV: jax.Array) -> jax.Array:
+    with jax.named_scope("unembed"):
+        return jnp.einsum("BTD,DV->BTV", hidden_BTD, unembed_DV, preferred_element_type=jnp.float32)
 
 
 def token_logprobs(
@@ -38,12 +40,44 @@ def token_logprobs(
     """Log-probability of `targets_BT[b, t]` read from `hidden_BTD[b, t]`, at a temperature.
 
     Works on `chunk` times at once and recomputes logits in the backward pass, so [B, T, V] is
-    never held.
+    never held. On a mesh each device does so with its tokens and its part of the vocabulary.
     """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return TokenLogprobs(*_in_chunks(hidden_BTD, unembed_DV, targets_BT, temperature, chunk))
+    # The gradient of the unembedding is summed over the chunks on each device, and once over all.
+    unembed_DV = sharding.gathered(unembed_DV.astype(hidden_BTD.dtype), "embed", "vocab")
+    time = ("time",) if hidden_BTD.shape[1] % sharding.ways("time") == 0 else (None,)
+    tokens = sharding.partition_spec(("batch", *time), "tokens")
+    (split,) = sharding.mesh_axes(("vocab",), mesh) or (None,)
+    found = jax.shard_map(
+        functools.partial(_in_chunks, temperature=temperature, chunk=chunk, split=split),
+        in_specs=(
+            sharding.partition_spec(("batch", *time, None), "hidden"),
+            sharding.partition_spec((None, "vocab"), "unembed"),
+            tokens,
+        ),
+        out_specs=(tokens, tokens),
+        check_vma=False,
+    )(hidden_BTD, unembed_DV, targets_BT)
+    return TokenLogprobs(*found)
+
+
+def _in_chunks(
+    hidden_BTD: jax.Array,
+    unembed_DV: jax.Array,
+    targets_BT: jax.Array,
+    temperature: float,
+    chunk: int,
+    split: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """One device's part; where mesh axis `split` splits the vocabulary, the parts' sums meet."""
 
     @jax.checkpoint
     def one_chunk(hidden_BcD: jax.Array, targets_Bc: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits_BcV = logits(hidden_BcD, unembed_DV) / temperature
+        if split is not None:
+            return _over_parts(hidden_BcD, unembed_DV, targets_Bc, temperature, split)
+        logits_BcV = _product(hidden_BcD, unembed_DV.astype(hidden_BcD.dtype)) / temperature
         log_z_Bc = jax.nn.logsumexp(logits_BcV, axis=-1)
         picked_Bc = jnp.take_along_axis(logits_BcV, targets_Bc[..., None], axis=-1)[..., 0]
         mean_Bc = jnp.sum(jax.nn.softmax(logits_BcV, axis=-1) * logits_BcV, axis=-1)
@@ -61,7 +95,29 @@ def token_logprobs(
     def joined(x_nBc: jax.Array) -> jax.Array:
         return x_nBc.swapaxes(0, 1).reshape(batch, -1)[:, :length]
 
-    return TokenLogprobs(joined(logprob), joined(entropy))
+    return joined(logprob), joined(entropy)
+
+
+def _over_parts(
+    hidden_BcD: jax.Array,
+    unembed_Dv: jax.Array,
+    targets_Bc: jax.Array,
+    temperature: float,
+    split: str,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability and entropy from one device's part of the vocabulary and the others' sums."""
+    logits_Bcv = _product(hidden_BcD, unembed_Dv) / temperature
+    first = jax.lax.axis_index(split) * logits_Bcv.shape[-1]
+    top_Bc1 = jax.lax.stop_gradient(jnp.max(logits_Bcv, axis=-1, keepdims=True))
+    top_Bc1 = jax.lax.pmax(top_Bc1, split)
+    weight_Bcv = jnp.exp(logits_Bcv - top_Bc1)
+    place_Bc1 = targets_Bc[..., None] - first
+    is_target_Bcv = jnp.arange(logits_Bcv.shape[-1])[None, None, :] == place_Bc1
+    picked_Bcv = jnp.where(is_target_Bcv, logits_Bcv, 0.0)
+    parts = (jnp.sum(x, axis=-1) for x in (weight_Bcv, weight_Bcv * logits_Bcv, picked_Bcv))
+    z_Bc, moment_Bc, picked_Bc = jax.lax.psum(tuple(parts), split)
+    log_z_Bc = jnp.log(z_Bc) + top_Bc1[..., 0]
+    return picked_Bc - log_z_Bc, log_z_Bc - moment_Bc / z_Bc
 
 
 def score_logits(

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mathv2_jax import sharding
+
 # A score that no softmax gives weight to; finite, so that a row of them is no error.
 MASKED = -1e30
 
@@ -34,10 +36,12 @@ def weight(
     axes: Sequence[str],
     fan_in: int,
     dtype: str = "float32",
+    used_in: Any = None,
 ) -> jax.Array:
-    """A matrix with normal init of variance 1 / fan_in."""
+    """A matrix with normal init of variance 1 / fan_in, ready to be used in dtype `used_in`."""
     init = nn.initializers.normal(stddev=fan_in**-0.5)
-    return parameter(module, name, init, shape, axes, dtype)
+    stored = parameter(module, name, init, shape, axes, dtype)
+    return sharding.gathered(stored.astype(used_in or dtype), *axes)
 
 
 class RMSNorm(nn.Module):
@@ -85,9 +89,9 @@ class GatedMlp(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         width, dtype = x_BTD.shape[-1], x_BTD.dtype
-        own = functools.partial(weight, self, dtype=self.param_dtype)
+        own = functools.partial(weight, self, dtype=self.param_dtype, used_in=dtype)
         gate_DF = own("gate", (width, self.hidden), ("embed", "mlp"), width)
         up_DF = own("up", (width, self.hidden), ("embed", "mlp"), width)
         down_FD = own("down", (self.hidden, width), ("mlp", "embed"), self.hidden)
-        h_BTF = nn.silu(x_BTD @ gate_DF.astype(dtype)) * (x_BTD @ up_DF.astype(dtype))
-        return h_BTF @ down_FD.astype(dtype)
+        h_BTF = nn.silu(x_BTD @ gate_DF) * (x_BTD @ up_DF)
+        return h_BTF @ down_FD

@@ -1,7 +1,6 @@
 """Multi-head latent attention: expanded for training and prefill, absorbed for decoding."""
 
 import functools
-from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -9,35 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mathv2_jax import sharding
+from mathv2_jax.model import attention, dsa, layers, rope
 from mathv2_jax.model import cache as cache_lib
-from mathv2_jax.model import dsa, layers, rope
 from mathv2_jax.model.config import ModelConfig
 
 # The norms inside MLA keep this one whatever `norm_eps` says, in DeepSeek's code and elsewhere.
 LATENT_NORM_EPS = 1e-6
 
-# (queries, keys, values, layout, scale, seen): `seen` (or None) narrows what the layout shows.
-Attend = Callable[
-    [jax.Array, jax.Array, jax.Array, cache_lib.Layout, float, jax.Array | None], jax.Array
-]
 # What an indexer learns from: nothing, dense attention (warm-up), or sparse attention.
 ALIGN_NAMES = ("off", "dense", "sparse")
-
-
-def attend_densely(
-    q_BTHK: Float[Array, "B T H K"],
-    k_BSHK: Float[Array, "B S H K"],
-    v_BSHU: Float[Array, "B S H U"],
-    layout: cache_lib.Layout,
-    scale: float,
-    seen_BTS: Bool[Array, "B T S"] | None = None,
-) -> Float[Array, "B T H U"]:
-    """Softmax attention with the whole score matrix in memory; scores and softmax in float32."""
-    score_BHTS = jnp.einsum("BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32)
-    mask_BTS = cache_lib.visible(layout) if seen_BTS is None else seen_BTS
-    score_BHTS = jnp.where(mask_BTS[:, None], score_BHTS * scale, layers.MASKED)
-    weight_BHTS = jax.nn.softmax(score_BHTS, axis=-1).astype(v_BSHU.dtype)
-    return jnp.einsum("BHTS,BSHU->BTHU", weight_BHTS, v_BSHU)
 
 
 class LatentAttention(nn.Module):
@@ -47,18 +26,18 @@ class LatentAttention(nn.Module):
     """
 
     config: ModelConfig
-    attend: Attend
+    attend: attention.Attend
     align: str = "off"
 
     def setup(self):
         c = self.config
-        own = functools.partial(layers.weight, self, dtype=c.param_dtype)
+        own = functools.partial(layers.weight, self, dtype=c.param_dtype, used_in=c.compute_dtype)
         key_width = c.head_key_width + c.head_rope_width
         q_in, q_axis = c.width, "embed"
         if c.q_latent_width:
             self.q_a_DQ = own("q_a", (c.width, c.q_latent_width), ("embed", "q_latent"), c.width)
             self.q_norm = layers.RMSNorm(LATENT_NORM_EPS, c.param_dtype, name="q_a_norm")
-            q_in, q_axis = c.q_latent_width, "q_latent"
+            q_in, q_axis = c.q_latent_width, "latent_in"
         self.q_b_QHK = own(
             "q_b", (q_in, c.num_heads, key_width), (q_axis, "heads", "head_width"), q_in
         )
@@ -72,7 +51,7 @@ class LatentAttention(nn.Module):
         self.kv_b_CHK = own(
             "kv_b",
             (c.kv_latent_width, c.num_heads, c.head_key_width + c.head_value_width),
-            ("kv_latent", "heads", "head_width"),
+            ("latent_in", "heads", "head_width"),
             c.kv_latent_width,
         )
         self.o_HUD = own(
@@ -93,13 +72,13 @@ class LatentAttention(nn.Module):
         """What queries are made of: the normed latent, or the stream itself."""
         if not self.config.q_latent_width:
             return x_BTD
-        return self.q_norm(x_BTD @ self.q_a_DQ.astype(x_BTD.dtype))
+        return self.q_norm(x_BTD @ self.q_a_DQ)
 
     def _queries(
         self, q_in_BTQ: Float[Array, "B T Q"], positions_BT: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B T H K"], Float[Array, "B T H R"]]:
         c = self.config
-        q_BTHK = jnp.einsum("BTQ,QHK->BTHK", q_in_BTQ, self.q_b_QHK.astype(q_in_BTQ.dtype))
+        q_BTHK = jnp.einsum("BTQ,QHK->BTHK", q_in_BTQ, self.q_b_QHK)
         q_BTHK = sharding.constrain(q_BTHK, "batch", "time", "heads", "head_width")
         nope, turned = jnp.split(q_BTHK, [c.head_key_width], axis=-1)
         return nope, rope.rotate(turned, positions_BT, rope.rotation(c))
@@ -108,7 +87,7 @@ class LatentAttention(nn.Module):
         self, x_BTD: Float[Array, "B T D"], positions_BT: Int[Array, "B T"]
     ) -> cache_lib.LatentPair:
         c = self.config
-        both_BTC = x_BTD @ self.kv_a_DC.astype(x_BTD.dtype)
+        both_BTC = x_BTD @ self.kv_a_DC
         latent_BTC, key_BTR = jnp.split(both_BTC, [c.kv_latent_width], axis=-1)
         key_BTR = rope.rotate(key_BTR[:, :, None, :], positions_BT, rope.rotation(c))[:, :, 0]
         index_BTW = None if self.indexer is None else self.indexer.keys(x_BTD, positions_BT)
@@ -121,32 +100,29 @@ class LatentAttention(nn.Module):
 
         The last is the indexer's loss, a sum over real tokens, or None where `align` is "off".
         """
-        c, dtype = self.config, x_BTD.dtype
+        c = self.config
         q_in_BTQ = self._query_input(x_BTD)
         q_BTHK, q_BTHR = self._queries(q_in_BTQ, layout.positions_BT)
         latents = self._latents(x_BTD, layout.positions_BT)
-        kv_BSHK = jnp.einsum("BSC,CHK->BSHK", latents.latent, self.kv_b_CHK.astype(dtype))
+        # Where the mesh splits time, latents travel: they are small beside heads.
+        whole = jax.tree.map(lambda x: sharding.constrain(x, "batch", None, None), latents)
+        kv_BSHK = jnp.einsum("BSC,CHK->BSHK", whole.latent, self.kv_b_CHK)
+        kv_BSHK = sharding.constrain(kv_BSHK, "batch", None, "heads", "head_width")
         k_BSHK, v_BSHU = jnp.split(kv_BSHK, [c.head_key_width], axis=-1)
-        shared_BSHR = jnp.broadcast_to(latents.rope_key[:, :, None], q_BTHR.shape)
+        shape = (*k_BSHK.shape[:-1], c.head_rope_width)
+        shared_BSHR = jnp.broadcast_to(whole.rope_key[:, :, None], shape)
         q_BTHK = jnp.concatenate([q_BTHK, q_BTHR], axis=-1)
         k_BSHK = jnp.concatenate([k_BSHK, shared_BSHR], axis=-1)
-        picked_BTS, loss = None, None
         narrow = self.align != "dense" and 0 < c.index_topk < x_BTD.shape[1]
+        index = None
         if self.indexer is not None and (narrow or self.align != "off"):
-            assert latents.index_key is not None, "a model with an indexer keeps its keys"
+            assert whole.index_key is not None, "a model with an indexer keeps its keys"
             queries = self.indexer.queries(x_BTD, q_in_BTQ, layout.positions_BT)
-            score_BTS = dsa.scores(queries, latents.index_key)
-            if narrow:
-                picked_BTS = dsa.select(score_BTS, cache_lib.visible(layout), c.index_topk)
-            if self.align != "off":
-                seen_BTS = cache_lib.visible(layout) if picked_BTS is None else picked_BTS
-                target_BTS = dsa.attention_mean(
-                    *jax.lax.stop_gradient((q_BTHK, k_BSHK)), seen_BTS, self.scale
-                )
-                real_BT = layout.segments_BT > 0
-                loss = dsa.alignment(score_BTS, seen_BTS, target_BTS, real_BT)
-        out_BTHU = self.attend(q_BTHK, k_BSHK, v_BSHU, layout, self.scale, picked_BTS)
-        return jnp.einsum("BTHU,HUD->BTD", out_BTHU, self.o_HUD.astype(dtype)), latents, loss
+            topk = c.index_topk if narrow else 0
+            index = dsa.Index(queries, whole.index_key, topk, self.align != "off")
+        with jax.named_scope("attend"):
+            out_BTHU, loss = self.attend(q_BTHK, k_BSHK, v_BSHU, layout, self.scale, index)
+        return jnp.einsum("BTHU,HUD->BTD", out_BTHU, self.o_HUD), latents, loss
 
     def absorbed(
         self,
@@ -164,7 +140,7 @@ class LatentAttention(nn.Module):
         q_in_B1Q = self._query_input(x_B1D)
         q_B1HK, q_B1HR = self._queries(q_in_B1Q, positions_B1)
         new = self._latents(x_B1D, positions_B1)
-        key_CHK, value_CHU = jnp.split(self.kv_b_CHK.astype(dtype), [c.head_key_width], axis=-1)
+        key_CHK, value_CHU = jnp.split(self.kv_b_CHK, [c.head_key_width], axis=-1)
         q_BHC = jnp.einsum("BHK,CHK->BHC", q_B1HK[:, 0], key_CHK)
         q_BHR = q_B1HR[:, 0]
         num_prompts = cached.prompt.latent.shape[0]
@@ -194,7 +170,7 @@ class LatentAttention(nn.Module):
         mixed_BHC += jnp.einsum("BHN,BNC->BHC", own_BHN, cached.own.latent)
         mixed_BHC += jnp.einsum("BH1,B1C->BHC", self_BH1, new.latent)
         out_BHU = jnp.einsum("BHC,CHU->BHU", mixed_BHC, value_CHU)
-        out_BD = jnp.einsum("BHU,HUD->BD", out_BHU, self.o_HUD.astype(dtype))
+        out_BD = jnp.einsum("BHU,HUD->BD", out_BHU, self.o_HUD)
         return out_BD[:, None], new
 
 

@@ -1,11 +1,10 @@
 """DeepSeekMoE: sigmoid routing with bias correction, dropless experts, one shared expert path.
 
-The grouped matrix product is a function chosen at construction. All forms here are dropless and
-equal up to rounding; `every_expert` is the reference.
+The grouped matrix product (grouped.py) and how tokens travel to experts on other devices
+(exchange.py) are chosen at construction.
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import flax.linen as nn
@@ -13,101 +12,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mathv2_jax.model import layers
+from mathv2_jax.model import exchange as exchange_lib
+from mathv2_jax.model import grouped, layers
 from mathv2_jax.model.config import ModelConfig
-
-
-class ExpertWeights(NamedTuple):
-    """The routed experts of one layer, stacked."""
-
-    gate_EDF: Float[Array, "E D F"]
-    up_EDF: Float[Array, "E D F"]
-    down_EFD: Float[Array, "E F D"]
-
-
-Experts = Callable[[jax.Array, jax.Array, jax.Array, ExpertWeights], jax.Array]
-
-
-def every_expert(
-    x_ND: Float[Array, "N D"],
-    ids_NA: Int[Array, "N A"],
-    weights_NA: Float[Array, "N A"],
-    experts: ExpertWeights,
-) -> Float[Array, "N D"]:
-    """The reference: each expert sees each token, unchosen ones weigh nothing. E / A times work."""
-    num_experts = experts.gate_EDF.shape[0]
-    chosen_NAE = ids_NA[:, :, None] == jnp.arange(num_experts)[None, None, :]
-    weight_NE = jnp.sum(jnp.where(chosen_NAE, weights_NA[:, :, None], 0.0), axis=1)
-    gate_ENF = jnp.einsum("ND,EDF->ENF", x_ND, experts.gate_EDF)
-    h_ENF = nn.silu(gate_ENF) * jnp.einsum("ND,EDF->ENF", x_ND, experts.up_EDF)
-    h_ENF = h_ENF * weight_NE.T[:, :, None].astype(x_ND.dtype)
-    return jnp.einsum("ENF,EFD->ND", h_ENF, experts.down_EFD)
-
-
-def sorted_blocks(
-    x_ND: Float[Array, "N D"],
-    ids_NA: Int[Array, "N A"],
-    weights_NA: Float[Array, "N A"],
-    experts: ExpertWeights,
-    block: int | None = None,
-) -> Float[Array, "N D"]:
-    """Assignments grouped by expert, each group padded to whole blocks, one product a block.
-
-    For CPUs, where `lax.ragged_dot` costs as much as every expert on every row. Memory holds one
-    copy of an expert per block, so it is for small experts. `block` None: 16 to 64 rows, by the
-    mean group, or up to 128 where an expert's matrix is not tiny: tools/bench_step.py's layers of
-    192 x 96 and 384 x 192 take 10 and 20 % less time so, forward and backward.
-    """
-    num_experts, width, hidden = experts.gate_EDF.shape
-    num_tokens, per_token = ids_NA.shape
-    most = 64 if width * hidden < 128 * 64 else 128
-    block = block or min(most, max(16, ids_NA.size // (4 * num_experts)))
-    flat_M = ids_NA.reshape(-1)
-    one_hot_ME = (flat_M[:, None] == jnp.arange(num_experts)[None, :]).astype(jnp.int32)
-    running_ME = jnp.cumsum(one_hot_ME, axis=0)
-    rank_M = jnp.take_along_axis(running_ME, flat_M[:, None], axis=1)[:, 0] - 1
-    blocks_E = -(-running_ME[-1] // block)
-    end_E = jnp.cumsum(blocks_E)
-    slot_M = (end_E - blocks_E)[flat_M] * block + rank_M
-    num_blocks = -(-flat_M.shape[0] // block) + num_experts
-    source_S = jnp.full((num_blocks * block,), num_tokens * per_token, dtype=jnp.int32)
-    source_S = source_S.at[slot_M].set(jnp.arange(flat_M.shape[0], dtype=jnp.int32))
-    padded_ND = jnp.concatenate([x_ND, jnp.zeros_like(x_ND[:1])], axis=0)
-    x_KbD = padded_ND[source_S // per_token].reshape(num_blocks, block, -1)
-    block_ids_K = jnp.arange(num_blocks, dtype=end_E.dtype)
-    owner_K = jnp.sum(block_ids_K[:, None] >= end_E[None, :], axis=1)
-    owner_K = jnp.minimum(owner_K, num_experts - 1)
-    gate_KbF = jnp.einsum("KbD,KDF->KbF", x_KbD, experts.gate_EDF[owner_K])
-    h_KbF = nn.silu(gate_KbF) * jnp.einsum("KbD,KDF->KbF", x_KbD, experts.up_EDF[owner_K])
-    y_KbD = jnp.einsum("KbF,KFD->KbD", h_KbF, experts.down_EFD[owner_K])
-    y_NAD = y_KbD.reshape(num_blocks * block, -1)[slot_M].reshape(num_tokens, per_token, -1)
-    return _combined(y_NAD, weights_NA)
-
-
-def _combined(y_NAD: Float[Array, "N A D"], weights_NA: Float[Array, "N A"]) -> Float[Array, "N D"]:
-    """The weighted sum of each token's experts, in float32."""
-    out_ND = jnp.einsum("NAD,NA->ND", y_NAD.astype(jnp.float32), weights_NA)
-    return out_ND.astype(y_NAD.dtype)
-
-
-def ragged(
-    x_ND: Float[Array, "N D"],
-    ids_NA: Int[Array, "N A"],
-    weights_NA: Float[Array, "N A"],
-    experts: ExpertWeights,
-) -> Float[Array, "N D"]:
-    """Assignments sorted by expert and `lax.ragged_dot`: native on TPU and GPU."""
-    per_token, num_experts = ids_NA.shape[1], experts.gate_EDF.shape[0]
-    flat_M = ids_NA.reshape(-1)
-    order_M = jnp.argsort(flat_M, stable=True)
-    sizes_E = jnp.bincount(flat_M, length=num_experts).astype(jnp.int32)
-    x_MD = x_ND[order_M // per_token]
-    gate_MF = jax.lax.ragged_dot(x_MD, experts.gate_EDF, sizes_E)
-    h_MF = nn.silu(gate_MF) * jax.lax.ragged_dot(x_MD, experts.up_EDF, sizes_E)
-    y_MD = jax.lax.ragged_dot(h_MF, experts.down_EFD, sizes_E)
-    inverse_M = jnp.argsort(order_M)
-    y_NAD = y_MD[inverse_M].reshape(*ids_NA.shape, -1)
-    return _combined(y_NAD, weights_NA)
 
 
 class Routing(NamedTuple):
@@ -115,6 +22,7 @@ class Routing(NamedTuple):
 
     experts_BTA: Int[Array, "... B T A"]
     load_E: Float[Array, "... E"]  # real tokens that chose each expert
+    overflow: Float[Array, "..."]  # assignments left out: no room on their expert's device
     balance: Float[Array, "..."] | None = None  # see balance_loss
 
 
@@ -165,7 +73,8 @@ class SparseMlp(nn.Module):
     """
 
     config: ModelConfig
-    experts: Experts
+    product: grouped.Experts
+    exchange: exchange_lib.Exchange = exchange_lib.Exchange()
 
     @nn.compact
     def __call__(
@@ -176,20 +85,23 @@ class SparseMlp(nn.Module):
         segments_BT: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Routing]:
         c, dtype = self.config, x_BTD.dtype
-        own = functools.partial(layers.weight, self, dtype=c.param_dtype)
-        router_DE = own("router", (c.width, c.num_experts), ("embed", "router"), c.width)
+        own = functools.partial(layers.weight, self, dtype=c.param_dtype, used_in=dtype)
+        router_DE = own(
+            "router", (c.width, c.num_experts), ("embed", "router"), c.width, used_in=None
+        )
         bias = nn.with_logical_partitioning(nn.initializers.zeros, ("router",))
         bias_E = cast(
             Array,
             self.variable("router", "bias", bias, None, (c.num_experts,), jnp.float32).value,
         )
-        shape_in, shape_out = (c.num_experts, c.width, c.expert_width), ("experts", "embed", "mlp")
-        gate_EDF = own("experts_gate", shape_in, shape_out, c.width)
-        up_EDF = own("experts_up", shape_in, shape_out, c.width)
+        shape_in = (c.num_experts, c.width, c.expert_width)
+        axes_in = ("experts", "expert_embed", "mlp")
+        gate_EDF = own("experts_gate", shape_in, axes_in, c.width)
+        up_EDF = own("experts_up", shape_in, axes_in, c.width)
         down_EFD = own(
             "experts_down",
             (c.num_experts, c.expert_width, c.width),
-            ("experts", "mlp", "embed"),
+            ("experts", "mlp", "expert_embed"),
             c.expert_width,
         )
         batch, length, width = x_BTD.shape
@@ -207,11 +119,13 @@ class SparseMlp(nn.Module):
         weight_NA = jnp.take_along_axis(score_NE, ids_NA, axis=1)
         if c.normalize_expert_weights:
             weight_NA = weight_NA / (jnp.sum(weight_NA, axis=1, keepdims=True) + 1e-20)
-        stacked = ExpertWeights(
-            gate_EDF.astype(dtype), up_EDF.astype(dtype), down_EFD.astype(dtype)
-        )
-        routed_ND = self.experts(x_ND, ids_NA, weight_NA * c.routed_scaling, stacked)
-        out_BTD = routed_ND.reshape(batch, length, width)
+        stacked = grouped.ExpertWeights(gate_EDF, up_EDF, down_EFD)
+        ids_BTA = ids_NA.reshape(batch, length, -1)
+        weight_BTA = (weight_NA * c.routed_scaling).reshape(ids_BTA.shape)
+        with jax.named_scope("experts"):
+            out_BTD, overflow = exchange_lib.run(
+                x_ND.reshape(x_BTD.shape), ids_BTA, weight_BTA, stacked, self.product, self.exchange
+            )
         if c.num_shared_experts:
             hidden = c.num_shared_experts * c.expert_width
             out_BTD = out_BTD + layers.GatedMlp(hidden, c.param_dtype, name="shared")(x_BTD)
@@ -222,7 +136,7 @@ class SparseMlp(nn.Module):
         if segments_BT is not None:
             score_BTE = score_NE.reshape(batch, length, -1)
             balance = balance_loss(score_BTE, segments_BT, c.experts_per_token)
-        return out_BTD, Routing(ids_NA.reshape(batch, length, -1), load_E, balance)
+        return out_BTD, Routing(ids_BTA, load_E, overflow, balance)
 
 
 def updated_bias(

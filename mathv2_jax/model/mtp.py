@@ -63,7 +63,7 @@ class MtpLayer(nn.Module):
         view: cache_lib.DecodeView | None = None,
     ) -> tuple[Depth, Further]:
         """`before` is of the row's tokens, or without sources of their predecessors."""
-        c, dtype = self.config, embedded_BTD.dtype
+        c = self.config
         project_ED = layers.weight(
             self,
             "project",
@@ -71,6 +71,7 @@ class MtpLayer(nn.Module):
             ("embed", "norm"),
             2 * c.width,
             c.param_dtype,
+            c.compute_dtype,
         )
         if sources_BT is not None:
             before = _of_predecessors(before, sources_BT)
@@ -87,7 +88,7 @@ class MtpLayer(nn.Module):
             jnp.where(before.real_BT, layout.prefixes_BT, 0),
         )
         block = block_lib.rematted(c)(c, self.kernels, self.signals, True, name="block")
-        joined_BTD = joined_BTE @ project_ED.astype(dtype)
+        joined_BTD = joined_BTE @ project_ED
         hidden_BTD, passed = block(joined_BTD, cached, None, within, view)
         normed_BTD = layers.RMSNorm(c.norm_eps, c.param_dtype, name="final_norm")(hidden_BTD)
         found = (passed.routing, passed.alignment, hidden_BTD, passed.latents)

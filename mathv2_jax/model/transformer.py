@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mathv2_jax import sharding
 from mathv2_jax.model import block, heads, layers, moe, mtp
 from mathv2_jax.model import cache as cache_lib
 from mathv2_jax.model.block import Kernels, Signals
@@ -70,13 +71,14 @@ class Trunk(nn.Module):
         layers.weight(self, "unembed", (c.width, c.vocab_size), ("embed", "vocab"), c.width, dtype)
         layers.parameter(self, "verifier_head_kernel", zeros, (c.width, 3), ("embed", "score"))
         layers.parameter(self, "verifier_head_bias", zeros, (3,), ("score",))
-        x_BTD = embed_VD.astype(c.compute_dtype)[tokens_BT]
+        embed_VD = sharding.gathered(embed_VD.astype(c.compute_dtype), "vocab", "embed")
+        x_BTD = embed_VD[tokens_BT]
         if c.embedding_taps:
             assert previous_BTW is not None, "a model with embedding taps is given previous tokens"
             taps_WD = layers.parameter(
                 self, "taps", normal(0.5), (c.embedding_taps, c.width), ("norm", "norm"), dtype
             )
-            before_BTWD = embed_VD.astype(c.compute_dtype)[previous_BTW]
+            before_BTWD = embed_VD[previous_BTW]
             x_BTD += jnp.einsum("BTWD,WD->BTD", before_BTWD, taps_WD.astype(x_BTD.dtype))
         embedded_BTD = x_BTD
         x_BTD, dense = self._stack(x_BTD, layout, past, None, sparse=False)

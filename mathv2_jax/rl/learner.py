@@ -46,6 +46,7 @@ class LossAux(NamedTuple):
     head_weight: Float[Array, ""]
     load_LE: Float[Array, "L E"]
     policy: grpo.GrpoAux | None
+    overflow: Float[Array, ""]  # assignments to experts that were left out (model/exchange.py)
     further_load_ME: Float[Array, "M E"] | None = None  # of the MTP layers, where they ran
     auxiliary: auxiliary_lib.AuxiliaryLosses | None = None
 
@@ -148,6 +149,11 @@ def _load(out: transformer.TrunkOutput) -> jax.Array:
     return jnp.zeros((0, 0)) if out.routing is None else out.routing.load_E
 
 
+def _overflow(out: transformer.TrunkOutput) -> jax.Array:
+    both = (out.routing, out.further and out.further.routing)
+    return sum((jnp.sum(r.overflow) for r in both if r is not None), jnp.zeros(()))
+
+
 def _further_load(out: transformer.TrunkOutput) -> jax.Array | None:
     routing = out.further and out.further.routing
     return None if routing is None else routing.load_E
@@ -174,7 +180,8 @@ def supervised(
     beside, each = trunk.auxiliary_losses(out, params["unembed"], batch, tokens, total)
     zero = jnp.zeros(())
     real = jnp.sum(batch.segments_BT > 0).astype(jnp.float32)
-    aux = LossAux(loss, real, zero, zero, _load(out), None, _further_load(out), each)
+    load = (_load(out), None, _overflow(out), _further_load(out))
+    aux = LossAux(loss, real, zero, zero, *load, each)
     return loss + beside, aux
 
 
@@ -208,9 +215,8 @@ def policy_gradient(
     unembed_DV = jax.lax.stop_gradient(params["unembed"])
     beside, each = trunk.auxiliary_losses(out, unembed_DV, batch, tokens)
     real = jnp.sum(batch.segments_BT > 0).astype(jnp.float32)
-    measured = LossAux(
-        loss, real, head_loss, head_weight, _load(out), aux, _further_load(out), each
-    )
+    load = (_load(out), aux, _overflow(out), _further_load(out))
+    measured = LossAux(loss, real, head_loss, head_weight, *load, each)
     return loss + head_loss + beside, measured
 
 
@@ -230,6 +236,7 @@ class Learner:
         self.mesh = mesh
         self._optimizer = optimizer
         boxed = transformer.boxed_abstract(trunk.config, trunk.kernels)
+        self._abstract = transformer.unboxed(boxed)
         self._where = _state_shardings(boxed, optimizer, mesh)
         gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -246,12 +253,39 @@ class Learner:
         update = functools.partial(_guarded_update, optimizer, bias_rate, only_indexer)
         self._counts_tokens = bool(trunk.auxiliary.balance or trunk.auxiliary.indexer)
         self._count = jax.jit(lambda batch: jnp.sum(batch.segments_BT > 0).astype(jnp.float32))
-        self._gradients = jax.jit(gradients)
+        # Gradients are summed where their parameters lie, and no chip holds all of one.
+        lie = self._where.variables["params"]
+        self._gradients = jax.jit(gradients, out_shardings=(lie, None))
         self._add = jax.jit(functools.partial(jax.tree.map, jnp.add))
         # The state comes back laid out as it came in, or the next step would compile anew.
         everywhere = sharding.replicated(mesh)
         self._update = jax.jit(update, donate_argnums=0, out_shardings=(self._where, everywhere))
         self._logprobs = jax.jit(logprobs)
+
+    def programs(self, batch: packing.Batch) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+        """What a step runs, and what on: compiled functions by name, with abstract arguments.
+
+        `batch` is of NumPy. `logprobs` is for a reference; where the loss has none it does not run.
+        """
+        state = TrainState(
+            jax.ShapeDtypeStruct((), jnp.int32),
+            self._abstract,
+            jax.eval_shape(self._optimizer.init, self._abstract["params"]),
+        )
+        state = _laid_out(state, self._where)
+        batch = _laid_out(batch, _batch_shardings(batch, self.mesh))
+        scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(self.mesh))
+        tokens = scalar if self._counts_tokens else None
+        asked = (state.variables, batch, None, tokens)
+        with jax.set_mesh(self.mesh):
+            total = jax.eval_shape(self._gradients, *asked)
+        gradients = _laid_out(total[0], self._where.variables["params"])
+        sums = jax.tree.map(lambda x: _laid_out(x, scalar.sharding), total[1])
+        return {
+            "gradients": (self._gradients, asked),
+            "update": (self._update, (state, (gradients, sums), scalar)),
+            "logprobs": (self._logprobs, (state.variables, batch)),
+        }
 
     def start(self, variables: transformer.Variables) -> TrainState:
         """Step 0 on copies of `variables`, laid out for the mesh, with a fresh optimizer."""
@@ -296,12 +330,21 @@ class Learner:
 
 def put_batch(batch: packing.Batch, mesh: Mesh) -> packing.Batch:
     """Host arrays to the mesh: rows over the batch axes, everything else replicated."""
+    return jax.device_put(batch, _batch_shardings(batch, mesh))
+
+
+def _batch_shardings(batch: packing.Batch, mesh: Mesh) -> packing.Batch:
     rows = sharding.batch_sharding(mesh)
     kept = NamedSharding(mesh, PartitionSpec(None, *rows.spec))
     where = packing.Batch(*(kept if name == "kept_LBTA" else rows for name in batch._fields))
-    if batch.kept_LBTA is None:
-        where = where._replace(kept_LBTA=None)
-    return jax.device_put(batch, where)
+    return where._replace(kept_LBTA=None) if batch.kept_LBTA is None else where
+
+
+def _laid_out(tree: Any, where: Any) -> Any:
+    """The tree's shapes, each to lie where the same place of `where` says."""
+    return jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where
+    )
 
 
 def _state_shardings(boxed: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:
@@ -374,6 +417,7 @@ def _guarded_update(
         "learning_rate": learning_rate,
         "finite": finite.astype(jnp.float32),
         "router_peak_load": peak,
+        "expert_overflow": aux.overflow,
         "head_loss": aux.head_loss / jnp.maximum(aux.head_weight, 1e-6),
     }
     if aux.auxiliary is not None:

@@ -42,6 +42,12 @@ def _bucket(size: int, buckets: Sequence[int]) -> int | None:
     return next((b for b in buckets if size <= b), None)
 
 
+def prompts_per_call(config: EngineConfig, together: int, mesh: Mesh) -> int:
+    """Prompts of one compiled call, each answered `together` times: a multiple of rows' ways."""
+    ways = sharding.batch_ways(mesh)
+    return max(1, config.rows // together // ways) * ways
+
+
 def row_key(seed: int, index: int) -> np.ndarray:
     """Key data (two uint32) of one answer, a function of the request's seed and its index."""
     return np.random.SeedSequence([seed, index]).generate_state(2)
@@ -153,8 +159,7 @@ class Engine:
         return opinions
 
     def _prompts_per_call(self, together: int) -> int:
-        ways = sharding.batch_ways(self.mesh)
-        return max(1, self.limits.rows // together // ways) * ways
+        return prompts_per_call(self.limits, together, self.mesh)
 
     def _pad(
         self, prompts: Sequence[Sequence[int]], bucket: int, number: int

@@ -38,6 +38,10 @@ class RuntimeConfig:
     )
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
     model_kernels: str = "auto"  # the experts' product: sorted_blocks, ragged or every_expert
+    attention: str = "auto"  # of whole rows: dense, blocks, or (auto) by the row's length
+    # What a device has room for of the rows that others send to its experts, in units of an even
+    # load; more is left out, and counted in the metric expert_overflow. None: room for all.
+    expert_buffer: float | None = None
     lost_alarm: float = 0.05  # shares of votes or answers beyond which a stage warns
     failed_alarm: float = 0.25
 

@@ -64,7 +64,7 @@ class Loop:
                     f"{num_steps}: give it at least as many, or --restart_stage={name}"
                 )
             print(f"{name}: goes on at step {self.first_step} of {num_steps}", flush=True)
-        self._step = self.first_step
+        self._step, self._overflowed = self.first_step, False
         self._parts = run.parts(name)
         self._parts.discard_after(self.first_step)
         self._writer = metrics.MetricWriter(
@@ -148,6 +148,14 @@ class Loop:
                 f"{self.name}, step {step}: loss {values['loss']}, gradient norm "
                 f"{values['gradient_norm']} are not finite. The state before this step is kept; "
                 f"its batch is in {folder}"
+            )
+        if values.get("expert_overflow", 0.0) and not self._overflowed:
+            self._overflowed = True
+            logging.warning(
+                "%s, step %d: %d assignments of tokens to experts found no room on the experts' "
+                "device and were left out (expert_overflow in the metrics; said once a stage): "
+                "runtime.expert_buffer = %s, None has room for all",
+                *(self.name, step, values["expert_overflow"], self.run.runtime.expert_buffer),
             )
         self._last = {**values, **scalars}
         self._writer.write(step, self._last, at=moment)

@@ -9,7 +9,7 @@ import pytest
 
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import overrides
-from mathv2_jax.model import moe, transformer
+from mathv2_jax.model import grouped, transformer
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CONFIGS = sorted((REPOSITORY / "configs").glob("*.py"))
@@ -125,6 +125,7 @@ def test_the_models_vocabulary_is_the_tokenizers():
         ("stage.verifer-1.rl.steps", "3", r"config\.stage\.verifer-1 .*mean 'verifier-1'\?"),
         ("tokenizer.vocab_size", "0", r"config\.tokenizer: vocab_size = 0 and .*: give one"),
         ("model.vocab_size", "9", r"config\.model\.vocab_size = 9, .*of 448: set config\.tok"),
+        ("runtime.attention", "block", r"attention = 'block' .*did you mean 'blocks'\?"),
         ("runtime.model_kernels", "raged", r"model_kernels = 'raged' .*did you mean 'ragged'\?"),
         ("runtime.metrics.shown", "loss,entropi", r"no .* 'entropi'; did you mean 'entropy'\?"),
         ("stages", "sft,befor", r"config\.stages lists 'befor'.*did you mean 'before'\?"),
@@ -249,9 +250,9 @@ def test_stages_change_behind_the_last_that_has_begun_and_nowhere_else():
 
 
 def test_on_cpus_experts_are_sorted_into_blocks_and_elsewhere_the_platforms_own_product_is_used():
-    assert config_lib.choose_experts("auto", "cpu") is moe.sorted_blocks
-    assert {config_lib.choose_experts("auto", p) for p in ("gpu", "tpu")} == {moe.ragged}
-    assert config_lib.choose_experts("every_expert", "cpu") is moe.every_expert
+    assert config_lib.choose_experts("auto", "cpu") is grouped.sorted_blocks
+    assert {config_lib.choose_experts("auto", p) for p in ("gpu", "tpu")} == {grouped.ragged}
+    assert config_lib.choose_experts("every_expert", "cpu") is grouped.every_expert
 
 
 def test_an_identity_is_plain_data_that_says_each_stages_kind():

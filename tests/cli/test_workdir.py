@@ -193,7 +193,7 @@ def test_rows_that_the_mesh_does_not_divide_are_named_before_anything_is_written
     changes = [(f"stage.{s}.rl.rows", "8") for s in RL if s != "meta"]
     config = smoke(("runtime.mesh.data", "8"), *changes)
     with pytest.raises(ValueError, match=r"config\.stage\.meta\.rl\.rows = 4 .* 8 ways"):
-        train.make_mesh(config)
+        config_lib.make_mesh(config)
 
 
 @pytest.mark.parametrize("flag", ["--workdir=", "--workdir= "])

@@ -16,7 +16,7 @@ import transformers
 
 from mathv2_jax import hf
 from mathv2_jax.hf import ties
-from mathv2_jax.model import block, cache, heads, layers, mla, transformer
+from mathv2_jax.model import attention, block, cache, heads, layers, transformer
 from mathv2_jax.model.config import ModelConfig
 from tests.hf import checkpoints
 
@@ -230,8 +230,8 @@ def our_logits_with_picks(
             if kind in tree
         }
 
-        def attend(*args, picked_BTS=picked_BTS):
-            return mla.attend_densely(*args[:-1], picked_BTS)
+        def attend(q, k, v, layout, scale, index, picked_BTS=picked_BTS):
+            return attention.mixed(q, k, v, picked_BTS, scale), None
 
         module = block.Block(config, block.Kernels(attend=attend), block.Signals(), sparse)
         kept_BTA = kept_LBTA[at] if sparse else None

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mathv2_jax.model import attention as attention_lib
 from mathv2_jax.model import cache, dsa, mla, rope, transformer
 
 LENGTH = 9
@@ -29,7 +30,7 @@ def attention(sparse_model):
     return sparse_model.config, params, draw(0, 2, LENGTH, sparse_model.config.width)
 
 
-def expanded(config, params, x_BTD, align="off", attend=mla.attend_densely):
+def expanded(config, params, x_BTD, align="off", attend=attention_lib.attend_densely):
     module = mla.LatentAttention(config, attend, align)
     run = jax.jit(functools.partial(module.apply, method="expanded"))
     return run({"params": params}, x_BTD, layout())
@@ -81,7 +82,7 @@ def softmax(score, kept):
 
 def test_scores_follow_their_equations(attention):
     config, params, x_BTD = attention
-    module = mla.LatentAttention(config, mla.attend_densely)
+    module = mla.LatentAttention(config, attention_lib.attend_densely)
 
     def score(module, x_BTD):
         q_in_BTQ = module._query_input(x_BTD)
@@ -101,14 +102,25 @@ def test_selection_is_the_best_of_the_visible_and_the_earlier_at_a_tie(topk):
     assert (got.sum(-1) == np.minimum(topk, np.asarray(seen_BTS).sum(-1))).all()
 
 
+@pytest.mark.parametrize("n", [1, 2, 7, 20])
+def test_the_nth_largest_is_found_to_the_bit(n):
+    x_BTS = np.asarray(draw(9, 3, 5, 20)) * np.float32(10.0) ** np.arange(-22, 23, 3)[:15].reshape(
+        3, 5, 1
+    ).astype(np.float32)
+    x_BTS[0, 0, 4:9] = [0.0, -0.0, np.inf, -np.inf, 1e-42]
+    x_BTS[1, 1] = -np.inf
+    found = dsa.nth_largest(jnp.asarray(x_BTS), n)
+    np.testing.assert_array_equal(found, np.sort(x_BTS, axis=-1)[..., ::-1][..., n - 1 : n])
+
+
 @pytest.mark.parametrize("topk", [1, 3, 5])
 def test_attention_is_dense_attention_over_the_selected(attention, topk):
     config, params, x_BTD = attention
     kept_BTS = jnp.asarray(slow_selection(slow_scores(config, params, x_BTD), topk))
 
-    def attend(q, k, v, layout, scale, seen):
-        assert seen is None
-        return mla.attend_densely(q, k, v, layout, scale, kept_BTS)
+    def attend(q, k, v, layout, scale, index):
+        assert index is None
+        return attention_lib.mixed(q, k, v, kept_BTS, scale), None
 
     without = dataclasses.replace(config, index_topk=0, index_heads=0, index_head_width=0)
     wanted_BTD, _, _ = expanded(without, params, x_BTD, attend=attend)
@@ -142,10 +154,10 @@ def test_alignment_is_the_divergence_from_attention_summed_over_heads(attention,
     kept_BTS = seen_BTS if align == "dense" else slow_selection(score_BTS, config.index_topk)
     asked = []
 
-    def attend(q, k, v, layout, scale, seen):
-        assert (seen is None) == (align == "dense")
+    def attend(q, k, v, layout, scale, index):
+        assert index.align and (index.topk == 0) == (align == "dense")
         asked.append((np.asarray(q, np.float64), np.asarray(k, np.float64), scale))
-        return mla.attend_densely(q, k, v, layout, scale, seen)
+        return attention_lib.attend_densely(q, k, v, layout, scale, index)
 
     module = mla.LatentAttention(config, attend, align)
     _, _, got = module.apply({"params": params}, x_BTD, layout(), method="expanded")

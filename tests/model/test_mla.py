@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mathv2_jax.model import cache, mla
+from mathv2_jax.model import attention, cache, mla
 
 PROMPTS = (5, 3)  # lengths, in five slots
 ANSWERS, STEPS = 2, 4
@@ -18,7 +18,7 @@ def draw(seed, *shape):
 def layer_of(model):
     """The attention of the first sparse layer: its module and variables."""
     params = model.variables["params"]["sparse"]["attention"]
-    module = mla.LatentAttention(model.config, mla.attend_densely)
+    module = mla.LatentAttention(model.config, attention.attend_densely)
     return module, {"params": jax.tree.map(lambda x: x[0], params)}
 
 
@@ -127,8 +127,8 @@ def test_scores_stay_float32_where_the_stream_is_bfloat16():
     q, k, v = draw(3, 1, 6, 1, 8), draw(4, 1, 6, 1, 8), draw(5, 1, 6, 1, 4)
     q, k, v = (x.astype(jnp.bfloat16) for x in (q.at[..., 0].set(8), k.at[..., 0].set(8), v))
     layout = cache.plain_layout(jnp.asarray([6]), 6)
-    got = mla.attend_densely(q, k, v, layout, 1.0)
+    got, _ = attention.attend_densely(q, k, v, layout, 1.0)
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-    wanted = mla.attend_densely(q, k, v, layout, 1.0)
+    wanted, _ = attention.attend_densely(q, k, v, layout, 1.0)
     assert got.dtype == jnp.bfloat16
     np.testing.assert_allclose(got.astype(jnp.float32), wanted, rtol=0.02, atol=0.02)

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mathv2_jax.model import moe
+from mathv2_jax.model import grouped, moe
 
 NUM_EXPERTS, WIDTH, HIDDEN, TOKENS, PER_TOKEN = 6, 5, 4, 16, 2
 FORMS = {
-    "sorted blocks of 64": moe.sorted_blocks,
-    "sorted blocks of 4": functools.partial(moe.sorted_blocks, block=4),
-    "ragged": moe.ragged,
+    "sorted blocks of 64": grouped.sorted_blocks,
+    "sorted blocks of 4": functools.partial(grouped.sorted_blocks, block=4),
+    "ragged": grouped.ragged,
 }
 # With blocks of 4: groups that end on a block's edge, one past it, empty ones, all in one.
 LOADS = {
@@ -29,8 +29,8 @@ def draw(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
-def expert_weights() -> moe.ExpertWeights:
-    return moe.ExpertWeights(
+def expert_weights() -> grouped.ExpertWeights:
+    return grouped.ExpertWeights(
         draw(1, NUM_EXPERTS, WIDTH, HIDDEN),
         draw(2, NUM_EXPERTS, WIDTH, HIDDEN),
         draw(3, NUM_EXPERTS, HIDDEN, WIDTH),
@@ -63,7 +63,7 @@ def form(request):
         return jax.grad(total, argnums=(0, 1, 2), has_aux=True)(x_ND, weights_NA, experts)
 
     return tuple(
-        jax.jit(functools.partial(both, f)) for f in (FORMS[request.param], moe.every_expert)
+        jax.jit(functools.partial(both, f)) for f in (FORMS[request.param], grouped.every_expert)
     )
 
 
@@ -154,7 +154,7 @@ def sparse(full):
     """One sparse layer of the full model: (config, its variables, compiled application)."""
     params = full.variables["params"]["sparse"]["mlp"]
     variables = {"params": params, "router": full.variables["router"]["sparse"]["mlp"]}
-    module = moe.SparseMlp(full.config, moe.sorted_blocks)
+    module = moe.SparseMlp(full.config, grouped.sorted_blocks)
     return full.config, jax.tree.map(lambda x: x[0], variables), jax.jit(module.apply)
 
 
@@ -222,13 +222,13 @@ def test_expert_weights_are_raw_scores_where_the_config_says_so(sparse):
     config, variables, _ = sparse
     raw = dataclasses.replace(config, normalize_expert_weights=False, num_shared_experts=0)
     x_BTD, real_BT = inputs(config)
-    module = moe.SparseMlp(raw, moe.every_expert)
+    module = moe.SparseMlp(raw, grouped.every_expert)
     got_BTD, routing = module.apply(variables, x_BTD, real_BT, None)
     p, x_ND = variables["params"], x_BTD.reshape(10, -1)
     score_NE = 1 / (1 + np.exp(-np.asarray(x_ND, np.float64) @ np.asarray(p["router"])))
     ids_NA = np.asarray(routing.experts_BTA).reshape(10, 2)
     weight_NA = config.routed_scaling * np.take_along_axis(score_NE, ids_NA, 1)
-    experts = moe.ExpertWeights(p["experts_gate"], p["experts_up"], p["experts_down"])
+    experts = grouped.ExpertWeights(p["experts_gate"], p["experts_up"], p["experts_down"])
     wanted_ND = one_by_one(x_ND, ids_NA, weight_NA, experts)
     np.testing.assert_allclose(got_BTD.reshape(10, -1), wanted_ND, rtol=1e-4, atol=1e-4)
 
@@ -249,7 +249,7 @@ def test_the_gate_learns_from_the_live_scores_of_kept_experts(sparse):
 
     p = variables["params"]
     x_ND, ids_NA = x_BTD.reshape(10, -1), kept_BTA.reshape(10, 2)
-    experts = moe.ExpertWeights(p["experts_gate"], p["experts_up"], p["experts_down"])
+    experts = grouped.ExpertWeights(p["experts_gate"], p["experts_up"], p["experts_down"])
     out_NAD = np.stack(
         [one_by_one(x_ND, ids_NA[:, a : a + 1], np.ones((10, 1)), experts) for a in range(2)], 1
     )

@@ -365,8 +365,17 @@ def test_a_state_is_consumed_by_its_step_and_the_variables_it_began_with_are_not
     chex.assert_trees_all_equal(jax.device_get(variables), single.variables)
 
 
-def test_a_step_on_eight_devices_is_the_step_on_one(single, stepped):
-    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, tensor=2))
+MESHES = [
+    dict(data=2, fsdp=2, tensor=2),
+    dict(data=1, expert=2, tensor=2, context=2),
+    dict(data=1, expert=4, tensor=2),
+    dict(data=1, fsdp=2, context=4),
+]
+
+
+@pytest.mark.parametrize("axes", MESHES, ids=str)
+def test_a_step_on_eight_devices_is_the_step_on_one(single, stepped, axes):
+    mesh = sharding.make_mesh(sharding.MeshConfig(**axes))
     spread = single._replace(learner=policy_learner(mesh))
     state = spread.learner.start(single.variables)
     assert len(state.variables["params"]["unembed"].sharding.device_set) == 8

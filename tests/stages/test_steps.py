@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mathv2_jax import records, storage
-from mathv2_jax.rl import optimizer
+from mathv2_jax.rl import learner, optimizer
 from mathv2_jax.stages import run as run_lib
 from mathv2_jax.stages import sft, steps
 
@@ -40,6 +40,21 @@ def test_a_step_that_is_not_finite_ends_the_run_with_its_batch_and_the_last_good
         ValueError, match="the variables that stage 'cold' left in .* cannot be had: it holds none"
     ):
         run.variables("cold")
+
+
+def test_assignments_to_experts_that_found_no_room_are_told_once(make_run, monkeypatch, caplog):
+    run, step = make_run(start={}), learner.Learner.step
+
+    def crowded(self, state, *args):
+        at = int(jax.device_get(state.step))
+        after, measured = step(self, state, *args)
+        return after, {**measured, "expert_overflow": jax.numpy.asarray(5.0 * at)}
+
+    monkeypatch.setattr(learner.Learner, "step", crowded)
+    sft.train(run, "crowded", "start", config(1e-2, num_steps=3), TAUGHT)
+    assert caplog.text.count("assignments of tokens to experts found no room") == 1
+    assert "crowded, step 2: 5 assig" in caplog.text
+    assert "runtime.expert_buffer = None" in caplog.text
 
 
 def test_a_stage_that_is_asked_to_stop_saves_and_goes_on_to_the_same_end(make_run):
