@@ -55,11 +55,18 @@ setuptools.setup(
     packages=setuptools.find_packages(include=["mathv2_jax", "mathv2_jax.*"]),
     package_data={"mathv2_jax": ["text/templates/*/*.txt"]},
     install_requires=read_requirements(),
-    extras_require={"hf": HF, "test": TEST, "dev": TEST + DEV, "experiments": EXPERIMENTS},
+    extras_require={
+        "hf": HF,
+        "test": TEST,
+        "dev": TEST + DEV,
+        "experiments": EXPERIMENTS,
+        "tpu": ["jax[tpu]"],
+    },
     entry_points={
         "console_scripts": [
             "mathv2-train = mathv2_jax.cli.train:run",
             "mathv2-convert = mathv2_jax.cli.convert:run",
+            "mathv2-compile = mathv2_jax.cli.compile:run",
         ]
     },
     cmdclass={"sdist": SourceDistribution},

@@ -23,7 +23,7 @@ FLOORS = (
     ("search",),
     ("evaluation", "world"),
     ("stages",),
-    ("report",),
+    ("report", "pods"),
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

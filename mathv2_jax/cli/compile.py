@@ -1,0 +1,269 @@
+"""mathv2-compile: the programs of an RL step, compiled for TPUs that are not there.
+
+mathv2-compile --config=FILE --topology=v5p:8x8x16 [--stage=NAME] [--json=FILE] [--max_layers=N]
+               [--programs=gradients,update,logprobs,prefill,decode] [--lower_only]
+               [--config.field=value ...]
+
+For every program: whether it fits, its memory, FLOPs of the model and of the program, what chips
+send each other, and bounds of its time and MFU; for every phase of the step: what is in memory
+together. The mesh is the config's; -1 fills the topology. With --max_layers the model is cut short
+(--config.model.num_layers would be another model's config), to answer in a minute or two.
+--lower_only traces and partitions nothing: FLOPs alone, in seconds, without libtpu.
+
+Exit codes: 0 all fits, 1 something does not, 2 bad usage or input.
+"""
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from absl import flags, logging
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from mathv2_jax import storage
+from mathv2_jax.cli import config as config_lib
+from mathv2_jax.cli import overrides as overrides_lib
+from mathv2_jax.cli import shell
+from mathv2_jax.model import exchange, transformer
+from mathv2_jax.model.config import ModelConfig
+from mathv2_jax.pods import chips, counting, hlo, phases, programs
+from mathv2_jax.stages import rl
+
+_CONFIG = flags.DEFINE_string("config", None, "File with get_config(), as of mathv2-train.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Chips and their shape, like v5p:8x8x16.")
+_STAGE = flags.DEFINE_string("stage", None, "The RL stage; default: the last one.")
+_JSON = flags.DEFINE_string("json", None, "File for the result.")
+_MAX_LAYERS = flags.DEFINE_integer("max_layers", None, "Cut the model to so many layers.")
+_PROGRAMS = flags.DEFINE_string("programs", None, "Some of them, with commas; default: all.")
+_LOWER = flags.DEFINE_bool("lower_only", False, "Do not compile: FLOPs alone.")
+_FLAGS = (_CONFIG, _TOPOLOGY, _STAGE, _JSON, _MAX_LAYERS, _PROGRAMS, _LOWER)
+
+# libtpu looks for a machine with TPUs, and two of them for each other's lock file.
+_WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_LOG_DIR": "disabled",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Usage and input errors are one line and exit code 2; what is a bug keeps its traceback."""
+    try:
+        rest, overrides = overrides_lib.split(argv)
+        if shell.asks_for_help(rest):
+            print(__doc__)
+            print("\n".join(f"--{f.name}: {flags.FLAGS[f.name].help}" for f in _FLAGS))
+            return shell.FINISHED
+        rest = flags.FLAGS(rest)
+        if len(rest) > 1:
+            raise ValueError(f"unexpected argument {rest[1]!r}: every setting is a --flag")
+        if not _CONFIG.value or not _TOPOLOGY.value:
+            raise ValueError("--config=FILE and --topology=KIND:SHAPE must be given")
+        jax.config.update("jax_platforms", "cpu")
+        loaded = overrides_lib.load(_CONFIG.value)
+        if not loaded.data and loaded.world is None:
+            loaded.data = "none is read"
+        config = config_lib.build(loaded, overrides)
+        result = compiled(config, _TOPOLOGY.value)
+    except (ValueError, FileNotFoundError, flags.Error) as error:
+        if not shell.is_of_input(error):
+            raise
+        print(f"mathv2-compile: {error}", file=sys.stderr)
+        return shell.BAD_INPUT
+    if _JSON.value:
+        text = json.dumps(result, indent=1, sort_keys=True) + "\n"
+        storage.write_whole(shell.absolute(_JSON.value), text.encode())
+    fits = [part["fits"] for part in (*result["programs"].values(), *result["phases"].values())]
+    return shell.FINISHED if all(fit is not False for fit in fits) else shell.FAILED
+
+
+def compiled(config: config_lib.RunConfig, topology: str) -> dict[str, Any]:
+    """What --json writes; each program is printed as it is done."""
+    chip, devices = chips.chip_of(topology), _devices(topology)
+    mesh = config_lib.make_mesh(config, devices)
+    stage, model = _stage(config, _STAGE.value), _cut(config.model, _MAX_LAYERS.value)
+    platform = mesh.devices.flat[0].platform
+    kernels = transformer.Kernels(
+        attend=config_lib.ATTENTION[config.runtime.attention],
+        experts=config_lib.choose_experts(config.runtime.model_kernels, platform),
+        exchange=exchange.choose(platform, config.runtime.expert_buffer),
+    )
+    made = programs.of_rl_step(model, kernels, stage.rl, config.engine, mesh)
+    wanted = made if _PROGRAMS.value is None else _PROGRAMS.value.split(",")
+    unknown = [name for name in wanted if name not in made]
+    if unknown:
+        raise ValueError(f"--programs: {unknown[0]!r} is none of {', '.join(made)}")
+    result: dict[str, Any] = {
+        "topology": topology,
+        "mesh": dict(mesh.shape),
+        "stage": stage.name,
+        "parameters": transformer.num_parameters(transformer.boxed_abstract(model, kernels)),
+        "layers": model.num_layers,
+        "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},
+        "programs": {},
+    }
+    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    print(f"{result['parameters'] / 1e9:.2f} B parameters on {topology}: {shape}", flush=True)
+    for name in wanted:
+        found = measured(made[name], model, stage, mesh, chip, config.runtime.expert_buffer)
+        result["programs"][name] = found
+        print(f"{name}: {_line(found)}", flush=True)
+    result["phases"] = phases.of_rl_step(
+        made, result["programs"], chip, judged=stage.judge is not None, kl=_has_kl(stage)
+    )
+    for name, phase in result["phases"].items():
+        print(f"phase {name}: {_phase_line(phase)}", flush=True)
+    return result
+
+
+def measured(
+    program: programs.Program,
+    model: ModelConfig,
+    stage: rl.RlStage,
+    mesh: Mesh,
+    chip: chips.Chip,
+    buffer: float | None,
+) -> dict[str, Any]:
+    """The figures of one program, a chip's share of each."""
+    traced = program.trace(mesh)
+    executed = counting.executed(traced.jaxpr)
+    parts = executed.per_chip(mesh.size)
+    of_model = program.model_flops(model, aligned=bool(stage.rl.auxiliary.indexer))
+    ways = mesh.shape["expert"]
+    spare = 1.0 if ways == 1 else min(ways, buffer or ways)
+    full = parts.get(counting.EXPERTS, 0.0)
+    parts[counting.EXPERTS] = full / spare
+    model_total = of_model.total / mesh.size
+    found: dict[str, Any] = {
+        "model_flops_per_chip": {n: x / mesh.size for n, x in dataclasses.asdict(of_model).items()},
+        "executed_flops_per_chip": parts,
+        "model_flops_per_chip_total": model_total,
+        "executed_flops_per_chip_total": sum(parts.values()),
+        "executed_over_model": sum(parts.values()) / model_total if model_total else None,
+        # Rows of the buffer that hold nothing at an even load, which the kernel skips.
+        "flops_of_empty_buffer_rows_per_chip": full - full / spare,
+        "loops_of_unknown_length": executed.unknown,
+        "argument_bytes_per_chip": program.argument_bytes(),
+        "fits": None,
+    }
+    lowered = traced.lower()
+    if _LOWER.value:
+        return found
+    began = time.monotonic()
+    try:
+        done = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return found | {"fits": False, "why": str(error).splitlines()[0][:300]}
+    memory = done.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    peak = held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    sent = hlo.collectives(done.as_text())
+    bounds = chips.roofline(
+        chip,
+        model_flops=model_total,
+        executed_flops=sum(parts.values()),
+        argument_bytes=float(memory.argument_size_in_bytes),
+        sent=sent.bytes_by_kind,
+    )
+    return found | {
+        "fits": peak <= chip.hbm_bytes,
+        "compile_seconds": time.monotonic() - began,
+        "peak_bytes_per_chip": peak,
+        "temp_bytes_per_chip": memory.temp_size_in_bytes,
+        "output_bytes_per_chip": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "collective_bytes_per_chip": sent.bytes_by_kind if not sent.unknown_loops else "unknown",
+        "collective_bytes_once_per_unknown_loop": sent.bytes_by_kind,
+        "roofline_estimate_seconds": dataclasses.asdict(bounds),
+    }
+
+
+def _devices(topology: str) -> Sequence[Any]:
+    if _libtpu_version() is None:
+        raise ValueError(
+            "compiling for TPUs needs libtpu, the one that this JAX pins: pip install "
+            '"mathv2_jax[tpu]"'
+        )
+    os.environ.update({k: v for k, v in _WITHOUT_TPU.items() if k not in os.environ})
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:  # libtpu raises what it likes for a shape that it does not know
+        raise ValueError(f"topology {topology!r}: libtpu does not know it: {error}") from error
+    return found.devices
+
+
+def _libtpu_version() -> str | None:
+    if importlib.util.find_spec("libtpu") is None:
+        return None
+    return importlib.metadata.version("libtpu")
+
+
+def _stage(config: config_lib.RunConfig, name: str | None) -> rl.RlStage:
+    stages = {stage.name: stage for stage in config.stages if isinstance(stage, rl.RlStage)}
+    if not stages:
+        raise ValueError(f"{_CONFIG.value} has no stage of reinforcement learning")
+    if name is not None and name not in stages:
+        raise ValueError(f"--stage={name!r} is none of the RL stages {', '.join(stages)}")
+    return stages[name] if name else list(stages.values())[-1]
+
+
+def _cut(model: ModelConfig, most: int | None) -> ModelConfig:
+    if most is None or most >= model.num_layers:
+        return model
+    if most < 2:
+        raise ValueError(f"--max_layers={most}: must be at least 2, a dense and a sparse one")
+    return dataclasses.replace(
+        model, num_layers=most, num_dense_layers=min(model.num_dense_layers, 1)
+    )
+
+
+def _has_kl(stage: rl.RlStage) -> bool:
+    return bool(stage.rl.grpo.kl_coefficient)
+
+
+def _line(found: Mapping[str, Any]) -> str:
+    ratio = found["executed_over_model"]
+    said = "" if ratio is None else f"executed / model FLOPs {ratio:.2f}"
+    if found["fits"] is None:
+        return said
+    if "why" in found:
+        return f"does not fit: {found['why']}"
+    sent = found["collective_bytes_per_chip"]
+    moved = sent if isinstance(sent, str) else f"{sum(sent.values()) / 1e9:.1f} GB"
+    bounds = found["roofline_estimate_seconds"]
+    return (
+        f"{found['peak_bytes_per_chip'] / chips.GIB:.1f} GiB, {said}; collectives {moved}; "
+        f"estimate {bounds['overlapped']:.2f} to {bounds['in_turn']:.2f} s, MFU "
+        f"{bounds['mfu_overlapped']:.0%} to {bounds['mfu_in_turn']:.0%}; compiled in "
+        f"{found['compile_seconds']:.0f} s"
+    )
+
+
+def _phase_line(phase: Mapping[str, Any]) -> str:
+    parts = ", ".join(f"{n} {x / chips.GIB:.1f}" for n, x in phase["bytes_per_chip"].items())
+    verdict = {True: "fits", False: "does not fit", None: "not compiled"}[phase["fits"]]
+    return f"{parts} GiB: {verdict}"
+
+
+def run() -> None:
+    """The console script."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+    sys.exit(main(sys.argv))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,103 @@
+"""What a chip can do at most, and bounds of a program's time on it that follow. Estimates.
+
+Peaks of cloud.google.com/tpu/docs (v5e, v5p-training, v6e, tpu7x); memory of v5e, v5p and v6e as
+libtpu states it when a program does not fit, which is less than is built in.
+"""
+
+import dataclasses
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chip:
+    """Of one device of JAX; a TPU7x chip is two devices, each with a half of everything."""
+
+    bf16_flops: float  # a second
+    hbm_bytes: float
+    hbm_bandwidth: float  # bytes a second
+    ici_bandwidth: float  # bytes a second that arrive, over all links: half the two-way figure
+
+
+CHIPS = {
+    "v5e": Chip(bf16_flops=197e12, hbm_bytes=15.75 * GIB, hbm_bandwidth=819e9, ici_bandwidth=200e9),
+    "v5p": Chip(
+        bf16_flops=459e12, hbm_bytes=95.73 * GIB, hbm_bandwidth=2765e9, ici_bandwidth=600e9
+    ),
+    "v6e": Chip(
+        bf16_flops=918e12, hbm_bytes=31.24 * GIB, hbm_bandwidth=1638e9, ici_bandwidth=400e9
+    ),
+    "tpu7x": Chip(
+        bf16_flops=2307e12 / 2,
+        hbm_bytes=192 * GIB / 2,
+        hbm_bandwidth=7380e9 / 2,
+        ici_bandwidth=600e9 / 2,
+    ),
+}
+
+# A measured step: MaxText, Llama 2 70B, 512 v5p chips, bf16, sequences of 4,096: 65.4 % MFU
+# (maxtext.readthedocs.io, "Optimized models tiering"). What it recomputes is not stated there, so
+# its matrix products run at that share of the peak or at more.
+MEASURED_SHARE_OF_PEAK = 0.654
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Roofline:
+    """Seconds of one call: of each resource alone, and bounds; MFU is of the model's FLOPs.
+
+    `overlapped`: all at once; `in_turn`: one after the other; `calibrated`: overlapped, with
+    products at the share of the peak that one published step of another model reached.
+    """
+
+    compute: float
+    hbm_at_least: float  # every argument read once
+    ici: float
+    overlapped: float
+    in_turn: float
+    calibrated: float
+    mfu_overlapped: float
+    mfu_in_turn: float
+    mfu_calibrated: float
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of a topology like `v5p:8x8x16`; ValueError lists those that are known."""
+    kind = topology.partition(":")[0]
+    if kind not in CHIPS:
+        raise ValueError(f"topology {topology!r}: chips are {', '.join(CHIPS)}, as in v5p:2x2x1")
+    return CHIPS[kind]
+
+
+def roofline(
+    chip: Chip,
+    *,
+    model_flops: float,
+    executed_flops: float,
+    argument_bytes: float,
+    sent: dict[str, int],
+) -> Roofline:
+    """Bounds for one chip's share; `sent` are bytes by kind of collective (hlo.collectives)."""
+    compute = executed_flops / chip.bf16_flops
+    hbm = argument_bytes / chip.hbm_bandwidth
+    # What is reduced goes round once more to be known to all.
+    moved = sum(size * (2 if kind == "all-reduce" else 1) for kind, size in sent.items())
+    ici = moved / chip.ici_bandwidth
+    overlapped = max(compute, hbm, ici)
+    calibrated = max(compute / MEASURED_SHARE_OF_PEAK, hbm, ici)
+    at_peak = model_flops / chip.bf16_flops
+
+    def mfu(seconds: float) -> float:
+        return at_peak / seconds if seconds else 0.0
+
+    in_turn = compute + hbm + ici
+    return Roofline(
+        compute=compute,
+        hbm_at_least=hbm,
+        ici=ici,
+        overlapped=overlapped,
+        in_turn=in_turn,
+        calibrated=calibrated,
+        mfu_overlapped=mfu(overlapped),
+        mfu_in_turn=mfu(in_turn),
+        mfu_calibrated=mfu(calibrated),
+    )

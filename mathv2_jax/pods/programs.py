@@ -1,0 +1,166 @@
+"""The programs of an RL step, as a run would compile them, with abstract arguments on any mesh."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mathv2_jax import sharding
+from mathv2_jax.data import packing
+from mathv2_jax.model import transformer
+from mathv2_jax.model.config import ModelConfig
+from mathv2_jax.pods import counting
+from mathv2_jax.rl import learner, optimizer
+from mathv2_jax.rollout import decode, engine
+from mathv2_jax.stages import rl
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A compiled function and what it is called on; `sequences` of `length` tokens pass through."""
+
+    name: str
+    function: Any
+    arguments: tuple[Any, ...]
+    settings: dict[str, Any]
+    sequences: int
+    length: int
+    past: int = 0  # tokens of the prompt, where it is in a cache
+
+    def argument_bytes(self, *places: int) -> int:
+        """A chip's share of the arguments, or of those at `places`."""
+        some = [self.arguments[at] for at in places] if places else self.arguments
+        return sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(some)
+        )
+
+    def model_flops(self, model: ModelConfig, *, aligned: bool) -> counting.Terms:
+        """Of one call, on all chips; of decoding one step, with half of the answers' slots full."""
+        if self.name == "update":
+            return counting.model_flops(model, 0, 1)
+        if self.name == "decode":
+            return counting.decode_flops(model, self.sequences, self.past + self.length // 2)
+        found = counting.model_flops(model, self.sequences, self.length)
+        if self.name == "prefill":
+            found = dataclasses.replace(found, unembedding=found.unembedding / self.length)
+        return found.trained(aligned=aligned) if self.name == "gradients" else found
+
+    def trace(self, mesh: Mesh) -> Any:
+        """Traced on `mesh`: `.jaxpr` and `.lower()`."""
+        with jax.set_mesh(mesh):
+            return self.function.trace(*self.arguments, **self.settings)
+
+
+def of_rl_step(
+    model: ModelConfig,
+    kernels: transformer.Kernels,
+    config: rl.RlConfig,
+    engine_config: engine.EngineConfig,
+    mesh: Mesh,
+) -> dict[str, Program]:
+    """Gradients, update and log-probabilities of the learner; prefill and decode of the engine.
+
+    Of the engine's shapes the largest, with as many answers a prompt as the stage samples.
+    """
+    return _of_learner(model, kernels, config, mesh) | _of_engine(
+        model, kernels, config.samples, engine_config, mesh
+    )
+
+
+def _of_learner(
+    model: ModelConfig, kernels: transformer.Kernels, config: rl.RlConfig, mesh: Mesh
+) -> dict[str, Program]:
+    trunk = learner.Trunk(config=model, kernels=kernels, auxiliary=config.auxiliary)
+    made = learner.Learner(
+        trunk,
+        functools.partial(learner.policy_gradient, trunk, config.grpo, 1.0),
+        optimizer.make_optimizer(config.optimizer),
+        mesh,
+        router_bias_rate=1e-3,
+    )
+    found = made.programs(packing.empty_batch(config.rows, config.row_length))
+    return {
+        name: Program(
+            name=name,
+            function=function,
+            arguments=arguments,
+            settings={},
+            sequences=config.rows,
+            length=0 if name == "update" else config.row_length,
+        )
+        for name, (function, arguments) in found.items()
+    }
+
+
+def _of_engine(
+    model: ModelConfig,
+    kernels: transformer.Kernels,
+    samples: int,
+    config: engine.EngineConfig,
+    mesh: Mesh,
+) -> dict[str, Program]:
+    programs = decode.Programs(model, kernels)
+    together = min(samples, config.rows)
+    prompts = engine.prompts_per_call(config, together, mesh)
+    rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+    def array(dtype: Any, *shape: int, lies: Any = rows) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=lies)
+
+    boxed = transformer.boxed_abstract(model, kernels)
+    variables = jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
+        transformer.unboxed(boxed),
+        sharding.shardings_for(boxed, mesh),
+    )
+    bucket, slots = config.prompt_buckets[-1], config.answer_buckets[-1]
+    asked = (variables, array(jnp.int32, prompts, bucket), array(jnp.int32, prompts))
+    with jax.set_mesh(mesh):
+        prefilled = jax.eval_shape(programs.prefill, *asked)
+    batch = sharding.partition_spec((None, "batch"), "latents")
+    stacked = jax.NamedSharding(mesh, batch)
+    prefilled = decode.Prefilled._make(
+        jax.tree.map(lambda x, at=at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), part)
+        for part, at in zip(prefilled, (stacked, rows, rows, rows), strict=True)
+    )
+    number = prompts * together
+    settings = decode.RowSettings._make(
+        (
+            array(jnp.uint32, number, 2),
+            array(jnp.float32, number),
+            array(jnp.float32, number),
+            array(jnp.int32, number),
+        )
+    )
+    answering = (
+        variables,
+        prefilled,
+        array(jnp.int32, prompts),
+        settings,
+        array(jnp.int32, 1, lies=everywhere),
+    )
+    shape = dict(slots=slots, truncate=False)
+    return {
+        "prefill": Program(
+            name="prefill",
+            function=programs.prefill,
+            arguments=asked,
+            settings={},
+            sequences=prompts,
+            length=bucket,
+        ),
+        "decode": Program(
+            name="decode",
+            function=programs.decode,
+            arguments=answering,
+            settings=shape,
+            sequences=number,
+            length=slots,
+            past=bucket,
+        ),
+    }

@@ -1,0 +1,112 @@
+"""mathv2-compile, on this machine's own devices in the place of a topology's."""
+
+import json
+import pathlib
+
+import jax
+import pytest
+from absl import flags
+
+from mathv2_jax.cli import compile as compile_lib
+from mathv2_jax.cli import shell
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MESH = [f"--config.runtime.mesh.{axis}=2" for axis in ("data", "expert", "tensor")]
+SMOKE = [f"--config={ROOT / 'configs' / 'smoke.py'}", *MESH]
+POD = f"--config={ROOT / 'configs' / 'deepseek_v32.py'}"
+
+
+@pytest.fixture
+def command(capsys, monkeypatch):
+    """The command in this process: (exit code, what it printed, its errors)."""
+    monkeypatch.setattr(compile_lib, "_devices", lambda topology: jax.devices())
+
+    def run(*arguments):
+        flags.FLAGS.unparse_flags()
+        for flag in compile_lib._FLAGS:
+            flags.FLAGS[flag.name].unparse()
+        code = compile_lib.main(["mathv2-compile", *arguments])
+        printed = capsys.readouterr()
+        return code, printed.out, printed.err
+
+    return run
+
+
+def test_every_program_and_phase_is_reported(command, tmp_path):
+    to = tmp_path / "result.json"
+    code, out, err = command(*SMOKE, "--topology=v5p:2x2x2", f"--json={to}")
+    assert code == shell.FINISHED, err
+    found = json.loads(to.read_text())
+    assert list(found["programs"]) == ["decode", "gradients", "logprobs", "prefill", "update"]
+    for name, program in found["programs"].items():
+        assert program["fits"] is True and f"{name}: " in out
+        assert program["peak_bytes_per_chip"] > program["argument_bytes_per_chip"] * 0.99
+        assert program["collective_bytes_per_chip"], name
+        assert (program["model_flops_per_chip_total"] > 0) == (name != "update")
+        assert program["roofline_estimate_seconds"]["in_turn"] > 0
+    train = found["programs"]["gradients"]
+    assert train["executed_flops_per_chip"]["routed_experts"] > 0
+    assert 1.0 < train["executed_over_model"] < 3.0
+    assert {p["fits"] for p in found["phases"].values()} == {True}
+    assert found["mesh"]["expert"] == 2 and found["versions"]["jax"] == jax.__version__
+
+
+def test_lowering_alone_counts_flops_of_the_whole_model(command, tmp_path, monkeypatch):
+    to = tmp_path / "result.json"
+    code, out, err = command(
+        POD,
+        "--topology=v5p:2x2x2",
+        "--lower_only",
+        "--programs=gradients",
+        "--config.runtime.mesh.fsdp=2",
+        "--config.runtime.mesh.expert=4",
+        f"--json={to}",
+    )
+    assert code == shell.FINISHED, err
+    found = json.loads(to.read_text())
+    assert found["parameters"] == pytest.approx(671.88e9, rel=1e-5) and found["layers"] == 61
+    train = found["programs"]["gradients"]
+    assert train["executed_over_model"] < 1.45 and train["fits"] is None
+    assert train["loops_of_unknown_length"] == []
+    assert found["phases"]["training"]["fits"] is None and "not compiled" in out
+
+
+def test_a_model_can_be_cut_short_and_a_stage_chosen(command):
+    some = ["--topology=v5p:2x2x2", "--lower_only", "--programs=update"]
+    small = ["--config.runtime.mesh.fsdp=2", "--config.runtime.mesh.expert=4"]
+    code, out, err = command(POD, *some, *small, "--max_layers=2", "--stage=verifier-0")
+    assert code == shell.FINISHED, err
+    assert "13.97 B parameters" in out and "phase judging" not in out
+
+
+BAD = {
+    "must be given": SMOKE,
+    "--topology=KIND": ["--topology=v5p:2x2x2"],
+    "chips are v5e": [*SMOKE, "--topology=v9:2x2"],
+    "none of gradients, update": [*SMOKE, "--topology=v5p:2x2x2", "--programs=gradient"],
+    "none of the RL stages": [*SMOKE, "--topology=v5p:2x2x2", "--stage=sft"],
+    "at least 2": [*SMOKE, "--topology=v5p:2x2x2", "--max_layers=1"],
+    "Unknown command line flag": [*SMOKE, "--topologie=v5p:2x2x2"],
+    "does not fit 8 devices": [POD, "--topology=v5p:2x2x2"],
+    "cannot be split 8 ways": [SMOKE[0], "--topology=v5p:2x2x2", "--config.runtime.mesh.data=8"],
+}
+
+
+@pytest.mark.parametrize(("said", "arguments"), BAD.items(), ids=BAD)
+def test_bad_usage_is_one_line_and_exit_code_2(command, said, arguments):
+    code, _, err = command(*arguments)
+    assert code == shell.BAD_INPUT and said in err and err.count("\n") == 1
+
+
+def test_a_program_that_does_not_fit_is_exit_code_1(command, monkeypatch, tmp_path):
+    chip = compile_lib.chips.CHIPS["v5e"]
+    tiny = {"v5e": type(chip)(**{**vars(chip), "hbm_bytes": 1000.0})}
+    monkeypatch.setattr(compile_lib.chips, "CHIPS", tiny)
+    code, out, _ = command(*SMOKE, "--topology=v5e:2x4", "--programs=update")
+    assert code == shell.FAILED and "does not fit" in out
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(compile_lib.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"mathv2_jax\[tpu\]"):
+        compile_lib._devices("v5p:2x2x1")

@@ -1,0 +1,73 @@
+"""What chips send each other, read from programs' texts."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mathv2_jax import sharding
+from mathv2_jax.pods import hlo
+
+TEXT = """HloModule jit_f, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  ROOT %sum = f32[] add(%a, %a)
+}
+
+%body (p: (s32[], bf16[8,4])) -> (s32[], bf16[8,4]) {
+  %p = (s32[]{:T(128)}, bf16[8,4]{1,0:T(8,128)(2,1)}) parameter(0)
+  %x = bf16[8,4]{1,0} get-tuple-element(%p), index=1
+  %gather = bf16[8,4]{1,0:T(8,128)(2,1)} all-gather(%x), dimensions={0}, metadata={op_name="a"}
+  %start = (bf16[4,4]{1,0}, bf16[8,4]{1,0}) all-gather-start(%x), dimensions={0}
+  %done = bf16[8,4]{1,0} all-gather-done(%start)
+  ROOT %both = (s32[], bf16[8,4]{1,0}) tuple(%x, %done)
+}
+
+%condition (q: (s32[], bf16[8,4])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  %q = (s32[], bf16[8,4]{1,0}) parameter(0)
+  %at = s32[] get-tuple-element(%q), index=0
+  ROOT %less = pred[] compare(%at, %limit), direction=LT
+}
+
+ENTRY %main (x: bf16[8,4]) -> f32[2,3] {
+  %x = bf16[8,4]{1,0} parameter(0)
+  %loop = (s32[], bf16[8,4]{1,0}) while(%x), condition=%condition, body=%body
+  %pair = (f32[2,3]{1,0}, f32[5]{0}) all-reduce(%x, %x), to_apply=%add
+  ROOT %out = f32[2,3]{1,0} ragged-all-to-all(%pair), replica_groups={{0,1}}
+}
+"""
+
+
+def test_a_loops_collectives_count_as_often_as_it_turns():
+    found = hlo.collectives(TEXT)
+    assert found.bytes_by_kind == {
+        "all-gather": 5 * (64 + 64),
+        "all-reduce": 24 + 20,
+        "ragged-all-to-all": 24,
+    }
+    assert found.unknown_loops == ()
+
+
+def test_a_loop_of_unknown_length_is_named_and_counts_once():
+    found = hlo.collectives(TEXT.replace("direction=LT", "direction=NE"))
+    assert found.unknown_loops == ("loop",) and found.bytes_by_kind["all-gather"] == 128
+
+
+def test_what_is_no_program_is_an_error():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        hlo.collectives("HloModule nothing")
+
+
+def test_a_program_of_this_platform_is_read():
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=8))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+
+    def sums(x):
+        return jax.lax.fori_loop(0, 3, lambda _, y: y + jnp.sum(x * y, axis=0, keepdims=True), x)
+
+    with jax.set_mesh(mesh):
+        x = jax.ShapeDtypeStruct((16, 10), jnp.float32, sharding=rows)
+        text = jax.jit(sums, out_shardings=rows).lower(x).compile().as_text()
+    assert hlo.collectives(text).bytes_by_kind == {"all-reduce": 3 * 10 * 4}

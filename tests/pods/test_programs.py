@@ -1,0 +1,115 @@
+"""The programs that are compiled ahead are those that a step runs."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from configs.models import tiny_v32
+from mathv2_jax import sharding
+from mathv2_jax.data import packing
+from mathv2_jax.model import transformer
+from mathv2_jax.model.config import ModelConfig
+from mathv2_jax.pods import chips, phases, programs
+from mathv2_jax.rl import grpo, learner, optimizer
+from mathv2_jax.rollout import engine
+from mathv2_jax.stages import rl
+
+MODEL = ModelConfig(
+    **tiny_v32.model() | dict(num_mtp_layers=0, q_latent_width=12, kv_latent_width=12)
+)
+CONFIG = rl.RlConfig(
+    steps=1,
+    rows=8,
+    row_length=16,
+    samples=4,
+    optimizer=optimizer.OptimizerConfig(learning_rate=1e-2),
+)
+ENGINE = engine.EngineConfig(rows=8, prompt_buckets=(4, 8), answer_buckets=(2, 6))
+RATE = 1e-2
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2, expert=2))
+
+
+@pytest.fixture(scope="module")
+def made(mesh):
+    return programs.of_rl_step(MODEL, transformer.Kernels(), CONFIG, ENGINE, mesh)
+
+
+def batch():
+    rng = np.random.default_rng(0)
+    answers = [
+        packing.Answer(tokens=rng.integers(1, 60, n).tolist(), weights=[1.0] * n, advantage=a)
+        for n, a in ((3, 1.0), (5, -1.0))
+    ]
+    items = [packing.Item(prompt=(1, 2, 3), answers=(answer,)) for answer in answers * 4]
+    (packed,) = packing.pack_all(items, CONFIG.rows, CONFIG.row_length)
+    return packed
+
+
+def test_a_step_by_the_programs_compiled_ahead_is_the_learners_own(made, mesh):
+    trunk = learner.Trunk(config=MODEL, kernels=transformer.Kernels())
+    own = learner.Learner(
+        trunk,
+        functools.partial(learner.policy_gradient, trunk, grpo.GrpoConfig(), 1.0),
+        optimizer.make_optimizer(CONFIG.optimizer),
+        mesh,
+        router_bias_rate=1e-3,
+    )
+    variables = transformer.init(MODEL, jax.random.key(0))
+    put = own.put(batch())
+    wanted, metrics = own.step(own.start(variables), [put], [None], RATE)
+    state = own.start(variables)
+    ahead = {n: made[n].trace(mesh).lower().compile() for n in ("gradients", "update")}
+    rate = jax.device_put(np.float32(RATE), sharding.replicated(mesh))
+    total = ahead["gradients"](state.variables, put, None, None)
+    found, same = ahead["update"](state, total, rate)
+    assert float(same["loss"]) == float(metrics["loss"]) != 0.0
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_the_engines_programs_are_of_its_largest_shape(made, mesh):
+    prefill, decode = made["prefill"], made["decode"]
+    assert (prefill.sequences, prefill.length) == (8, 8)  # 8 / 4 prompts, a multiple of 8 ways
+    assert (decode.sequences, decode.length, decode.past) == (32, 6, 8)
+    for program in (prefill, decode):
+        assert program.trace(mesh).lower().compile().memory_analysis() is not None
+
+
+def test_a_chips_share_of_the_arguments_is_what_its_shards_hold(made, mesh):
+    trunk = transformer.boxed_abstract(MODEL)
+    where = sharding.shardings_for(trunk, mesh)
+    variables = jax.device_put(transformer.init(MODEL, jax.random.key(0)), where)
+    held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(variables))
+    assert made["logprobs"].argument_bytes(0) == held
+    # Two moments for each parameter, and the counts of their steps.
+    assert 2.9 * held < made["update"].argument_bytes(0) < 3.1 * held
+
+
+def test_a_phase_holds_all_parameter_sets_and_the_larger_of_its_programs(made):
+    chip = chips.Chip(bf16_flops=1.0, hbm_bytes=1e6, hbm_bandwidth=1.0, ici_bandwidth=1.0)
+    variables = made["logprobs"].argument_bytes(0)
+    state = made["update"].argument_bytes(0)
+    measured = {
+        "prefill": {"peak_bytes_per_chip": variables + 5, "fits": True},
+        "decode": {"peak_bytes_per_chip": variables + 7, "fits": True},
+        "gradients": {"peak_bytes_per_chip": variables + 10**6, "fits": True},
+        "update": {"peak_bytes_per_chip": state + 3, "fits": True},
+    }
+    found = phases.of_rl_step(made, measured, chip, judged=True, kl=True)
+    sampling = found["sampling"]["bytes_per_chip"]
+    assert sampling == {
+        "policy_and_optimizer": state,
+        "initial_parameters": variables,
+        "judge": variables,
+        "programs": 7,
+    }
+    assert found["sampling"]["fits"] is True and found["training"]["fits"] is False
+    assert found["reference"]["fits"] is None  # its program was not compiled
+    alone = phases.of_rl_step(made, measured, chip, judged=False, kl=False)
+    assert set(alone) == {"sampling", "training"} and "judge" not in str(alone)
