@@ -22,14 +22,19 @@ LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "time": ("context",),
     "layers": (),
-    "embed": ("fsdp", "expert"),
-    "expert_embed": ("fsdp",),
+    "embed": (
+        "fsdp",
+        "context",
+    ),  # not expert: 7 rows a chip are no tile, and XLA sums, not gathers
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "head_width": (),
     "q_latent": (),
     "kv_latent": (),
-    "latent_in": ("fsdp",),  # of what is expanded from a latent; its width seldom divides further
+    "latent_in": (
+        "fsdp",
+        "context",
+    ),  # of what is expanded from a latent; its width seldom divides further
     "mlp": ("tensor",),
     "experts": ("expert",),
     "router": (),
@@ -41,7 +46,7 @@ LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
 FREE = PartitionSpec.UNCONSTRAINED
 
 # Logical axes that are split to share out memory, not work.
-STORED_APART = ("embed", "expert_embed", "latent_in")
+STORED_APART = ("embed", "latent_in")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

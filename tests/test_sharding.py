@@ -19,8 +19,8 @@ TINY = ModelConfig(
     width=16,
     num_layers=2,
     num_heads=2,
-    q_latent_width=9,
-    kv_latent_width=10,
+    q_latent_width=16,
+    kv_latent_width=8,
     head_key_width=6,
     head_rope_width=4,
     head_value_width=5,
@@ -71,7 +71,9 @@ def test_logical_axes_go_where_the_table_says():
     batch = ("data", "fsdp", "expert")
     assert spec(("batch", "time", None)) == PartitionSpec(batch, "context", None)
     assert spec((None, sharding.FREE)) == PartitionSpec(None, PartitionSpec.UNCONSTRAINED)
-    assert spec(("experts", "expert_embed", "mlp")) == PartitionSpec("expert", "fsdp", "tensor")
+    assert spec(("experts", "embed", "mlp")) == PartitionSpec(
+        "expert", ("fsdp", "context"), "tensor"
+    )
     assert spec(("norm", "norm")) == PartitionSpec(None, None)
     for mesh_axes in sharding.LOGICAL_TO_MESH.values():
         assert set(mesh_axes) <= set(sharding.MESH_AXES)
@@ -104,13 +106,13 @@ def test_every_parameter_of_the_model_has_axes_in_the_table():
         assert len(leaf.names) == len(leaf.value.shape)
     found: Any = sharding.shardings_for(tree, mesh)
     params, router = found["params"], found["router"]
-    both = ("fsdp", "expert")  # what is no expert's is split over the experts' axis too
+    both = ("fsdp", "context")
     assert params["embed"].spec == PartitionSpec("tensor", both)
     assert params["unembed"].spec == PartitionSpec(both, "tensor")
     assert params["verifier_head_kernel"].spec == PartitionSpec(both, None)
     experts = params["sparse"]["mlp"]
-    assert experts["experts_gate"].spec == PartitionSpec(None, "expert", "fsdp", "tensor")
-    assert experts["experts_down"].spec == PartitionSpec(None, "expert", "tensor", "fsdp")
+    assert experts["experts_gate"].spec == PartitionSpec(None, "expert", both, "tensor")
+    assert experts["experts_down"].spec == PartitionSpec(None, "expert", "tensor", both)
     assert router["sparse"]["mlp"]["bias"].spec == PartitionSpec(None, None)
 
 
@@ -124,8 +126,9 @@ def test_each_device_holds_its_share_of_the_big_matrices():
     )["params"]
     routed = held["sparse"]["mlp"]
     assert {routed[f"experts_{name}"] for name in ("gate", "up", "down")} == {1 / 8}
-    assert held["embed"] == held["unembed"] == held["dense"]["mlp"]["gate"] == 1 / 8
-    assert held["sparse"]["attention"]["o"] == 1 / 8
+    assert held["embed"] == held["unembed"] == held["dense"]["mlp"]["gate"] == 1 / 4
+    attention = held["sparse"]["attention"]
+    assert attention["o"] == attention["q_b"] == attention["kv_b"] == 1 / 4
 
 
 def test_a_constraint_lays_out_under_a_mesh_and_is_nothing_without_one():

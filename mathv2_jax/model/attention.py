@@ -21,6 +21,7 @@ Attend = Callable[
     tuple[jax.Array, jax.Array | None],
 ]
 _CHUNKS = 8
+_TILE_BYTES = 2**31
 
 
 def mixed(
@@ -81,18 +82,23 @@ def attend_in_blocks(
     scale: float,
     index: dsa.Index | None = None,
     *,
-    block: int = 128,
+    block: int | None = None,
     chunks: int = _CHUNKS,
 ) -> tuple[Float[Array, "B T H U"], Float[Array, ""] | None]:
     """`block` queries at a time, a device, and their scores once more in the backward pass.
 
-    So memory holds [B, H, block, S] of scores, and of a choice of the indexer [B, block, S]. The
-    keys after the last of a chunk of queries (T / `chunks`) are left out: with 8 chunks 9 / 16 of
-    the square is computed. Where the mesh splits time, its devices take blocks in turn, so that
-    each has as much to do as the others. For any platform.
+    So memory holds [B, H, block, S] of scores, and [B, block, S] of an indexer's choice; `block`
+    None is 128, or as many as keep the scores of a row below 2 GiB. The keys after the last of a
+    chunk of queries (T / `chunks`) are left out: with 8 chunks 9 / 16 of the square is computed.
+    Where the mesh splits time, its devices take blocks in turn, so that each has as much to do as
+    the others. For any platform.
     """
     batch, length = q_BTHK.shape[:2]
     ways = sharding.ways("time")
+    if block is None:
+        heads = q_BTHK.shape[2] if index is None else max(q_BTHK.shape[2], index.num_heads)
+        a_query = 4 * length * -(-heads // sharding.ways("heads"))
+        block = max(1, min(128, _TILE_BYTES // a_query))
     block = min(block, -(-length // ways))
     chunks = min(chunks, -(-length // (ways * block)))
     loops = -(-length // (chunks * ways * block))

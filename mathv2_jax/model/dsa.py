@@ -90,6 +90,11 @@ class Index(NamedTuple):
     topk: int
     align: bool
 
+    @property
+    def num_heads(self) -> int:
+        """The indexer's."""
+        return self.queries.heads_BTJW.shape[2]
+
 
 def scores(queries: IndexQueries, keys_BSW: Float[Array, "B S W"]) -> Float[Array, "B T S"]:
     """Equation 1: sum over heads of weight * relu(query . key), the product scaled by W^-1/2."""

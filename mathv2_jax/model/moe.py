@@ -95,13 +95,13 @@ class SparseMlp(nn.Module):
             self.variable("router", "bias", bias, None, (c.num_experts,), jnp.float32).value,
         )
         shape_in = (c.num_experts, c.width, c.expert_width)
-        axes_in = ("experts", "expert_embed", "mlp")
+        axes_in = ("experts", "embed", "mlp")
         gate_EDF = own("experts_gate", shape_in, axes_in, c.width)
         up_EDF = own("experts_up", shape_in, axes_in, c.width)
         down_EFD = own(
             "experts_down",
             (c.num_experts, c.expert_width, c.width),
-            ("experts", "mlp", "expert_embed"),
+            ("experts", "mlp", "embed"),
             c.expert_width,
         )
         batch, length, width = x_BTD.shape

@@ -22,7 +22,13 @@ from tests import byte_level, smoke
 from tests.hf import checkpoints
 
 TOKENIZER = hf_tokenizer.HfTokenizer(byte_level.files())
-MODEL = dataclasses.replace(checkpoints.FULL, vocab_size=TOKENIZER.vocab_size + 2, max_position=256)
+MODEL = dataclasses.replace(
+    checkpoints.FULL,
+    vocab_size=TOKENIZER.vocab_size + 2,
+    max_position=256,
+    q_latent_width=16,  # which the mesh divides
+    kv_latent_width=12,
+)
 BASE = {
     "model": "{}",
     "tokenizer": "{}",

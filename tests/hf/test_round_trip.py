@@ -66,6 +66,8 @@ def test_a_checkpoint_of_eight_devices_is_exported_like_one_of_a_single_device(t
         vocab_size=64,
         width=32,
         num_heads=4,
+        q_latent_width=16,
+        kv_latent_width=8,
         dense_width=32,
         num_experts=4,
         num_mtp_layers=1,

@@ -1,0 +1,14 @@
+"""Moonlight 16B in every stage of the recipe, on 16 chips of TPU v6e. Compiled, never run.
+
+mathv2-compile --config=configs/moonlight_16b.py --topology=v6e:4x4
+"""
+
+import ml_collections
+
+from configs import pods
+from configs.models import moonlight_16b_a3b
+
+
+def get_config() -> ml_collections.ConfigDict:
+    mesh = dict(data=1, fsdp=2, expert=8)
+    return pods.get_config(moonlight_16b_a3b.model(), 16, mesh, prompt=1024, answer=3072)
