@@ -1,18 +1,51 @@
 """DeepSeek-V3.2 in every stage of the recipe, on 1,024 chips of TPU v5p. Compiled, never run.
 
     mathv2-compile --config=configs/deepseek_v32.py --topology=v5p:8x8x16
-    mathv2-train --config=configs/deepseek_v32.py --config.data=DIR --config.start=IMPORTED \
-      --config.tokenizer.directory=HF_DIR --workdir=gs://...
 
-The experts lie 4 a chip over 64 chips, all else is split 16 or 1,024 ways and gathered for use.
+The experts lie 4 a chip over 64 chips; every matrix is stored 16 ways apart and gathered for use.
 """
+
+from typing import Any
 
 import ml_collections
 
-from configs import pods
+from configs import olympiad
 from configs.models import deepseek_v32
 
 
 def get_config() -> ml_collections.ConfigDict:
     mesh = dict(data=1, fsdp=16, expert=64)
-    return pods.get_config(deepseek_v32.model(), 1024, mesh, prompt=1024, answer=3072)
+    return on_pod(deepseek_v32.model(), 1024, mesh, prompt=1024, answer=3072)
+
+
+def on_pod(
+    model: dict[str, Any], chips: int, mesh: dict[str, int], prompt: int, answer: int
+) -> ml_collections.ConfigDict:
+    """The stages of configs/olympiad.py, with a row of `prompt` + `answer` tokens for each chip.
+
+    Parameters and moments are float32, computation is bfloat16, every layer is recomputed.
+    """
+    c = olympiad.get_config()
+    # Layers of multi-token prediction are left out: no stage here trains them.
+    c.model = model | dict(
+        num_mtp_layers=0,
+        param_dtype="float32",
+        compute_dtype="bfloat16",
+        remat="full",
+        logprob_chunk=1024,
+    )
+    c.tokenizer = dict(directory="give --config.tokenizer.directory")
+    limit = dict(max_tokens=answer)
+    c.roles = dict(templates="olympiad", generator=limit, verifier=limit, meta_verifier=limit)
+    c.engine = dict(rows=8 * chips, prompt_buckets=(prompt,), answer_buckets=(answer,))
+    c.real.max_prompt_tokens = c.real.max_example_tokens = prompt
+    for stage in c.stage.values():
+        for loop in ("sft", "rl"):
+            if loop in stage:
+                stage[loop].update(rows=chips, row_length=prompt + answer)
+        if "rl" in stage:
+            stage.rl.update(groups=chips // 2, samples=8)
+    c.runtime.mesh = mesh
+    c.runtime.expert_buffer = 2.0
+    c.runtime.attention = "blocks"
+    return c

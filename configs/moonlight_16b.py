@@ -5,10 +5,10 @@ mathv2-compile --config=configs/moonlight_16b.py --topology=v6e:4x4
 
 import ml_collections
 
-from configs import pods
+from configs import deepseek_v32
 from configs.models import moonlight_16b_a3b
 
 
 def get_config() -> ml_collections.ConfigDict:
     mesh = dict(data=1, fsdp=2, expert=8)
-    return pods.get_config(moonlight_16b_a3b.model(), 16, mesh, prompt=1024, answer=3072)
+    return deepseek_v32.on_pod(moonlight_16b_a3b.model(), 16, mesh, prompt=1024, answer=3072)

@@ -37,13 +37,25 @@ from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.pods import chips, counting, hlo, phases, programs
 from mathv2_jax.stages import rl
 
-_CONFIG = flags.DEFINE_string("config", None, "File with get_config(), as of mathv2-train.")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "Chips and their shape, like v5p:8x8x16.")
-_STAGE = flags.DEFINE_string("stage", None, "The RL stage; default: the last one.")
-_JSON = flags.DEFINE_string("json", None, "File for the result.")
-_MAX_LAYERS = flags.DEFINE_integer("max_layers", None, "Cut the model to so many layers.")
-_PROGRAMS = flags.DEFINE_string("programs", None, "Some of them, with commas; default: all.")
-_LOWER = flags.DEFINE_bool("lower_only", False, "Do not compile: FLOPs alone.")
+# Its own, as are those of the tools: one process may hold several programs.
+_OWN = flags.FlagValues()
+_CONFIG = flags.DEFINE_string(
+    "config", None, "File with get_config(), as of mathv2-train.", flag_values=_OWN
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Chips and their shape, like v5p:8x8x16.", flag_values=_OWN
+)
+_STAGE = flags.DEFINE_string(
+    "stage", None, "The RL stage; default: the last one.", flag_values=_OWN
+)
+_JSON = flags.DEFINE_string("json", None, "File for the result.", flag_values=_OWN)
+_MAX_LAYERS = flags.DEFINE_integer(
+    "max_layers", None, "Cut the model to so many layers.", flag_values=_OWN
+)
+_PROGRAMS = flags.DEFINE_string(
+    "programs", None, "Some of them, with commas; default: all.", flag_values=_OWN
+)
+_LOWER = flags.DEFINE_bool("lower_only", False, "Do not compile: FLOPs alone.", flag_values=_OWN)
 _FLAGS = (_CONFIG, _TOPOLOGY, _STAGE, _JSON, _MAX_LAYERS, _PROGRAMS, _LOWER)
 
 # libtpu looks for a machine with TPUs, and two of them for each other's lock file.
@@ -64,9 +76,9 @@ def main(argv: Sequence[str]) -> int:
         rest, overrides = overrides_lib.split(argv)
         if shell.asks_for_help(rest):
             print(__doc__)
-            print("\n".join(f"--{f.name}: {flags.FLAGS[f.name].help}" for f in _FLAGS))
+            print("\n".join(f"--{f.name}: {_OWN[f.name].help}" for f in _FLAGS))
             return shell.FINISHED
-        rest = flags.FLAGS(rest)
+        rest = _OWN(rest)
         if len(rest) > 1:
             raise ValueError(f"unexpected argument {rest[1]!r}: every setting is a --flag")
         if not _CONFIG.value or not _TOPOLOGY.value:

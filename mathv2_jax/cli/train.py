@@ -51,7 +51,13 @@ _CACHE = flags.DEFINE_string(
     None,
     "Folder of compiled programs, shared by runs. Default: compilation_cache beside the workdir.",
 )
-_FLAGS = (_CONFIG, _WORKDIR, _RESTART, _CACHE)
+_PROFILE = flags.DEFINE_string(
+    "profile_steps",
+    None,
+    "a:b: write a trace of steps a to b, counted from 1, of every training stage into "
+    "WORKDIR/profile/STAGE, for XProf or TensorBoard.",
+)
+_FLAGS = (_CONFIG, _WORKDIR, _RESTART, _CACHE, _PROFILE)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -69,6 +75,10 @@ def main(argv: Sequence[str]) -> int:
         if len(rest) > 1:
             raise ValueError(f"unexpected argument {rest[1]!r}: every setting is a --flag")
         config = config_lib.build(overrides_lib.load(config_file), overrides)
+        if _PROFILE.value is not None:
+            steps_to_trace = run_lib.parse_profile_steps(_PROFILE.value)
+            runtime = dataclasses.replace(config.runtime, profile_steps=steps_to_trace)
+            config = dataclasses.replace(config, runtime=runtime)
         return train(config, shell.absolute(workdir), _CACHE.value, _RESTART.value)
     except run_lib.Preempted:
         logging.warning("preempted; the same command goes on from here")

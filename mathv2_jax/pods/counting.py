@@ -66,7 +66,8 @@ def model_flops(config: ModelConfig, sequences: int, length: int, *, mtp: bool =
     """A forward pass over `sequences` of `length` tokens, each seeing those before it and itself.
 
     2 FLOPs for each activated parameter and token, the unembedding included and the embedding not;
-    attention over min(t, k) keys; an indexer's scores over t keys. With `mtp` its layers too.
+    attention over min(t, k) keys; an indexer's scores over t keys, where it has something to choose.
+    With `mtp` its layers too.
     """
     c, tokens = config, sequences * length
     num_mtp = c.num_mtp_layers if mtp else 0
@@ -85,7 +86,8 @@ def model_flops(config: ModelConfig, sequences: int, length: int, *, mtp: bool =
     causal = sequences * length * (length + 1) // 2
     head = c.num_heads * (c.head_key_width + c.head_rope_width + c.head_value_width)
     layers = c.num_layers + num_mtp
-    scored = c.index_heads * c.index_head_width * causal if c.index_topk else 0
+    chooses = 0 < c.index_topk < length  # else nothing need be scored
+    scored = c.index_heads * c.index_head_width * causal if chooses else 0
     return Terms(
         attention_projections=2.0 * tokens * c.num_layers * _attention_params(c),
         dense_layers=2.0 * tokens * c.num_dense_layers * 3 * c.width * c.dense_width,
@@ -109,7 +111,8 @@ def decode_flops(config: ModelConfig, sequences: int, past: int) -> Terms:
     found = model_flops(c, sequences, 1)
     head = c.num_heads * (c.head_key_width + c.head_rope_width + c.head_value_width)
     seen = min(c.index_topk or past + 1, past + 1)
-    scored = c.index_heads * c.index_head_width * (past + 1) if c.index_topk else 0
+    chooses = 0 < c.index_topk <= past
+    scored = c.index_heads * c.index_head_width * (past + 1) if chooses else 0
     return dataclasses.replace(
         found,
         attention=2.0 * sequences * seen * head * c.num_layers,

@@ -42,6 +42,7 @@ class RuntimeConfig:
     # What a device has room for of the rows that others send to its experts, in units of an even
     # load; more is left out, and counted in the metric expert_overflow. None: room for all.
     expert_buffer: float | None = None
+    profile_steps: tuple[int, ...] = ()  # (a, b): steps a to b of every training stage are traced
     lost_alarm: float = 0.05  # shares of votes or answers beyond which a stage warns
     failed_alarm: float = 0.25
 
@@ -51,6 +52,19 @@ class RuntimeConfig:
                 raise ValueError(f"runtime.{name} = {getattr(self, name)}: must lie in 0..1")
         if self.save_every < 1:
             raise ValueError(f"runtime.save_every = {self.save_every}: must be at least 1")
+        asked = self.profile_steps
+        if asked and not (len(asked) == 2 and 1 <= asked[0] <= asked[1]):
+            raise ValueError(
+                f"runtime.profile_steps = {asked}: must be the first and the last step, from 1 on"
+            )
+
+
+def parse_profile_steps(text: str) -> tuple[int, int]:
+    """The steps of `a:b`; ValueError where it is something else."""
+    first, colon, last = text.partition(":")
+    if not colon or not first.isdigit() or not last.isdigit():
+        raise ValueError(f"--profile_steps={text!r}: write the first and the last step, like 3:5")
+    return int(first), int(last)
 
 
 @dataclasses.dataclass(kw_only=True)

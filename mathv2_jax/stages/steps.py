@@ -1,5 +1,6 @@
 """What all training loops share: resume, metrics, records, checkpoints, stop."""
 
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -65,6 +66,7 @@ class Loop:
                 )
             print(f"{name}: goes on at step {self.first_step} of {num_steps}", flush=True)
         self._step, self._overflowed = self.first_step, False
+        self._tracing = False
         self._parts = run.parts(name)
         self._parts.discard_after(self.first_step)
         self._writer = metrics.MetricWriter(
@@ -81,6 +83,7 @@ class Loop:
         return self
 
     def __exit__(self, *unused: object) -> None:
+        self._stop_trace()
         self._writer.close()
         self._checkpoints.close()
 
@@ -90,7 +93,27 @@ class Loop:
             print(f"{self.name}: first step, compiling its programs or loading them", flush=True)
         while self._step < self.num_steps:
             self.run.check_stop(self._save)
+            self._trace()
             yield self._step
+        self._stop_trace()
+
+    def _trace(self) -> None:
+        """Starts or ends the trace that was asked for, before a step."""
+        first, last = self.run.runtime.profile_steps or (0, 0)
+        if self._step == last:
+            self._stop_trace()
+        if self._step + 1 == first:
+            folder = self.run.workdir / "profile" / self.name
+            folder.mkdir(parents=True, exist_ok=True)
+            jax.profiler.start_trace(os.fspath(folder))
+            self._tracing = True
+
+    def _stop_trace(self) -> None:
+        if self._tracing:
+            self._tracing = False
+            jax.block_until_ready(self.state)  # what was dispatched is to be in it
+            jax.profiler.stop_trace()
+            print(f"{self.name}: trace in {self.run.workdir / 'profile' / self.name}", flush=True)
 
     def advance(
         self,

@@ -5,7 +5,6 @@ import pathlib
 
 import jax
 import pytest
-from absl import flags
 
 from mathv2_jax.cli import compile as compile_lib
 from mathv2_jax.cli import shell
@@ -22,9 +21,9 @@ def command(capsys, monkeypatch):
     monkeypatch.setattr(compile_lib, "_devices", lambda topology: jax.devices())
 
     def run(*arguments):
-        flags.FLAGS.unparse_flags()
+        compile_lib._OWN.unparse_flags()
         for flag in compile_lib._FLAGS:
-            flags.FLAGS[flag.name].unparse()
+            compile_lib._OWN[flag.name].unparse()
         code = compile_lib.main(["mathv2-compile", *arguments])
         printed = capsys.readouterr()
         return code, printed.out, printed.err

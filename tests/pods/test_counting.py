@@ -34,7 +34,7 @@ def test_attention_is_over_each_tokens_keys_but_no_more_than_are_picked(topk, le
     each = 2 * config.num_heads * (key + config.head_value_width) * config.num_layers
     assert terms.attention == 3 * pairs * each
     scores = 2 * config.index_heads * config.index_head_width * config.num_layers
-    assert terms.indexer == 3 * length * (length + 1) / 2 * scores * bool(topk)
+    assert terms.indexer == 3 * length * (length + 1) / 2 * scores * (0 < topk < length)
 
 
 def forward(config, kernels, variables, tokens_BT):
@@ -115,5 +115,6 @@ def test_decoding_attends_to_the_past_and_itself():
     per_key = 2 * 3 * config.num_heads * key * config.num_layers
     assert one.attention == 5 * per_key
     assert both.attention == min(201, config.index_topk) * per_key
-    assert both.indexer == one.indexer * 201 / 5
+    scores = 2 * 3 * config.index_heads * config.index_head_width * config.num_layers
+    assert both.indexer == 201 * scores and config.index_topk > 4 and one.indexer == 0
     assert np.isfinite(both.total)

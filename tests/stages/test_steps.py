@@ -1,5 +1,7 @@
 """The loop that all training stages share, where a step goes wrong."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -55,6 +57,37 @@ def test_assignments_to_experts_that_found_no_room_are_told_once(make_run, monke
     assert caplog.text.count("assignments of tokens to experts found no room") == 1
     assert "crowded, step 2: 5 assig" in caplog.text
     assert "runtime.expert_buffer = None" in caplog.text
+
+
+@pytest.mark.parametrize(("asked", "num_steps"), [((2, 3), 4), ((4, 9), 4)])
+def test_the_steps_asked_for_are_traced_with_the_models_scopes(make_run, asked, num_steps):
+    run = make_run(start={})
+    run.runtime = dataclasses.replace(run.runtime, profile_steps=asked)
+    sft.train(run, "traced", "start", config(1e-2, num_steps), TAUGHT)
+    (trace,) = (run.workdir / "profile" / "traced").glob("plugins/profile/*/*.xplane.pb")
+    text = trace.read_bytes()
+    for name in (b"gradients", b"guarded_update", b"attend", b"experts", b"unembed"):
+        assert name in text, name
+
+
+@pytest.mark.parametrize("text", ["3", "a:b", "3:", "-1:2", "1:2:3"])
+def test_what_are_no_steps_to_trace_is_an_error(text):
+    with pytest.raises(ValueError, match="--profile_steps=.*like 3:5"):
+        run_lib.parse_profile_steps(text)
+    assert run_lib.parse_profile_steps("3:5") == (3, 5)
+
+
+@pytest.mark.parametrize("asked", [(0, 2), (3, 2), (1,)])
+def test_steps_to_trace_count_from_1_and_ascend(asked):
+    with pytest.raises(ValueError, match="profile_steps = .*from 1 on"):
+        run_lib.RuntimeConfig(profile_steps=asked)
+
+
+def test_steps_that_are_never_reached_are_not_traced(make_run):
+    run = make_run(start={})
+    run.runtime = dataclasses.replace(run.runtime, profile_steps=(7, 9))
+    sft.train(run, "short", "start", config(1e-2), TAUGHT)
+    assert not (run.workdir / "profile").exists()
 
 
 def test_a_stage_that_is_asked_to_stop_saves_and_goes_on_to_the_same_end(make_run):
