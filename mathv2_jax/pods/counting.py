@@ -66,7 +66,7 @@ def model_flops(config: ModelConfig, sequences: int, length: int, *, mtp: bool =
     """A forward pass over `sequences` of `length` tokens, each seeing those before it and itself.
 
     2 FLOPs for each activated parameter and token, the unembedding included and the embedding not;
-    attention over min(t, k) keys; an indexer's scores over t keys, where it has something to choose.
+    attention over min(t, k) keys; an indexer's scores over t keys, if it has something to choose.
     With `mtp` its layers too.
     """
     c, tokens = config, sequences * length
