@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-from absl import flags, logging
+from absl import flags
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
@@ -272,9 +272,7 @@ def _phase_line(phase: Mapping[str, Any]) -> str:
 
 def run() -> None:
     """The console script."""
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.WARNING)
-    sys.exit(main(sys.argv))
+    shell.run(main)
 
 
 if __name__ == "__main__":

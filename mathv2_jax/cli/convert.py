@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from etils import epath
 
 from mathv2_jax import storage
@@ -232,9 +232,7 @@ def _is_full(target: epath.Path) -> bool:
 
 def run() -> None:
     """The console script."""
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.WARNING)
-    sys.exit(main(sys.argv))
+    shell.run(main)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What the commands share towards the shell: exit codes, and whose fault an error is."""
 
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
-from absl import flags
+from absl import flags, logging
 from etils import epath
 
 from mathv2_jax import storage
@@ -24,6 +25,13 @@ def is_of_input(error: BaseException) -> bool:
 def absolute(path: str) -> epath.Path:
     """A folder named on the command line, local (relative to where it was given) or gs://."""
     return epath.Path(os.path.abspath(os.path.expanduser(path)) if storage.is_local(path) else path)
+
+
+def run(main: Callable[[Sequence[str]], int]) -> None:
+    """A console script: warnings and worse are shown, and `main` gives the exit code."""
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+    sys.exit(main(sys.argv))
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:

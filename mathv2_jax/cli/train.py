@@ -283,9 +283,7 @@ def run_seconds(
 
 def run() -> None:
     """The console script."""
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.WARNING)
-    sys.exit(main(sys.argv))
+    shell.run(main)
 
 
 if __name__ == "__main__":
