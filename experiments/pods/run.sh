@@ -13,14 +13,9 @@ export PYTHONPATH="$PWD:$PWD/runs/libtpu"
 compile() {
   local name="$1"
   shift
-  .venv/bin/python -m mathv2_jax.cli.compile --json="$here/$name.json" "$@"
+  # 1: something does not fit, which is a result.
+  .venv/bin/python -m mathv2_jax.cli.compile --json="$here/$name.json" "$@" || [[ $? == 1 ]]
 }
 
 compile deepseek_v32 --config=configs/deepseek_v32.py --topology=v5p:8x8x16
 compile moonlight_16b --config=configs/moonlight_16b.py --topology=v6e:4x4
-# DeepSeek-V3 at MaxText's setting: 512 chips, sequences of 8,192.
-stage=config.stage.generator-2.rl
-compile deepseek_v3_8k --config=configs/deepseek_v32.py --topology=v5p:8x8x8 \
-  --programs=gradients,update --config.runtime.mesh.fsdp=8 \
-  --config.model.index_topk=0 --config.model.index_heads=0 --config.model.index_head_width=0 \
-  "--$stage.rows=512" "--$stage.row_length=8192"
