@@ -22,19 +22,14 @@ LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
     "time": ("context",),
     "layers": (),
-    "embed": (
-        "fsdp",
-        "context",
-    ),  # not expert: 7 rows a chip are no tile, and XLA sums, not gathers
+    # Not over expert too: shares of less than a tile (7 rows a chip) XLA sums and does not gather.
+    "embed": ("fsdp", "context"),
     "vocab": ("tensor",),
     "heads": ("tensor",),
     "head_width": (),
     "q_latent": (),
     "kv_latent": (),
-    "latent_in": (
-        "fsdp",
-        "context",
-    ),  # of what is expanded from a latent; its width seldom divides further
+    "latent_in": ("fsdp", "context"),  # of what is expanded from a latent
     "mlp": ("tensor",),
     "experts": ("expert",),
     "router": (),
@@ -113,6 +108,18 @@ def ways(axis: str) -> int:
     """In how many parts logical `axis` is split by the mesh in force; 1 without one."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[a] for a in LOGICAL_TO_MESH[axis])
+
+
+def time_axis(length: int) -> str | None:
+    """How `shard_map` takes a dimension of `length` times: split, or whole where it is not even."""
+    return None if length % ways("time") else "time"
+
+
+def laid_out(tree: Any, where: Any) -> Any:
+    """The tree's shapes, each to lie where the same place of `where` says."""
+    return jax.tree.map(
+        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where
+    )
 
 
 def _names(leaf: Any, where: str) -> tuple[str | None, ...]:

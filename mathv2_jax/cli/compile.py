@@ -8,7 +8,7 @@ For every program: whether it fits, its memory, FLOPs of the model and of the pr
 send each other, and bounds of its time and MFU; for every phase of the step: what is in memory
 together. The mesh is the config's; -1 fills the topology. With --max_layers the model is cut short
 (--config.model.num_layers would be another model's config), to answer in a minute or two.
---lower_only traces and partitions nothing: FLOPs alone, in seconds, without libtpu.
+--lower_only compiles nothing: FLOPs alone, in seconds. Both need libtpu: the extra [tpu].
 
 Exit codes: 0 all fits, 1 something does not, 2 bad usage or input.
 """
@@ -19,22 +19,20 @@ import importlib.util
 import json
 import os
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import flags
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from mathv2_jax import storage
 from mathv2_jax.cli import config as config_lib
+from mathv2_jax.cli import machine, shell
 from mathv2_jax.cli import overrides as overrides_lib
-from mathv2_jax.cli import shell
-from mathv2_jax.model import exchange, transformer
+from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
-from mathv2_jax.pods import chips, counting, hlo, phases, programs
+from mathv2_jax.pods import chips, measure, phases, programs
 from mathv2_jax.stages import rl
 
 # Its own, as are those of the tools: one process may hold several programs.
@@ -56,7 +54,6 @@ _PROGRAMS = flags.DEFINE_string(
     "programs", None, "Some of them, with commas; default: all.", flag_values=_OWN
 )
 _LOWER = flags.DEFINE_bool("lower_only", False, "Do not compile: FLOPs alone.", flag_values=_OWN)
-_FLAGS = (_CONFIG, _TOPOLOGY, _STAGE, _JSON, _MAX_LAYERS, _PROGRAMS, _LOWER)
 
 # libtpu looks for a machine with TPUs, and two of them for each other's lock file.
 _WITHOUT_TPU = {
@@ -74,44 +71,38 @@ def main(argv: Sequence[str]) -> int:
     """Usage and input errors are one line and exit code 2; what is a bug keeps its traceback."""
     try:
         rest, overrides = overrides_lib.split(argv)
-        if shell.asks_for_help(rest):
-            print(__doc__)
-            print("\n".join(f"--{f.name}: {_OWN[f.name].help}" for f in _FLAGS))
+        if not shell.read_flags(_OWN, rest, __doc__, ("config", "topology")):
             return shell.FINISHED
-        rest = _OWN(rest)
-        if len(rest) > 1:
-            raise ValueError(f"unexpected argument {rest[1]!r}: every setting is a --flag")
-        if not _CONFIG.value or not _TOPOLOGY.value:
-            raise ValueError("--config=FILE and --topology=KIND:SHAPE must be given")
+        assert _CONFIG.value is not None and _TOPOLOGY.value is not None
         jax.config.update("jax_platforms", "cpu")
         loaded = overrides_lib.load(_CONFIG.value)
         if not loaded.data and loaded.world is None:
             loaded.data = "none is read"
         config = config_lib.build(loaded, overrides)
-        result = compiled(config, _TOPOLOGY.value)
+        result = compiled(config, _TOPOLOGY.value, _save)
     except (ValueError, FileNotFoundError, flags.Error) as error:
         if not shell.is_of_input(error):
             raise
         print(f"mathv2-compile: {error}", file=sys.stderr)
         return shell.BAD_INPUT
-    if _JSON.value:
-        text = json.dumps(result, indent=1, sort_keys=True) + "\n"
-        storage.write_whole(shell.absolute(_JSON.value), text.encode())
     fits = [part["fits"] for part in (*result["programs"].values(), *result["phases"].values())]
     return shell.FINISHED if all(fit is not False for fit in fits) else shell.FAILED
 
 
-def compiled(config: config_lib.RunConfig, topology: str) -> dict[str, Any]:
-    """What --json writes; each program is printed as it is done."""
+def _save(result: Mapping[str, Any]) -> None:
+    if _JSON.value:
+        text = json.dumps(result, indent=1, sort_keys=True) + "\n"
+        storage.write_whole(shell.absolute(_JSON.value), text.encode())
+
+
+def compiled(
+    config: config_lib.RunConfig, topology: str, save: Callable[[Mapping[str, Any]], None]
+) -> dict[str, Any]:
+    """All figures; each program is printed and `save`d, with those before it, as it is done."""
     chip, devices = chips.chip_of(topology), _devices(topology)
-    mesh = config_lib.make_mesh(config, devices)
+    mesh = machine.make_mesh(config.runtime.mesh, config.stages, devices)
     stage, model = _stage(config, _STAGE.value), _cut(config.model, _MAX_LAYERS.value)
-    platform = mesh.devices.flat[0].platform
-    kernels = transformer.Kernels(
-        attend=config_lib.ATTENTION[config.runtime.attention],
-        experts=config_lib.choose_experts(config.runtime.model_kernels, platform),
-        exchange=exchange.choose(platform, config.runtime.expert_buffer),
-    )
+    kernels = machine.make_kernels(config.runtime, mesh.devices.flat[0].platform)
     made = programs.of_rl_step(model, kernels, stage.rl, config.engine, mesh)
     wanted = made if _PROGRAMS.value is None else _PROGRAMS.value.split(",")
     unknown = [name for name in wanted if name not in made]
@@ -125,82 +116,30 @@ def compiled(config: config_lib.RunConfig, topology: str) -> dict[str, Any]:
         "layers": model.num_layers,
         "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},
         "programs": {},
+        "phases": {},
     }
+    save(result)  # a file that cannot be written is missed now, not after an hour
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     print(f"{result['parameters'] / 1e9:.2f} B parameters on {topology}: {shape}", flush=True)
     for name in wanted:
-        found = measured(made[name], model, stage, mesh, chip, config.runtime.expert_buffer)
+        found = measure.measured(
+            made[name],
+            model,
+            mesh,
+            chip,
+            auxiliary=stage.rl.auxiliary,
+            buffer=config.runtime.expert_buffer,
+            lower_only=_LOWER.value,
+        )
         result["programs"][name] = found
         print(f"{name}: {_line(found)}", flush=True)
-    result["phases"] = phases.of_rl_step(
-        made, result["programs"], chip, judged=stage.judge is not None, kl=_has_kl(stage)
-    )
+        save(result)
+    judged, kl = stage.judge is not None, bool(stage.rl.grpo.kl_coefficient)
+    result["phases"] = phases.of_rl_step(made, result["programs"], chip, judged=judged, kl=kl)
     for name, phase in result["phases"].items():
         print(f"phase {name}: {_phase_line(phase)}", flush=True)
+    save(result)
     return result
-
-
-def measured(
-    program: programs.Program,
-    model: ModelConfig,
-    stage: rl.RlStage,
-    mesh: Mesh,
-    chip: chips.Chip,
-    buffer: float | None,
-) -> dict[str, Any]:
-    """The figures of one program, a chip's share of each."""
-    traced = program.trace(mesh)
-    executed = counting.executed(traced.jaxpr)
-    parts = executed.per_chip(mesh.size)
-    of_model = program.model_flops(model, aligned=bool(stage.rl.auxiliary.indexer))
-    ways = mesh.shape["expert"]
-    spare = 1.0 if ways == 1 else min(ways, buffer or ways)
-    full = parts.get(counting.EXPERTS, 0.0)
-    parts[counting.EXPERTS] = full / spare
-    model_total = of_model.total / mesh.size
-    found: dict[str, Any] = {
-        "model_flops_per_chip": {n: x / mesh.size for n, x in dataclasses.asdict(of_model).items()},
-        "executed_flops_per_chip": parts,
-        "model_flops_per_chip_total": model_total,
-        "executed_flops_per_chip_total": sum(parts.values()),
-        "executed_over_model": sum(parts.values()) / model_total if model_total else None,
-        # Rows of the buffer that hold nothing at an even load, which the kernel skips.
-        "flops_of_empty_buffer_rows_per_chip": full - full / spare,
-        "loops_of_unknown_length": executed.unknown,
-        "argument_bytes_per_chip": program.argument_bytes(),
-        "fits": None,
-    }
-    lowered = traced.lower()
-    if _LOWER.value:
-        return found
-    began = time.monotonic()
-    try:
-        done = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return found | {"fits": False, "why": str(error).splitlines()[0][:300]}
-    memory = done.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    peak = held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
-    sent = hlo.collectives(done.as_text())
-    bounds = chips.roofline(
-        chip,
-        model_flops=model_total,
-        executed_flops=sum(parts.values()),
-        argument_bytes=float(memory.argument_size_in_bytes),
-        sent=sent.bytes_by_kind,
-    )
-    return found | {
-        "fits": peak <= chip.hbm_bytes,
-        "compile_seconds": time.monotonic() - began,
-        "peak_bytes_per_chip": peak,
-        "temp_bytes_per_chip": memory.temp_size_in_bytes,
-        "output_bytes_per_chip": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "collective_bytes_per_chip": sent.bytes_by_kind if not sent.unknown_loops else "unknown",
-        "collective_bytes_once_per_unknown_loop": sent.bytes_by_kind,
-        "roofline_estimate_seconds": dataclasses.asdict(bounds),
-    }
 
 
 def _devices(topology: str) -> Sequence[Any]:
@@ -212,7 +151,7 @@ def _devices(topology: str) -> Sequence[Any]:
     os.environ.update({k: v for k, v in _WITHOUT_TPU.items() if k not in os.environ})
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except Exception as error:  # libtpu raises what it likes for a shape that it does not know
+    except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"topology {topology!r}: libtpu does not know it: {error}") from error
     return found.devices
 
@@ -240,10 +179,6 @@ def _cut(model: ModelConfig, most: int | None) -> ModelConfig:
     return dataclasses.replace(
         model, num_layers=most, num_dense_layers=min(model.num_dense_layers, 1)
     )
-
-
-def _has_kl(stage: rl.RlStage) -> bool:
-    return bool(stage.rl.grpo.kl_coefficient)
 
 
 def _line(found: Mapping[str, Any]) -> str:

@@ -13,14 +13,12 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import jax
 import ml_collections
 
-from mathv2_jax import roles, sharding
-from mathv2_jax.cli import inputs
+from mathv2_jax import roles
+from mathv2_jax.cli import inputs, machine
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.cli import start as start_lib
-from mathv2_jax.model import attention, grouped
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.rollout import engine
 from mathv2_jax.stages import answer, iterate
@@ -29,26 +27,6 @@ from mathv2_jax.text import prompts
 
 T = TypeVar("T")
 SCHEMA = 1
-AUTO = "auto"
-EXPERTS: Mapping[str, grouped.Experts] = {
-    "sorted_blocks": grouped.sorted_blocks,
-    "ragged": grouped.ragged,
-    "every_expert": grouped.every_expert,
-}
-
-
-ATTENTION: Mapping[str, attention.Attend] = {
-    AUTO: attention.attend_by_length,
-    "dense": attention.attend_densely,
-    "blocks": attention.attend_in_blocks,
-}
-
-
-def choose_experts(name: str, platform: str) -> grouped.Experts:
-    """The experts' product by its name; `auto` is the quickest on JAX's `platform`."""
-    if name == AUTO:
-        return grouped.sorted_blocks if platform == "cpu" else grouped.ragged
-    return EXPERTS[name]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,7 +101,10 @@ class RunConfig:
             self.stages, self.roles.sampling, inputs.conversations(real=self.world is None)
         )
         self._check_compared()
-        for field, known in (("model_kernels", [AUTO, *EXPERTS]), ("attention", [*ATTENTION])):
+        for field, known in (
+            ("model_kernels", [machine.AUTO, *machine.EXPERTS]),
+            ("attention", [*machine.ATTENTION]),
+        ):
             chosen = getattr(self.runtime, field)
             if chosen not in known:
                 raise ValueError(
@@ -394,19 +375,3 @@ def differences(saved: Any, asked: Any, where: str) -> Iterator[tuple[str, str, 
                 yield f"{where}.{name}", old, new
     elif saved != asked:
         yield where, f"{saved!r:.80}", f"{asked!r:.80}"
-
-
-def make_mesh(config: RunConfig, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The run's mesh, of all `devices`; ValueError names a stage whose rows it does not divide."""
-    mesh = sharding.make_mesh(config.runtime.mesh, devices)
-    ways = sharding.batch_ways(mesh)
-    for stage in config.stages:
-        for loop in ("sft", "rl"):
-            rows = getattr(getattr(stage, loop, None), "rows", ways)
-            if rows % ways:
-                raise ValueError(
-                    f"config.stage.{stage.name}.{loop}.rows = {rows} cannot be split {ways} ways, "
-                    "over the mesh's axes data, fsdp and expert: give a multiple, or "
-                    "another config.runtime.mesh"
-                )
-    return mesh

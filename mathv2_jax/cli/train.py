@@ -24,11 +24,11 @@ from etils import epath
 
 from mathv2_jax import evaluation, metrics, records, roles, storage
 from mathv2_jax.cli import config as config_lib
-from mathv2_jax.cli import inputs, shell, table
+from mathv2_jax.cli import inputs, machine, shell, table
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.cli import start as start_lib
 from mathv2_jax.cli import workdir as workdir_lib
-from mathv2_jax.model import exchange, transformer
+from mathv2_jax.model import transformer
 from mathv2_jax.rl import learner
 from mathv2_jax.stages import iterate, probe, steps
 from mathv2_jax.stages import run as run_lib
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"unexpected argument {rest[1]!r}: every setting is a --flag")
         config = config_lib.build(overrides_lib.load(config_file), overrides)
         if _PROFILE.value is not None:
-            steps_to_trace = run_lib.parse_profile_steps(_PROFILE.value)
+            steps_to_trace = _steps_to_trace(_PROFILE.value)
             runtime = dataclasses.replace(config.runtime, profile_steps=steps_to_trace)
             config = dataclasses.replace(config, runtime=runtime)
         return train(config, shell.absolute(workdir), _CACHE.value, _RESTART.value)
@@ -93,6 +93,14 @@ def main(argv: Sequence[str]) -> int:
         return shell.BAD_INPUT
 
 
+def _steps_to_trace(text: str) -> tuple[int, int]:
+    """The steps of `a:b`; ValueError where it is something else."""
+    first, colon, last = text.partition(":")
+    if not colon or not first.isdigit() or not last.isdigit():
+        raise ValueError(f"--profile_steps={text!r}: write the first and the last step, like 3:5")
+    return int(first), int(last)
+
+
 def _notes(error: BaseException) -> list[str]:
     return getattr(error, "__notes__", [])
 
@@ -104,7 +112,7 @@ def train(
     cache_folder = cache or str(workdir.parent / "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", cache_folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    mesh = config_lib.make_mesh(config)
+    mesh = machine.make_mesh(config.runtime.mesh, config.stages)
     with _asked_to_stop() as asked, _lease(workdir) as lease:
 
         def should_stop() -> bool:
@@ -213,19 +221,14 @@ def make_run(
     model = config.model
     if not config.tokenizer.directory:  # a trained vocabulary may be smaller than asked for
         model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
-    platform = jax.default_backend()
-    kernels = transformer.Kernels(
-        attend=config_lib.ATTENTION[config.runtime.attention],
-        experts=config_lib.choose_experts(config.runtime.model_kernels, platform),
-        exchange=exchange.choose(platform, config.runtime.expert_buffer),
-    )
+    kernels = machine.make_kernels(config.runtime, jax.default_backend())
     run = run_lib.Run(
         workdir=workdir,
         seed=config.seed,
         trunk=learner.Trunk(config=model, kernels=kernels),
         tokenizer=tokenizer,
         roles=roles.make_roles(config.roles),
-        mesh=mesh or config_lib.make_mesh(config),
+        mesh=mesh or machine.make_mesh(config.runtime.mesh, config.stages),
         engine_config=config.engine,
         runtime=config.runtime,
         router_bias_rate=config.router_bias_rate,

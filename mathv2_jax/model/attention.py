@@ -127,10 +127,7 @@ def attend_in_blocks(
         def step(some, keys=keys, of_index=of_index):
             (q_BtHK, places_Bt, segments_Bt, prefixes_Bt), queries = some
             k_BSHK, v_BSHU, segments_BS = keys
-            seen_BtS = (segments_Bt[:, :, None] == segments_BS[:, None, :]) | (
-                prefixes_Bt[:, :, None] == segments_BS[:, None, :]
-            )
-            seen_BtS &= places_Bt[:, :, None] >= jnp.arange(segments_BS.shape[1])[None, None, :]
+            seen_BtS = cache_lib.visible_from(segments_Bt, prefixes_Bt, places_Bt, segments_BS)
             part = None
             if index is not None and queries is not None and of_index is not None:
                 part = index._replace(queries=queries, keys_BSW=of_index)

@@ -47,12 +47,21 @@ class DecodeView(NamedTuple):
 
 def visible(layout: Layout) -> Bool[Array, "B T T"]:
     """True at [b, t, s] where token t of row b attends to token s."""
-    segments_BT, prefixes_BT = layout.segments_BT, layout.prefixes_BT
-    own_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
-    prefix_BTS = prefixes_BT[:, :, None] == segments_BT[:, None, :]
-    length = segments_BT.shape[1]
-    causal_TS = jnp.tril(jnp.ones((length, length), dtype=bool))
-    return (own_BTS | prefix_BTS) & causal_TS[None]
+    places_1T = jnp.arange(layout.segments_BT.shape[1])[None, :]
+    return visible_from(layout.segments_BT, layout.prefixes_BT, places_1T, layout.segments_BT)
+
+
+def visible_from(
+    segments_BT: Int[Array, "B T"],
+    prefixes_BT: Int[Array, "B T"],
+    places_BT: Int[Array, "... T"],
+    segments_BS: Int[Array, "B S"],
+) -> Bool[Array, "B T S"]:
+    """As `visible`, of some tokens of a row, at `places_BT` in it, over its first S tokens."""
+    own_BTS = segments_BT[:, :, None] == segments_BS[:, None, :]
+    prefix_BTS = prefixes_BT[:, :, None] == segments_BS[:, None, :]
+    before_BTS = places_BT[:, :, None] >= jnp.arange(segments_BS.shape[1])[None, None, :]
+    return (own_BTS | prefix_BTS) & before_BTS
 
 
 def previous_tokens(

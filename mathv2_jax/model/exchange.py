@@ -140,9 +140,9 @@ def run(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return _at_home(x_BTD, ids_BTA, weights_BTA, experts, product), jnp.zeros(())
-    time = ("time",) if x_BTD.shape[1] % sharding.ways("time") == 0 else ()
-    tokens = sharding.partition_spec(("batch", *time, *(None,) * (2 - len(time))), "tokens")
-    split = sharding.mesh_axes(("batch", *time), mesh)
+    time = sharding.time_axis(x_BTD.shape[1])
+    tokens = sharding.partition_spec(("batch", time, None), "tokens")
+    split = sharding.mesh_axes(("batch", time) if time else ("batch",), mesh)
     group = sharding.mesh_axes(("experts",), mesh)
     partial = sharding.mesh_axes(("mlp",), mesh)
 

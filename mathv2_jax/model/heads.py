@@ -47,13 +47,13 @@ def token_logprobs(
         return TokenLogprobs(*_in_chunks(hidden_BTD, unembed_DV, targets_BT, temperature, chunk))
     # The gradient of the unembedding is summed over the chunks on each device, and once over all.
     unembed_DV = sharding.gathered(unembed_DV.astype(hidden_BTD.dtype), "embed", "vocab")
-    time = ("time",) if hidden_BTD.shape[1] % sharding.ways("time") == 0 else (None,)
-    tokens = sharding.partition_spec(("batch", *time), "tokens")
+    time = sharding.time_axis(hidden_BTD.shape[1])
+    tokens = sharding.partition_spec(("batch", time), "tokens")
     (split,) = sharding.mesh_axes(("vocab",), mesh) or (None,)
     found = jax.shard_map(
         functools.partial(_in_chunks, temperature=temperature, chunk=chunk, split=split),
         in_specs=(
-            sharding.partition_spec(("batch", *time, None), "hidden"),
+            sharding.partition_spec(("batch", time, None), "hidden"),
             sharding.partition_spec((None, "vocab"), "unembed"),
             tokens,
         ),

@@ -14,6 +14,7 @@ from mathv2_jax.data import packing
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.pods import counting
+from mathv2_jax.rl import auxiliary as auxiliary_lib
 from mathv2_jax.rl import learner, optimizer
 from mathv2_jax.rollout import decode, engine
 from mathv2_jax.stages import rl
@@ -39,16 +40,20 @@ class Program:
             for leaf in jax.tree.leaves(some)
         )
 
-    def model_flops(self, model: ModelConfig, *, aligned: bool) -> counting.Terms:
+    def model_flops(
+        self, model: ModelConfig, auxiliary: auxiliary_lib.AuxiliaryConfig
+    ) -> counting.Terms:
         """Of one call, on all chips; of decoding one step, with half of the answers' slots full."""
         if self.name == "update":
             return counting.model_flops(model, 0, 1)
         if self.name == "decode":
             return counting.decode_flops(model, self.sequences, self.past + self.length // 2)
-        found = counting.model_flops(model, self.sequences, self.length)
+        trained = self.name == "gradients"
+        mtp = trained and auxiliary.mtp > 0
+        found = counting.model_flops(model, self.sequences, self.length, mtp=mtp)
         if self.name == "prefill":
             found = dataclasses.replace(found, unembedding=found.unembedding / self.length)
-        return found.trained(aligned=aligned) if self.name == "gradients" else found
+        return found.trained(aligned=auxiliary.indexer > 0) if trained else found
 
     def trace(self, mesh: Mesh) -> Any:
         """Traced on `mesh`: `.jaxpr` and `.lower()`."""
@@ -113,11 +118,8 @@ def _of_engine(
         return jax.ShapeDtypeStruct(shape, dtype, sharding=lies)
 
     boxed = transformer.boxed_abstract(model, kernels)
-    variables = jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
-        transformer.unboxed(boxed),
-        sharding.shardings_for(boxed, mesh),
-    )
+    where = sharding.shardings_for(boxed, mesh)
+    variables = sharding.laid_out(transformer.unboxed(boxed), where)
     bucket, slots = config.prompt_buckets[-1], config.answer_buckets[-1]
     asked = (variables, array(jnp.int32, prompts, bucket), array(jnp.int32, prompts))
     with jax.set_mesh(mesh):
@@ -125,7 +127,7 @@ def _of_engine(
     batch = sharding.partition_spec((None, "batch"), "latents")
     stacked = jax.NamedSharding(mesh, batch)
     prefilled = decode.Prefilled._make(
-        jax.tree.map(lambda x, at=at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), part)
+        jax.tree.map(lambda x, at=at: sharding.laid_out(x, at), part)
         for part, at in zip(prefilled, (stacked, rows, rows, rows), strict=True)
     )
     number = prompts * together

@@ -272,15 +272,15 @@ class Learner:
             self._abstract,
             jax.eval_shape(self._optimizer.init, self._abstract["params"]),
         )
-        state = _laid_out(state, self._where)
-        batch = _laid_out(batch, _batch_shardings(batch, self.mesh))
+        state = sharding.laid_out(state, self._where)
+        batch = sharding.laid_out(batch, _batch_shardings(batch, self.mesh))
         scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding.replicated(self.mesh))
         tokens = scalar if self._counts_tokens else None
         asked = (state.variables, batch, None, tokens)
         with jax.set_mesh(self.mesh):
             total = jax.eval_shape(self._gradients, *asked)
-        gradients = _laid_out(total[0], self._where.variables["params"])
-        sums = jax.tree.map(lambda x: _laid_out(x, scalar.sharding), total[1])
+        gradients = sharding.laid_out(total[0], self._where.variables["params"])
+        sums = jax.tree.map(lambda x: sharding.laid_out(x, scalar.sharding), total[1])
         return {
             "gradients": (self._gradients, asked),
             "update": (self._update, (state, (gradients, sums), scalar)),
@@ -338,13 +338,6 @@ def _batch_shardings(batch: packing.Batch, mesh: Mesh) -> packing.Batch:
     kept = NamedSharding(mesh, PartitionSpec(None, *rows.spec))
     where = packing.Batch(*(kept if name == "kept_LBTA" else rows for name in batch._fields))
     return where._replace(kept_LBTA=None) if batch.kept_LBTA is None else where
-
-
-def _laid_out(tree: Any, where: Any) -> Any:
-    """The tree's shapes, each to lie where the same place of `where` says."""
-    return jax.tree.map(
-        lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), tree, where
-    )
 
 
 def _state_shardings(boxed: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:

@@ -59,14 +59,6 @@ class RuntimeConfig:
             )
 
 
-def parse_profile_steps(text: str) -> tuple[int, int]:
-    """The steps of `a:b`; ValueError where it is something else."""
-    first, colon, last = text.partition(":")
-    if not colon or not first.isdigit() or not last.isdigit():
-        raise ValueError(f"--profile_steps={text!r}: write the first and the last step, like 3:5")
-    return int(first), int(last)
-
-
 @dataclasses.dataclass(kw_only=True)
 class Run:
     """The context of a run. Stages take it and their own config, and see only files beside it.

@@ -21,9 +21,8 @@ def command(capsys, monkeypatch):
     monkeypatch.setattr(compile_lib, "_devices", lambda topology: jax.devices())
 
     def run(*arguments):
-        compile_lib._OWN.unparse_flags()
-        for flag in compile_lib._FLAGS:
-            compile_lib._OWN[flag.name].unparse()
+        for name in compile_lib._OWN:
+            compile_lib._OWN[name].unparse()
         code = compile_lib.main(["mathv2-compile", *arguments])
         printed = capsys.readouterr()
         return code, printed.out, printed.err
@@ -50,7 +49,7 @@ def test_every_program_and_phase_is_reported(command, tmp_path):
     assert found["mesh"]["expert"] == 2 and found["versions"]["jax"] == jax.__version__
 
 
-def test_lowering_alone_counts_flops_of_the_whole_model(command, tmp_path, monkeypatch):
+def test_lowering_alone_counts_flops_of_the_whole_model(command, tmp_path):
     to = tmp_path / "result.json"
     code, out, err = command(
         POD,
@@ -79,8 +78,8 @@ def test_a_model_can_be_cut_short_and_a_stage_chosen(command):
 
 
 BAD = {
-    "must be given": SMOKE,
-    "--topology=KIND": ["--topology=v5p:2x2x2"],
+    "--topology=... must be given": SMOKE,
+    "--config=... must be given": ["--topology=v5p:2x2x2"],
     "chips are v5e": [*SMOKE, "--topology=v9:2x2"],
     "none of gradients, update": [*SMOKE, "--topology=v5p:2x2x2", "--programs=gradient"],
     "none of the RL stages": [*SMOKE, "--topology=v5p:2x2x2", "--stage=sft"],
@@ -109,3 +108,18 @@ def test_without_libtpu_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(compile_lib.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"mathv2_jax\[tpu\]"):
         compile_lib._devices("v5p:2x2x1")
+
+
+def test_what_was_measured_before_a_failure_is_on_disk(command, tmp_path, monkeypatch):
+    measured = compile_lib.measure.measured
+
+    def failing(program, *args, **settings):
+        if program.name == "update":
+            raise RuntimeError("out of luck")
+        return measured(program, *args, **settings)
+
+    monkeypatch.setattr(compile_lib.measure, "measured", failing)
+    to = tmp_path / "result.json"
+    with pytest.raises(RuntimeError, match="out of luck"):
+        command(*SMOKE, "--topology=v5p:2x2x2", f"--json={to}", "--lower_only")
+    assert list(json.loads(to.read_text())["programs"]) == ["gradients"]

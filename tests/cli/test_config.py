@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from mathv2_jax.cli import config as config_lib
-from mathv2_jax.cli import overrides
+from mathv2_jax.cli import machine, overrides
 from mathv2_jax.model import grouped, transformer
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
@@ -251,9 +251,9 @@ def test_stages_change_behind_the_last_that_has_begun_and_nowhere_else():
 
 
 def test_on_cpus_experts_are_sorted_into_blocks_and_elsewhere_the_platforms_own_product_is_used():
-    assert config_lib.choose_experts("auto", "cpu") is grouped.sorted_blocks
-    assert {config_lib.choose_experts("auto", p) for p in ("gpu", "tpu")} == {grouped.ragged}
-    assert config_lib.choose_experts("every_expert", "cpu") is grouped.every_expert
+    assert machine.choose_experts("auto", "cpu") is grouped.sorted_blocks
+    assert {machine.choose_experts("auto", p) for p in ("gpu", "tpu")} == {grouped.ragged}
+    assert machine.choose_experts("every_expert", "cpu") is grouped.every_expert
 
 
 def test_an_identity_is_plain_data_that_says_each_stages_kind():

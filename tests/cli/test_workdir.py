@@ -12,7 +12,7 @@ from etils import epath
 
 from mathv2_jax import storage
 from mathv2_jax.cli import config as config_lib
-from mathv2_jax.cli import overrides, shell, train
+from mathv2_jax.cli import machine, overrides, shell, train
 from mathv2_jax.cli import workdir as workdir_lib
 
 CONFIG = pathlib.Path(__file__).resolve().parents[2] / "configs" / "smoke.py"
@@ -193,7 +193,7 @@ def test_rows_that_the_mesh_does_not_divide_are_named_before_anything_is_written
     changes = [(f"stage.{s}.rl.rows", "8") for s in RL if s != "meta"]
     config = smoke(("runtime.mesh.data", "8"), *changes)
     with pytest.raises(ValueError, match=r"config\.stage\.meta\.rl\.rows = 4 .* 8 ways"):
-        config_lib.make_mesh(config)
+        machine.make_mesh(config.runtime.mesh, config.stages)
 
 
 @pytest.mark.parametrize("flag", ["--workdir=", "--workdir= "])
@@ -228,3 +228,10 @@ def test_the_ways_out_of_a_drift_refusal_are_settings_that_may_still_change(work
     workdir_lib.begin(workdir, smoke(*stay, ("stage.after.verifier", "verifier-1")))
     other = next(s for s in config.stages if s.name == "sft")
     assert "--restart_stage=sft" in train.ways_out(other, config.stages)
+
+
+@pytest.mark.parametrize("text", ["3", "a:b", "3:", "-1:2", "1:2:3"])
+def test_what_are_no_steps_to_trace_is_an_error(text):
+    with pytest.raises(ValueError, match="--profile_steps=.*like 3:5"):
+        train._steps_to_trace(text)
+    assert train._steps_to_trace("3:5") == (3, 5)

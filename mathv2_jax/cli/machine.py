@@ -1,0 +1,59 @@
+"""What a run computes on: the mesh of its devices, and the kernels that their platform has."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from mathv2_jax import sharding
+from mathv2_jax.model import attention, exchange, grouped, transformer
+from mathv2_jax.stages import iterate
+from mathv2_jax.stages import run as run_lib
+
+AUTO = "auto"
+EXPERTS: Mapping[str, grouped.Experts] = {
+    "sorted_blocks": grouped.sorted_blocks,
+    "ragged": grouped.ragged,
+    "every_expert": grouped.every_expert,
+}
+ATTENTION: Mapping[str, attention.Attend] = {
+    AUTO: attention.attend_by_length,
+    "dense": attention.attend_densely,
+    "blocks": attention.attend_in_blocks,
+}
+
+
+def choose_experts(name: str, platform: str) -> grouped.Experts:
+    """The experts' product by its name; `auto` is the quickest on JAX's `platform`."""
+    if name == AUTO:
+        return grouped.sorted_blocks if platform == "cpu" else grouped.ragged
+    return EXPERTS[name]
+
+
+def make_kernels(runtime: run_lib.RuntimeConfig, platform: str) -> transformer.Kernels:
+    """The kernels that `runtime` names, or that suit JAX's `platform`."""
+    return transformer.Kernels(
+        attend=ATTENTION[runtime.attention],
+        experts=choose_experts(runtime.model_kernels, platform),
+        exchange=exchange.choose(platform, runtime.expert_buffer),
+    )
+
+
+def make_mesh(
+    config: sharding.MeshConfig,
+    stages: Iterable[iterate.Stage],
+    devices: Sequence[Any] | None = None,
+) -> jax.sharding.Mesh:
+    """A mesh of all `devices`; ValueError names a stage whose rows it does not divide."""
+    mesh = sharding.make_mesh(config, devices)
+    ways = sharding.batch_ways(mesh)
+    for stage in stages:
+        for loop in ("sft", "rl"):
+            rows = getattr(getattr(stage, loop, None), "rows", ways)
+            if rows % ways:
+                raise ValueError(
+                    f"config.stage.{stage.name}.{loop}.rows = {rows} cannot be split {ways} ways, "
+                    "over the mesh's axes data, fsdp and expert: give a multiple, or "
+                    "another config.runtime.mesh"
+                )
+    return mesh

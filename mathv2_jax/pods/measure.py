@@ -1,0 +1,80 @@
+"""The figures of one program: traced, and compiled for the mesh's devices."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mathv2_jax.model.config import ModelConfig
+from mathv2_jax.pods import chips, counting, hlo, programs
+from mathv2_jax.rl import auxiliary as auxiliary_lib
+
+
+def measured(
+    program: programs.Program,
+    model: ModelConfig,
+    mesh: Mesh,
+    chip: chips.Chip,
+    *,
+    auxiliary: auxiliary_lib.AuxiliaryConfig,
+    buffer: float | None,
+    lower_only: bool,
+) -> dict[str, Any]:
+    """A chip's share of everything, as JSON takes it; of FLOPs alone with `lower_only`.
+
+    `buffer` is Exchange.buffer: at an even load the rest of an experts' device's rows is empty, and
+    its products are told apart.
+    """
+    traced = program.trace(mesh)
+    executed = counting.executed(traced.jaxpr)
+    parts = executed.per_chip(mesh.size)
+    of_model = program.model_flops(model, auxiliary)
+    ways = mesh.shape["expert"]
+    spare = 1.0 if ways == 1 else min(ways, buffer or ways)
+    full = parts.get(counting.EXPERTS, 0.0)
+    parts[counting.EXPERTS] = full / spare
+    model_total = of_model.total / mesh.size
+    found: dict[str, Any] = {
+        "model_flops_per_chip": {n: x / mesh.size for n, x in dataclasses.asdict(of_model).items()},
+        "executed_flops_per_chip": parts,
+        "model_flops_per_chip_total": model_total,
+        "executed_flops_per_chip_total": sum(parts.values()),
+        "executed_over_model": sum(parts.values()) / model_total if model_total else None,
+        "flops_of_empty_buffer_rows_per_chip": full - full / spare,
+        "loops_of_unknown_length": executed.unknown,
+        "argument_bytes_per_chip": program.argument_bytes(),
+        "fits": None,
+    }
+    lowered = traced.lower()
+    if lower_only:
+        return found
+    began = time.monotonic()
+    try:
+        done = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return found | {"fits": False, "why": str(error).splitlines()[0][:300]}
+    memory = done.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    peak = held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    sent = hlo.collectives(done.as_text())
+    bounds = chips.roofline(
+        chip,
+        model_flops=model_total,
+        executed_flops=sum(parts.values()),
+        argument_bytes=float(memory.argument_size_in_bytes),
+        sent=sent.bytes_by_kind,
+    )
+    return found | {
+        "fits": peak <= chip.hbm_bytes,
+        "compile_seconds": time.monotonic() - began,
+        "peak_bytes_per_chip": peak,
+        "temp_bytes_per_chip": memory.temp_size_in_bytes,
+        "output_bytes_per_chip": memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        "collective_bytes_per_chip": sent.bytes_by_kind if not sent.unknown_loops else "unknown",
+        "collective_bytes_once_per_unknown_loop": sent.bytes_by_kind,
+        "roofline_estimate_seconds": dataclasses.asdict(bounds),
+    }
