@@ -1,5 +1,6 @@
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -78,7 +79,7 @@ def test_a_second_item_of_a_row_shares_nothing_with_the_first():
     assert b.prefixes_BT.tolist() == [[2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 0]]
     assert b.positions_BT.tolist() == [[0, 1, 2, 0, 1, 2, 3, 4, 3, 4, 5, 0]]
     assert b.sources_BT.tolist() == [[0, 0, 1, 3, 3, 4, 5, 6, 5, 8, 9, 11]]
-    layout = cache.Layout(b.positions_BT, b.segments_BT, b.prefixes_BT)
+    layout = cache.Layout(*map(jnp.asarray, (b.positions_BT, b.segments_BT, b.prefixes_BT)))
     seen_TS = np.asarray(cache.visible(layout))[0]
     assert not seen_TS[3:11, :3].any() and not seen_TS[:3, 3:].any()  # items
     assert not seen_TS[8:11, 6:8].any() and seen_TS[8:11, 3:6].all()  # siblings, their prompt
