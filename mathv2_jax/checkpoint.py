@@ -32,7 +32,7 @@ class Checkpoints:
     """The checkpoints of one run in `directory`, local or gs://; every process makes one.
 
     The newest `keep` are kept and, where `every` is given, those of its multiples of steps too.
-    One object writes a directory at a time (see `storage.Lease`); any number may read.
+    One object writes a directory at a time (see leases.py); any number may read.
     """
 
     def __init__(self, directory: epath.PathLike, *, keep: int = 2, every: int | None = None):

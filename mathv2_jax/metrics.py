@@ -251,6 +251,31 @@ class MetricWriter:
         print("  ".join(words), flush=True)
 
 
+class NoWriter:
+    """In place of a MetricWriter, in a process that leaves writing to another."""
+
+    def write(
+        self, step: int, scalars: Mapping[str, SupportsFloat], at: float | None = None
+    ) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def finish(self) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+def make_writer(
+    workdir: epath.PathLike, stage: str, *, writes: bool, **settings: Any
+) -> MetricWriter | NoWriter:
+    """A MetricWriter with its `settings`, in the one process that `writes`."""
+    return MetricWriter(workdir, stage, **settings) if writes else NoWriter()
+
+
 class CompileTime:
     """A context manager in which JAX's compiling (or loading of compiled programs) is timed.
 

@@ -180,19 +180,23 @@ def ask(
     fields: Sequence[Mapping[str, str]],
     num_samples: int,
     seed: Sequence[Any],
+    keys: Sequence[int] | None = None,
 ) -> list[list[Opinion]]:
-    """`num_samples` opinions on each filled prompt; answer i of item j has its own seed."""
+    """`num_samples` opinions on each filled prompt; answer i of item j has its own seed.
+
+    `keys` number the items for their seeds, where those asked together are a part of all.
+    """
     requests = [
         records.Request(
-            id=f"{role.name}/{at}",
+            id=f"{role.name}/{key}",
             prompt=role.prompt(engine.tokenizer, **values),
             num_samples=num_samples,
-            seed=seed_for(*seed, role.name, at),
+            seed=seed_for(*seed, role.name, key),
             max_tokens=role.sampling.max_tokens,
             temperature=role.sampling.temperature,
             top_p=role.sampling.top_p,
         )
-        for at, values in enumerate(fields)
+        for key, values in zip(keys or range(len(fields)), fields, strict=True)
     ]
     answers = engine.generate(requests)
     return [[understand(role, response) for response in responses] for responses in answers]

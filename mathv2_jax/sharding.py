@@ -14,9 +14,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+REPLICAS = "replicas"  # the further axis of a mesh of sampling replicas
 
 LOGICAL_TO_MESH: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
@@ -73,6 +75,51 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return Mesh(
         np.asarray(found).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes)
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig(MeshConfig):
+    """Replicas, groups of devices that sample apart from each other, and the mesh of each."""
+
+    replicas: int = 1
+
+
+def make_sampling_mesh(config: SamplingConfig | None, mesh: Mesh) -> Mesh:
+    """A mesh of the devices of `mesh`, whose first axis, REPLICAS, counts the sampling replicas.
+
+    Without a config all of `mesh` is one replica. A replica holds whole processes, or is held by
+    one; ValueError where it would be neither, or where the sizes do not fit.
+    """
+    if config is None:
+        return _sampling_mesh(mesh.devices[None])
+    found = sorted(mesh.devices.flat, key=lambda device: device.process_index)
+    if config.replicas < 1 or len(found) % config.replicas:
+        raise ValueError(
+            f"runtime.sampling.replicas = {config.replicas}: {len(found)} devices cannot be split "
+            "so; give a divisor of their number"
+        )
+    size = len(found) // config.replicas
+    groups = [found[at : at + size] for at in range(0, len(found), size)]
+    for number, group in enumerate(groups):
+        owners = {device.process_index for device in group}
+        whole = [device for device in found if device.process_index in owners]
+        if len(owners) > 1 and len(whole) > len(group):
+            raise ValueError(
+                f"runtime.sampling.replicas = {config.replicas}: replica {number} would have a "
+                f"part of the devices of processes {sorted(owners)}: give a number of replicas "
+                "that splits no process, or splits every one"
+            )
+    return _sampling_mesh(np.stack([make_mesh(config, group).devices for group in groups]))
+
+
+def _sampling_mesh(devices: np.ndarray) -> Mesh:
+    return Mesh(devices, (REPLICAS, *MESH_AXES), axis_types=(AxisType.Auto,) * devices.ndim)
+
+
+def replica_mesh(sampling: Mesh, replica: int) -> Mesh:
+    """The mesh of one of the replicas of a `make_sampling_mesh`."""
+    devices = sampling.devices[replica]
+    return Mesh(devices, MESH_AXES, axis_types=(AxisType.Auto,) * devices.ndim)
 
 
 def partition_spec(axes: Sequence[Any], where: str) -> PartitionSpec:
@@ -170,6 +217,40 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_ways(mesh: Mesh) -> int:
     """In how many parts a batch's rows are split."""
     return math.prod(mesh.shape[a] for a in LOGICAL_TO_MESH["batch"])
+
+
+def put(tree: Any, where: Any) -> Any:
+    """Host arrays onto the devices of `where`, a tree of shardings like `tree`, or one for all.
+
+    Of several processes each gives the same arrays, and sends its own devices their parts only.
+    """
+    if isinstance(where, NamedSharding):
+        where = jax.tree.map(lambda _: where, tree)
+    if all(at.is_fully_addressable for at in jax.tree.leaves(where)):
+        return jax.device_put(tree, where)
+
+    def spread(x: Any, at: NamedSharding) -> jax.Array:
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, at, lambda part: whole[part])
+
+    return jax.tree.map(spread, tree, where)
+
+
+def on_host(tree: Any) -> Any:
+    """Arrays as NumPy ones, whole, for every process that has a part of them; all of these call."""
+    if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def part_of(tree: Any, where: Any) -> Any:
+    """Arrays of a mesh of replicas as those of one, whose shardings are `where`; nothing moves."""
+
+    def part(x: jax.Array, at: NamedSharding) -> jax.Array:
+        mine = [s.data for s in x.addressable_shards if s.device in at.device_set]
+        return jax.make_array_from_single_device_arrays(x.shape, at, mine)
+
+    return jax.tree.map(part, tree, where)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 from mathv2_jax import records, roles, sharding
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
-from mathv2_jax.rollout import decode, engine
+from mathv2_jax.rollout import decode, engine, replicas
 from mathv2_jax.text import prompts
 from mathv2_jax.text import tokenizer as tokenizer_lib
 from mathv2_jax.world import judge
@@ -96,6 +96,14 @@ class House:
         made = Listening(self.programs, self.tokenizer, LIMITS, mesh)
         made.load(self.variables(script), "script@0")
         return made
+
+    def replicas(self, mesh: jax.sharding.Mesh | None = None) -> replicas.Replicas:
+        """The engines of a run, on one device by default."""
+        mesh = mesh or sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+        sampling = sharding.make_sampling_mesh(None, mesh)
+        return replicas.Replicas(
+            sampling, lambda own: Listening(self.programs, self.tokenizer, LIMITS, own)
+        )
 
     def _id(self, text: str) -> int:
         (found,) = self.tokenizer.encode_text(text)

@@ -16,7 +16,7 @@ REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 # From the ground up: a room imports from the floors above it in this table, and from itself.
 FLOORS = (
-    ("records", "sharding", "metrics", "storage", "fingerprint"),
+    ("records", "sharding", "processes", "metrics", "storage", "leases", "fingerprint"),
     ("text", "model"),
     ("data", "rollout", "rl.grpo", "reward"),
     ("roles", "rl.optimizer", "rl.auxiliary", "rl.learner", "checkpoint", "hf"),
@@ -27,10 +27,11 @@ FLOORS = (
     ("cli",),
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-# Rooms of one floor that may see each other nevertheless: metrics writes its files by storage, the
+# Rooms of one floor that may see each other nevertheless: metrics and leases are files, the
 # learner holds the optimizer and auxiliary losses, and hf reads and writes checkpoints.
 NEIGHBOURS = {
     ("metrics", "storage"),
+    ("leases", "storage"),
     ("rl.learner", "rl.optimizer"),
     ("rl.learner", "rl.auxiliary"),
     ("hf", "checkpoint"),

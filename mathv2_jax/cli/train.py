@@ -22,9 +22,9 @@ import jax
 from absl import flags, logging
 from etils import epath
 
-from mathv2_jax import evaluation, metrics, records, roles, storage
+from mathv2_jax import evaluation, leases, metrics, processes, records, roles, storage
 from mathv2_jax.cli import config as config_lib
-from mathv2_jax.cli import inputs, machine, shell, table
+from mathv2_jax.cli import inputs, launch, machine, shell, table
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.cli import start as start_lib
 from mathv2_jax.cli import workdir as workdir_lib
@@ -57,7 +57,7 @@ _PROFILE = flags.DEFINE_string(
     "a:b: write a trace of steps a to b, counted from 1, of every training stage into "
     "WORKDIR/profile/STAGE, for XProf or TensorBoard.",
 )
-_FLAGS = (_CONFIG, _WORKDIR, _RESTART, _CACHE, _PROFILE)
+_FLAGS = (_CONFIG, _WORKDIR, _RESTART, _CACHE, _PROFILE, *launch.FLAGS)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -79,7 +79,12 @@ def main(argv: Sequence[str]) -> int:
             steps_to_trace = _steps_to_trace(_PROFILE.value)
             runtime = dataclasses.replace(config.runtime, profile_steps=steps_to_trace)
             config = dataclasses.replace(config, runtime=runtime)
-        return train(config, shell.absolute(workdir), _CACHE.value, _RESTART.value)
+        launch.join()
+        with launch.one_of_many("mathv2-train"):
+            return train(config, shell.absolute(workdir), _CACHE.value, _RESTART.value)
+    except processes.FirstFailedError as error:
+        print(f"mathv2-train: process {processes.index()} stops: {error}", file=sys.stderr)
+        return shell.FAILED
     except run_lib.Preempted:
         logging.warning("preempted; the same command goes on from here")
         return shell.PREEMPTED
@@ -116,25 +121,57 @@ def train(
     with _asked_to_stop() as asked, _lease(workdir) as lease:
 
         def should_stop() -> bool:
-            lease.renew()
+            if lease is not None:
+                lease.renew()
             return bool(asked)
 
-        if restart is not None:
-            workdir_lib.restart(workdir, restart)
-        workdir_lib.begin(workdir, config)
-        summary = workdir_lib.finished(workdir, config)
-        if summary is not None and compared(summary) == (config.before, config.after):
-            print(f"this run is finished; nothing was changed. {workdir / 'summary.json'}:")
-        else:
-            workdir_lib.write_config(workdir, config)
-            if asked:
+        summary = processes.first(lambda: _begin(workdir, config, restart))
+        _require_shared(workdir)
+        if not processes.any_of(summary is not None):
+            if processes.any_of(bool(asked)):
                 raise run_lib.Preempted
             run = make_run(workdir, config, should_stop, mesh)
-            summary = summarise(run, config, _run_stages(run, config.stages))
-            body = json.dumps(summary, indent=1, sort_keys=True) + "\n"
-            storage.write_whole(workdir / "summary.json", body.encode())
-        print(table.render(summary, *run_seconds(workdir, config.stages)))
+            figures = _run_stages(run, config.stages)
+            summary = processes.first(lambda: _end(run, config, figures))
+        if summary is not None:
+            print(table.render(summary, *run_seconds(workdir, config.stages)))
     return shell.FINISHED
+
+
+def _begin(
+    workdir: epath.Path, config: config_lib.RunConfig, restart: str | None
+) -> dict[str, Any] | None:
+    """Readies the workdir, by the first process; the summary of a run that is finished."""
+    if restart is not None:
+        workdir_lib.restart(workdir, restart)
+    workdir_lib.begin(workdir, config)
+    summary = workdir_lib.finished(workdir, config)
+    if summary is not None and compared(summary) == (config.before, config.after):
+        print(f"this run is finished; nothing was changed. {workdir / 'summary.json'}:")
+        return summary
+    workdir_lib.write_config(workdir, config)
+    workdir_lib.run_tokenizer(workdir, config)  # trained now, or before
+    return None
+
+
+def _require_shared(workdir: epath.Path) -> None:
+    """ValueError in every process where not all of them see the run's folder."""
+    seen = processes.exchange(storage.exists(workdir / "config.json"))
+    if not all(seen):
+        raise ValueError(
+            f"--workdir={workdir}: process {seen.index(False)} does not find what process 0 wrote "
+            "there; name a folder that all processes share, such as one in a bucket (gs://)"
+        )
+
+
+def _end(
+    run: run_lib.Run, config: config_lib.RunConfig, figures: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The summary, written down; by the first process."""
+    summary = summarise(run, config, figures)
+    body = json.dumps(summary, indent=1, sort_keys=True) + "\n"
+    storage.write_whole(run.workdir / "summary.json", body.encode())
+    return summary
 
 
 def _run_stages(run: run_lib.Run, stages: Sequence[iterate.Stage]) -> dict[str, dict[str, float]]:
@@ -173,20 +210,29 @@ def compared(summary: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 @contextlib.contextmanager
-def _lease(workdir: epath.Path) -> Iterator[storage.Lease]:
-    """The right to write into `workdir`, which is made; ValueError where it cannot be."""
-    lease = storage.Lease(workdir / "lease.json", "mathv2-train", LEASE_SECONDS)
-    try:
-        lease.acquire()
-    except OSError as error:
-        raise ValueError(
-            f"--workdir={workdir}: nothing can be written there ({error}); name a folder, there or "
-            "to be made, of yours"
-        ) from error
+def _lease(workdir: epath.Path) -> Iterator[leases.Lease | None]:
+    """The right to write into `workdir`, which is made; ValueError where it cannot be.
+
+    The first process has it, for all.
+    """
+
+    def acquire() -> leases.Lease:
+        lease = leases.Lease(workdir / "lease.json", "mathv2-train", LEASE_SECONDS)
+        try:
+            lease.acquire()
+        except OSError as error:
+            raise ValueError(
+                f"--workdir={workdir}: nothing can be written there ({error}); name a folder, "
+                "there or to be made, of yours"
+            ) from error
+        return lease
+
+    lease = processes.first(acquire)
     try:
         yield lease
     finally:
-        lease.release()
+        if lease is not None:
+            lease.release()
 
 
 @contextlib.contextmanager
@@ -286,7 +332,7 @@ def run_seconds(
 
 def run() -> None:
     """The console script."""
-    shell.run(main)
+    launch.run(main)
 
 
 if __name__ == "__main__":

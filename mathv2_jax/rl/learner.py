@@ -294,7 +294,7 @@ class Learner:
         with jax.set_mesh(self.mesh):
             init = jax.jit(self._optimizer.init, out_shardings=where.optimizer)
             optimizer = init(variables["params"])
-        step = jax.device_put(jnp.zeros((), jnp.int32), where.step)
+        step = sharding.put(np.int32(0), where.step)
         return TrainState(step, variables, optimizer)
 
     def logprobs(self, variables: transformer.Variables, batch: packing.Batch) -> jax.Array:
@@ -324,13 +324,13 @@ class Learner:
             for batch, reference in zip(batches, references, strict=True):
                 found = self._gradients(state.variables, batch, reference, tokens)
                 total = found if total is None else self._add(total, found)
-            rate = jax.device_put(np.float32(learning_rate), sharding.replicated(self.mesh))
+            rate = sharding.put(np.float32(learning_rate), sharding.replicated(self.mesh))
             return self._update(state, total, rate)
 
 
 def put_batch(batch: packing.Batch, mesh: Mesh) -> packing.Batch:
     """Host arrays to the mesh: rows over the batch axes, everything else replicated."""
-    return jax.device_put(batch, _batch_shardings(batch, mesh))
+    return sharding.put(batch, _batch_shardings(batch, mesh))
 
 
 def _batch_shardings(batch: packing.Batch, mesh: Mesh) -> packing.Batch:

@@ -83,15 +83,22 @@ class Engine:
         self.num_prompt_tokens = 0
         self.num_answer_tokens = 0
         boxed = transformer.boxed_abstract(programs.config, programs.kernels)
-        self._shardings = sharding.shardings_for(boxed, mesh)
+        self.shardings = sharding.shardings_for(boxed, mesh)
         self._variables: transformer.Variables | None = None
         self._version = ""
         self._programs = programs
 
     def load(self, variables: transformer.Variables, version: str) -> None:
-        """Answer with these variables from now on; `version` is written into every response."""
-        self._variables = jax.device_put(variables, self._shardings)
+        """Answer with these variables from now on; `version` is written into every response.
+
+        They are JAX arrays on the devices of the engine's mesh, however they lie there.
+        """
+        self._variables = jax.device_put(variables, self.shardings)
         self._version = version
+
+    def unload(self) -> None:
+        """Let go of the variables."""
+        self._variables = None
 
     def generate(self, requests: Sequence[records.Request]) -> list[list[records.Response]]:
         """`num_samples` responses for each request, in the requests' order.
@@ -155,7 +162,7 @@ class Engine:
                 chunk = places[begin : begin + per_call]
                 ids, lengths = self._pad([prompts[at] for at in chunk], bucket, per_call)
                 found = self._call_prefill(ids, lengths).head_P3
-                opinions[chunk] = np.asarray(jax.device_get(found))[: len(chunk)]
+                opinions[chunk] = sharding.on_host(found)[: len(chunk)]
         return opinions
 
     def _prompts_per_call(self, together: int) -> int:
@@ -177,7 +184,7 @@ class Engine:
         rows = sharding.batch_sharding(self.mesh)
         with sharding.computing(self.mesh):
             return self._programs.prefill(
-                self._variables, jax.device_put(ids, rows), jax.device_put(lengths, rows)
+                self._variables, sharding.put(ids, rows), sharding.put(lengths, rows)
             )
 
     def _run(
@@ -193,13 +200,13 @@ class Engine:
             decoded = self._programs.decode(
                 self._variables,
                 prefilled,
-                jax.device_put(lengths, rows),
+                sharding.put(lengths, rows),
                 settings,
-                jax.device_put(np.asarray(shape.stop_ids, np.int32), everywhere),
+                sharding.put(np.asarray(shape.stop_ids, np.int32), everywhere),
                 slots=shape.slots,
                 truncate=shape.truncate,
             )
-        host = jax.device_get(decoded)
+        host = sharding.on_host(decoded)
         found: list[list[records.Response]] = []
         for place, (request, first) in enumerate(jobs):
             wanted = range(min(together, request.num_samples - first))
@@ -256,4 +263,4 @@ def _settings(
             keys[place, i] = row_key(request.seed, first + i)
             limit[place, i] = request.max_tokens
     flat = (keys.reshape(-1, 2), temperature.reshape(-1), top_p.reshape(-1), limit.reshape(-1))
-    return decode.RowSettings(*(jax.device_put(x, rows) for x in flat))
+    return sharding.put(decode.RowSettings(*flat), rows)

@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from mathv2_jax import evaluation, metrics, records, reward, storage
+from mathv2_jax import evaluation, records, reward
 from mathv2_jax.stages import run as run_lib
+from mathv2_jax.stages import shares
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,18 +38,29 @@ def run_stage(run: run_lib.Run, stage: AnswerStage) -> dict[str, float]:
     """One part per chunk of items; parts that are there already are not asked again."""
     run.judge.load(run.variables(stage.verifier), stage.verifier)
     run.policy.load(run.variables(stage.generator), stage.generator)
-    players = evaluation.Players(roles=run.roles, verifier=run.judge, generator=run.policy)
-    parts = run.parts(stage.name)
-    written = {storage.part_step(name) for name in parts.names()}
-    seed = run.seed_for("test set")
-    made = list(evaluation.answers(players, test_set(run, stage), stage.name, seed))
-    progress = metrics.PartProgress(stage.name, len(made))
-    for number, make in enumerate(made, start=1):
-        run.check_stop(lambda: None)
-        if number not in written:
-            parts.write_part(storage.part_name(number), records.to_lines(make()))
-            parts.commit(number)
-        progress.done(number)
+    seed, test = run.seed_for("test set"), test_set(run, stage)
+    answers = {
+        replica: list(
+            evaluation.answers(
+                evaluation.Players(
+                    roles=run.roles,
+                    verifier=run.judge.engines[replica],
+                    generator=run.policy.engines[replica],
+                ),
+                test,
+                stage.name,
+                seed,
+            )
+        )
+        for replica in run.policy.engines
+    }
+    total = len(next(iter(answers.values())))
+    shares.write_parts(
+        run,
+        stage.name,
+        total,
+        lambda replica, number: records.to_lines(answers[replica][number - 1]()),
+    )
     samples = run.samples(stage.name)
     proofs = run.input("test_proofs", records.Proof)
     return {"answers": float(len(samples)), **agreement(samples, proofs)}

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mathv2_jax import metrics, records, reward, roles, storage
+from mathv2_jax import processes, records, reward, roles, storage
 from mathv2_jax.stages import run as run_lib
+from mathv2_jax.stages import shares
 
 CHUNK = 64  # proofs a part
 UNDECIDED = "-undecided"  # the folder of records beside the stage's own
@@ -90,21 +91,16 @@ def run_stage(run: run_lib.Run, stage: AutolabelStage) -> dict[str, float]:
     """
     candidates = newest_proofs(run, stage.proofs_from, stage.num_candidates)
     run.judge.load(run.variables(stage.judge), stage.judge)
-    parts = run.parts(stage.name)
-    written = {storage.part_step(name) for name in parts.names()}
     chunks = [candidates[i : i + CHUNK] for i in range(0, len(candidates), CHUNK)]
-    progress = metrics.PartProgress(stage.name, len(chunks))
-    for number, chunk in enumerate(chunks, start=1):
-        run.check_stop(lambda: None)
-        if number not in written:
-            seed = (run.seed, stage.name, number)
-            labelled = roles.auto_label(run.judge, run.roles, chunk, stage.rule, seed)
-            samples = [
-                s for p, v in zip(chunk, labelled, strict=True) for s in _samples(stage, p, v)
-            ]
-            parts.write_part(storage.part_name(number), records.to_lines(samples))
-            parts.commit(number)
-        progress.done(number)
+
+    def make(replica: int, number: int) -> bytes:
+        chunk, seed = chunks[number - 1], (run.seed, stage.name, number)
+        judge = run.judge.engines[replica]
+        labelled = roles.auto_label(judge, run.roles, chunk, stage.rule, seed)
+        samples = [s for p, v in zip(chunk, labelled, strict=True) for s in _samples(stage, p, v)]
+        return records.to_lines(samples)
+
+    shares.write_parts(run, stage.name, len(chunks), make)
     verdicts = _verdicts(run.samples(stage.name), stage.rule)
     found = [(proof, verdicts[proof.id]) for proof in candidates]
     found.sort(key=lambda pair: -pair[1].disagreement)
@@ -126,9 +122,10 @@ def run_stage(run: run_lib.Run, stage: AutolabelStage) -> dict[str, float]:
     ]
     waiting = run.parts(f"{stage.name}{UNDECIDED}")
     waiting.write_only(records.to_lines([proof for proof, _ in undecided]))
-    last = len(chunks) + 1
-    parts.write_part(storage.part_name(last), records.to_lines(proofs))
-    parts.commit(last)
+    parts, last = run.parts(stage.name), len(chunks) + 1
+    if processes.is_first():
+        parts.write_part(storage.part_name(last), records.to_lines(proofs))
+    run.commit(parts, last)
     means: dict[str, list[float]] = {
         "coverage": [v.label is not None for _, v in found],
         "mean_label": [p.label.score for p in proofs if p.label is not None],

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 from absl import logging
 
-from mathv2_jax import records, storage
+from mathv2_jax import processes, records, storage
 from mathv2_jax.stages import autolabel
 from mathv2_jax.stages import run as run_lib
 
@@ -53,8 +53,9 @@ def run_stage(run: run_lib.Run, stage: ExpertsStage) -> dict[str, float]:
         logging.warning("%s: there is no proof for experts to grade", stage.name)
         return {"wanted": 0.0, "labelled": 0.0}
     run.parts(f"{stage.name}{WANTED}").write_only(records.to_lines(wanted))
-    if run.ask_experts is not None:
-        run.ask_experts(stage.name)
+    ask = run.ask_experts
+    if ask is not None:
+        processes.first(lambda: ask(stage.name))
     graded = _graded(run, stage, wanted)
     run.parts(stage.name).write_only(records.to_lines(graded))
     labels = [proof.label.score for proof in graded if proof.label is not None]

@@ -1,7 +1,9 @@
 """The answers to one task, scored: advantages, records and a step's scalars."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from absl import logging
@@ -37,6 +39,44 @@ class Group:
         return self.task.label if self.task.role.name == roles.VERIFIER else None
 
 
+class Tally(NamedTuple):
+    """A sum and of how many."""
+
+    total: float
+    number: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Summary:
+    """What every process needs of a group, whichever answered it: what is trained on, and figures.
+
+    `answers` are the tokens and log-probabilities of those kept, none where there is no signal.
+    """
+
+    prompt: tuple[int, ...]
+    auto: bool
+    has_signal: bool
+    head_label: float | None
+    advantages: tuple[float, ...]
+    answers: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]
+    tallies: Mapping[str, Tally]
+
+
+def summarise(group: Group) -> Summary:
+    """The group's part in its step."""
+    responses = [group.answered[i].opinion.response for i in group.kept]
+    signal = group.has_signal
+    return Summary(
+        prompt=group.task.prompt,
+        auto=group.task.auto,
+        has_signal=signal,
+        head_label=group.head_label,
+        advantages=tuple(float(a) for a in group.advantages) if signal else (),
+        answers=tuple((r.token_ids, r.logprobs) for r in responses) if signal else (),
+        tallies=_tallies(group),
+    )
+
+
 def make_group(
     answered: Sequence[scoring.Answered], scored: Sequence[scoring.Scored], kind: str
 ) -> Group:
@@ -46,10 +86,13 @@ def make_group(
     return Group(tuple(answered), tuple(scored), kept, grpo.advantages(totals, kind))
 
 
-def to_samples(stage: str, step: int, groups: Sequence[Group]) -> list[records.Sample]:
-    """Every answer of the step, each followed by the opinions that the judge gave on it."""
+def to_samples(stage: str, step: int, groups: Mapping[int, Group]) -> list[records.Sample]:
+    """Every answer of these groups of a step, each followed by the judge's opinions on it.
+
+    `groups` is by the group's place in the step, which is part of a sample's id.
+    """
     found = []
-    for place, group in enumerate(groups):
+    for place, group in sorted(groups.items()):
         advantages = dict(zip(group.kept, group.advantages, strict=True))
         for index, (answered, scored) in enumerate(zip(group.answered, group.scored, strict=True)):
             task, name = answered.task, f"{stage}/{step}/{place}/{index}"
@@ -73,6 +116,15 @@ def to_samples(stage: str, step: int, groups: Sequence[Group]) -> list[records.S
             )
             found += [sample, *_judgements(sample, answered, scored)]
     return found
+
+
+def in_order(samples: Iterable[records.Sample]) -> list[records.Sample]:
+    """What the processes of a run wrote of a stage, in the order in which one would have."""
+
+    def place(sample: records.Sample) -> tuple[int, int]:
+        return sample.step, int(sample.id.removeprefix(f"{sample.stage}/").split("/")[1])
+
+    return sorted(samples, key=place)
 
 
 def _judgements(
@@ -143,35 +195,35 @@ class Alarms:
                 )
 
 
-def measure(groups: Sequence[Group]) -> dict[str, float]:
+def measure(summaries: Sequence[Summary]) -> dict[str, float]:
     """The step's scalars: reward components, outcomes, lengths, signal.
 
     A mean of nothing is left out: the reward where every answer left its group, `score` where none
     was parsed, `lost_votes` where no vote was asked.
     """
-    answered = [a for g in groups for a in g.answered]
-    scored = [s for g in groups for s in g.scored]
-    parts: dict[str, list[float]] = {}
-    for s in scored:
-        for name, value in (s.components or {}).items():
-            parts.setdefault(name, []).append(value)
-    total = len(answered)
-    scores = [a.opinion.score for a in answered if a.opinion.score is not None]
-    judged = [o for s in scored for o in (*s.verifier, *s.meta)]
-    outcomes = {
-        f"outcome/{kind.value}": sum(a.opinion.outcome is kind for a in answered) / total
-        for kind in records.Outcome
+    names = sorted({name for s in summaries for name in s.tallies})
+    means = {}
+    for name in names:
+        tallies = [s.tallies[name] for s in summaries if name in s.tallies]
+        means[name] = math.fsum(t.total for t in tallies) / sum(t.number for t in tallies)
+    return means
+
+
+def _tallies(group: Group) -> dict[str, Tally]:
+    """Sums over a group's answers, without those of nothing."""
+    values: dict[str, list[float]] = {}
+    for scored in group.scored:
+        for name, value in (scored.components or {}).items():
+            values.setdefault("reward" if name == "total" else f"reward/{name}", []).append(value)
+    opinions = [a.opinion for a in group.answered]
+    judged = [o for s in group.scored for o in (*s.verifier, *s.meta)]
+    values |= {
+        "length": [float(len(o.response.token_ids)) for o in opinions],
+        "score": [o.score for o in opinions if o.score is not None],
+        "zero_signal": [float(not group.has_signal)],
+        "lost_votes": [float(o.outcome is not records.Outcome.PARSED) for o in judged],
+        "left_group": [float(s.components is None) for s in group.scored],
     }
-    means: dict[str, Sequence[float | int]] = {
-        "reward": parts.pop("total", []),
-        **{f"reward/{name}": values for name, values in sorted(parts.items())},
-        "length": [len(a.opinion.response.token_ids) for a in answered],
-        "score": scores,
-        "zero_signal": [not g.has_signal for g in groups],
-        "lost_votes": [o.outcome is not records.Outcome.PARSED for o in judged],
-    }
-    return {
-        **{name: float(np.mean(values)) for name, values in means.items() if values},
-        **outcomes,
-        "left_group": sum(s.components is None for s in scored) / total,
-    }
+    for kind in records.Outcome:
+        values[f"outcome/{kind.value}"] = [float(o.outcome is kind) for o in opinions]
+    return {name: Tally(math.fsum(found), len(found)) for name, found in values.items() if found}

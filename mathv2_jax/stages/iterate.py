@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from mathv2_jax import metrics, roles, storage
+from mathv2_jax import metrics, processes, roles, storage
 from mathv2_jax.stages import answer, autolabel, experts, probe, rejection, rl, sft
 from mathv2_jax.stages import run as run_lib
 
@@ -160,12 +160,14 @@ def run_all(run: run_lib.Run, stages: Sequence[Stage]) -> dict[str, dict[str, fl
                 continue
             print(f"{stage.name}: stage {number} of {len(stages)}", flush=True)
             found = _run_timed(run, stage, compiling)
+            processes.meet()
             figures[stage.name] = {
                 **found,
                 run_lib.WROTE: float(len(run.parts(stage.name).names())),
             }
             body = json.dumps(figures[stage.name], sort_keys=True, indent=1)
-            storage.write_whole(run.report_path(stage.name), body.encode())
+            path = run.report_path(stage.name)
+            processes.first(lambda path=path, body=body: storage.write_whole(path, body.encode()))
     return figures
 
 
@@ -183,7 +185,8 @@ def _run_timed(run: run_lib.Run, stage: Stage, compiling: metrics.CompileTime) -
             "compile_seconds": compiling.seconds - compiled,
         }
         times = {name: before.get(name, 0.0) + seconds for name, seconds in spent.items()}
-        metrics.write_timing(run.workdir, section, times)
+        if processes.is_first():
+            metrics.write_timing(run.workdir, section, times)
     figures = {name: float(value) for name, value in sorted(found.items())}
     said = {name: metrics.duration(seconds) for name, seconds in times.items()}
     print(

@@ -54,7 +54,16 @@ def run_stage(run: run_lib.Run, stage: ProbeStage) -> dict[str, float]:
     run.judge.load(run.variables(stage.verifier), stage.verifier)
     fields = [{"statement": p.statement, "proof": p.text} for p in proofs]
     seed = (run.seed, "probe")
-    opinions = roles.ask(run.judge, run.roles.verifier, fields, 1, seed)
+    prompts = [run.roles.verifier.prompt(run.tokenizer, **f) for f in fields]
+
+    def look(replica: int, places: range) -> list[tuple[roles.Opinion, np.ndarray]]:
+        judge = run.judge.engines[replica]
+        share = [fields[place] for place in places]
+        opinions = roles.ask(judge, run.roles.verifier, share, 1, seed, places)
+        head_P3 = judge.first_opinions([prompts[place] for place in places])
+        return [(opinion, head_3) for (opinion,), head_3 in zip(opinions, head_P3, strict=True)]
+
+    found = run.gather(run.each(len(proofs), look))
     samples = [
         roles.make_sample(
             opinion,
@@ -70,12 +79,11 @@ def run_stage(run: run_lib.Run, stage: ProbeStage) -> dict[str, float]:
             analysis="",
             label=None if proof.label is None else proof.label.score,
         )
-        for proof, (opinion,) in zip(proofs, opinions, strict=True)
+        for proof, (opinion, _) in zip(proofs, found, strict=True)
     ]
     run.parts(stage.name).write_only(records.to_lines(samples))
     errors = _errors(samples)
-    prompts = [run.roles.verifier.prompt(run.tokenizer, **f) for f in fields]
-    head = run.judge.first_opinions(prompts) @ np.asarray(records.SCORES, np.float32)
+    head = np.stack([head_3 for _, head_3 in found]) @ np.asarray(records.SCORES, np.float32)
     labels = np.asarray([s.label for s in samples], np.float64)
     figures = {
         "mean_error": float(np.mean(errors)),

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 from absl import logging
@@ -119,7 +119,7 @@ def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
     config = stage.rl
     temperature = require_trainable(stage, run.roles.sampling)
     stream = task_stream(run, stage)
-    score = make_score(run, stage)
+    scores = make_scores(run, stage)
     learner = run.learner(
         ("rl", config.grpo, config.optimizer.without_rate(), config.auxiliary, temperature),
         functools.partial(_make_learner, run, config, temperature),
@@ -129,18 +129,19 @@ def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
         position = loop.position.get("next", 0)
         for step in loop.remaining():
             run.policy.load(loop.state.variables, f"{stage.name}@{step}")
-            groups, position = collect(run, stage, stream, score, step, position)
-            batches = [learner.put(b) for b in pack(config, groups)]
+            found = collect(run, stage, stream, scores, step, position)
+            batches = [learner.put(b) for b in pack(config, found.summaries)]
             references = [None] * len(batches)
             if config.grpo.kl_coefficient:
                 references = [learner.logprobs(loop.initial, b) for b in batches]
             rate = optimizer_lib.learning_rate(config.optimizer, step, config.steps)
             state, measured = learner.step(loop.state, batches, references, rate)
-            empty = () if any(g.has_signal for g in groups) else OF_ANSWERS
+            empty = () if any(s.has_signal for s in found.summaries) else OF_ANSWERS
             measured = {name: x for name, x in measured.items() if name not in empty}
-            written = groups_lib.to_samples(stage.name, step, groups)
-            scalars = groups_lib.measure(groups)
+            written = groups_lib.to_samples(stage.name, step, found.groups)
+            scalars = groups_lib.measure(found.summaries)
             alarms.check(step + 1, scalars)
+            position = found.position
             loop.advance(state, measured, batches, {"next": position}, scalars, written)
         return loop.finish()
 
@@ -167,17 +168,21 @@ def require_trainable(stage: RlStage, sampling: Mapping[str, roles.Sampling]) ->
     return temperatures[0]
 
 
-def make_score(run: run_lib.Run, stage: RlStage) -> scoring.Score:
-    """The stage's reward scheme; loads the judge that it needs."""
+def make_scores(run: run_lib.Run, stage: RlStage) -> dict[int, scoring.Score]:
+    """The stage's reward scheme on each replica of this process; loads the judge that it needs."""
     mask_length = stage.rl.on_length == "mask"
     if stage.judge is None:
-        return scoring.label_scorer(mask_length=mask_length)
+        return dict.fromkeys(run.policy.engines, scoring.label_scorer(mask_length=mask_length))
     run.judge.load(run.variables(stage.judge), stage.judge)
+    config, weights = stage.rl.judge, stage.rl.weights
     if roles.GENERATOR in stage.mixture:
-        return scoring.generator_scorer(
-            run.judge, run.roles, stage.rl.judge, stage.rl.weights, mask_length=mask_length
-        )
-    return scoring.meta_scorer(run.judge, run.roles, stage.rl.judge, mask_length=mask_length)
+        make = functools.partial(scoring.generator_scorer, weights=weights)
+    else:
+        make = scoring.meta_scorer
+    return {
+        replica: make(judge, run.roles, config, mask_length=mask_length)
+        for replica, judge in run.judge.engines.items()
+    }
 
 
 def task_stream(run: run_lib.Run, stage: RlStage) -> grain.MapDataset:
@@ -241,79 +246,112 @@ def _proof_shares(stage: RlStage, sources_left: Collection[str]) -> dict[str, fl
     return {p: share / total if total else 0.0 for p, share in shares.items()}
 
 
+class Collected(NamedTuple):
+    """A step's groups in stream order, and where the stream stands afterwards.
+
+    `groups` are those that this process speaks for, by their place among all.
+    """
+
+    summaries: list[groups_lib.Summary]
+    groups: dict[int, groups_lib.Group]
+    position: int
+
+
 def collect(
     run: run_lib.Run,
     stage: RlStage,
     stream: Any,
-    score: scoring.Score,
+    scores: Mapping[int, scoring.Score],
     step: int,
     position: int,
-) -> tuple[list[groups_lib.Group], int]:
-    """The step's groups, in stream order, and where the stream stands afterwards."""
-    config, kind = stage.rl, stage.rl.grpo.advantage
-    groups: list[groups_lib.Group] = []
+) -> Collected:
+    """A step's groups. Each replica answers its share of the tasks and has its answers scored."""
+    config = stage.rl
+    found = Collected([], {}, position)
     for refill in range(config.max_refills + 1):
-        missing = config.groups - sum(g.has_signal for g in groups)
+        missing = config.groups - sum(s.has_signal for s in found.summaries)
         if not missing:
             break
-        asked = [stream[position + i] for i in range(missing)]
-        position += missing
-        requests = [
-            records.Request(
-                id=f"{stage.name}/{step}/{refill}/{at}",
-                prompt=task.prompt,
-                num_samples=config.samples,
-                seed=run.seed_for(stage.name, step, refill, at),
-                max_tokens=task.role.sampling.max_tokens,
-                temperature=task.role.sampling.temperature,
-                top_p=task.role.sampling.top_p,
-            )
-            for at, task in enumerate(asked)
-        ]
-        answered = [
-            [scoring.Answered(task, roles.understand(task.role, r)) for r in responses]
-            for task, responses in zip(asked, run.policy.generate(requests), strict=True)
-        ]
-        flat = [a for group in answered for a in group]
-        scored = score(flat, (run.seed, stage.name, step, refill, "judge"))
-        for at in range(missing):
-            where = slice(at * config.samples, (at + 1) * config.samples)
-            groups.append(groups_lib.make_group(flat[where], scored[where], kind))
-    return groups, position
+        where = (stage.name, step, refill)
+
+        def answer(
+            replica: int,
+            places: range,
+            where: tuple[object, ...] = where,
+            start: int = found.position,
+        ) -> list[groups_lib.Group]:
+            asked = {place: stream[start + place] for place in places}
+            return _answer(run, config, asked, replica, scores[replica], where)
+
+        own = run.each(missing, answer)
+        summaries = run.gather({place: groups_lib.summarise(g) for place, g in own.items()})
+        before = len(found.summaries)
+        found.groups.update({before + place: group for place, group in own.items()})
+        found = found._replace(
+            summaries=found.summaries + summaries, position=found.position + missing
+        )
+    return found
 
 
-def pack(config: RlConfig, groups: Sequence[groups_lib.Group]) -> list[packing.Batch]:
-    """Groups with signal as rows; every verifier task also gives the head its target."""
-    lengths = [
-        [len(g.answered[i].opinion.response.token_ids) for i in g.kept] if g.has_signal else []
-        for g in groups
+def _answer(
+    run: run_lib.Run,
+    config: RlConfig,
+    asked: Mapping[int, tasks_lib.Task],
+    replica: int,
+    score: scoring.Score,
+    where: Sequence[object],
+) -> list[groups_lib.Group]:
+    """A replica's groups of a round, whose tasks are given by their place in it."""
+    requests = [
+        records.Request(
+            id="/".join(map(str, (*where, at))),
+            prompt=task.prompt,
+            num_samples=config.samples,
+            seed=run.seed_for(*where, at),
+            max_tokens=task.role.sampling.max_tokens,
+            temperature=task.role.sampling.temperature,
+            top_p=task.role.sampling.top_p,
+        )
+        for at, task in asked.items()
     ]
+    responses = run.policy.engines[replica].generate(requests)
+    flat = [
+        scoring.Answered(task, roles.understand(task.role, response))
+        for task, found in zip(asked.values(), responses, strict=True)
+        for response in found
+    ]
+    scored = score(flat, (run.seed, *where, "judge"), min(asked) * config.samples)
+    return [
+        groups_lib.make_group(flat[begin:end], scored[begin:end], config.grpo.advantage)
+        for begin, end in ((at, at + config.samples) for at in range(0, len(flat), config.samples))
+    ]
+
+
+def pack(config: RlConfig, groups: Sequence[groups_lib.Summary]) -> list[packing.Batch]:
+    """Groups with signal as rows; every verifier task also gives the head its target."""
+    lengths = [[len(tokens) for tokens, _ in g.answers] for g in groups]
     weights = grpo_lib.token_weights(lengths, config.grpo)
     labelled = [g for g in groups if g.head_label is not None]
     items = []
     for group, token_weights in zip(groups, weights, strict=True):
-        task, label = group.task, group.head_label
-        answers = []
-        if group.has_signal:
-            for i, weight, advantage in zip(
-                group.kept, token_weights, group.advantages, strict=True
-            ):
-                response = group.answered[i].opinion.response
-                answers.append(
-                    packing.Answer(
-                        tokens=response.token_ids,
-                        weights=[weight] * len(response.token_ids),
-                        old_logprobs=response.logprobs,
-                        advantage=float(advantage),
-                    )
-                )
-        trust = config.head_auto_weight if task.auto else config.head_weight
-        if answers or label is not None:
+        answers = [
+            packing.Answer(
+                tokens=tokens,
+                weights=[weight] * len(tokens),
+                old_logprobs=logprobs,
+                advantage=advantage,
+            )
+            for (tokens, logprobs), weight, advantage in zip(
+                group.answers, token_weights, group.advantages, strict=True
+            )
+        ]
+        trust = config.head_auto_weight if group.auto else config.head_weight
+        if answers or group.head_label is not None:
             items.append(
                 packing.Item(
-                    prompt=task.prompt,
+                    prompt=group.prompt,
                     answers=tuple(answers),
-                    head_label=label,
+                    head_label=group.head_label,
                     head_weight=trust / max(len(labelled), 1),
                 )
             )

@@ -1,25 +1,28 @@
 """What every stage is given: the run's fixed parts, its engines and learners, its folders."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 
-from mathv2_jax import checkpoint, records, roles, sharding, storage
+from mathv2_jax import checkpoint, processes, records, roles, sharding, storage
 from mathv2_jax import metrics as metrics_lib
 from mathv2_jax.data import sources
 from mathv2_jax.hf import folder
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.rl import learner as learner_lib
-from mathv2_jax.rollout import decode, engine
+from mathv2_jax.rollout import decode, engine, replicas
+from mathv2_jax.stages import groups
 from mathv2_jax.text import tokenizer as tokenizer_lib
 
 WROTE = "record_parts"  # the figure of a finished stage that counts its parts of records
+T = TypeVar("T")
 FRESH = "fresh"  # the name of the parameters that a run starts from
 
 
@@ -37,6 +40,7 @@ class RuntimeConfig:
         default_factory=metrics_lib.MetricsConfig
     )
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
+    sampling: sharding.SamplingConfig | None = None  # None: the whole mesh is one replica
     model_kernels: str = "auto"  # the experts' product: sorted_blocks, ragged or every_expert
     attention: str = "auto"  # of whole rows: dense, blocks, or (auto) by the row's length
     # What a device has room for of the rows that others send to its experts, in units of an even
@@ -82,16 +86,13 @@ class Run:
     def __post_init__(self):
         programs = decode.Programs(self.trunk.config, self.trunk.kernels)
         self._learners: dict[Any, learner_lib.Learner] = {}
-        self.policy, self.judge = (
-            engine.Engine(
-                programs,
-                self.tokenizer,
-                self.engine_config,
-                self.mesh,
-                think=self.roles.verifier.think,
-            )
-            for _ in range(2)
-        )
+        sampling = sharding.make_sampling_mesh(self.runtime.sampling, self.mesh)
+
+        def make_engine(mesh: Mesh) -> engine.Engine:
+            think = self.roles.verifier.think
+            return engine.Engine(programs, self.tokenizer, self.engine_config, mesh, think=think)
+
+        self.policy, self.judge = (replicas.Replicas(sampling, make_engine) for _ in range(2))
 
     def learner(self, key: Any, make: Callable[[], learner_lib.Learner]) -> learner_lib.Learner:
         """The learner for `key` (its hashable settings): made once, so compiled once."""
@@ -99,13 +100,41 @@ class Run:
             self._learners[key] = make()
         return self._learners[key]
 
+    def each(self, total: int, work: Callable[[int, range], Sequence[T]]) -> dict[int, T]:
+        """What becomes of each of 0 .. total - 1, by its place, where this process speaks for it.
+
+        `work(replica, places)` does a share of them, in order, on that replica's engines.
+        """
+        found: dict[int, T] = {}
+        for replica in self.policy.engines:
+            places = self.policy.share(replica, total)
+            made = work(replica, places) if places else []
+            if replica in self.policy.led:
+                found.update(zip(places, made, strict=True))
+        return found
+
+    def gather(self, own: Mapping[int, T]) -> list[T]:
+        """What `each` gave to every process, in the order of its places."""
+        every: dict[int, T] = {}
+        for found in processes.exchange(dict(own)):
+            every |= found
+        return [every[place] for place in sorted(every)]
+
     def seed_for(self, *parts: object) -> int:
         """A seed for a purpose of this run."""
         return roles.seed_for(self.seed, *parts)
 
     def parts(self, stage: str) -> storage.Parts:
         """The stage's records."""
-        return storage.Parts(self.workdir / "records" / stage)
+        folder = self.workdir / "records" / stage
+        return storage.Parts(folder, keeper=processes.is_first())
+
+    def commit(self, parts: storage.Parts, step: int) -> None:
+        """The parts that any process wrote count, up to `step`; all processes call it."""
+        for written in processes.exchange(parts.pending):
+            parts.adopt(written)
+        parts.commit(step)
+        processes.meet()  # the next may read the manifest
 
     def input(self, name: str, kind: type[sources.T]) -> list[sources.T]:
         """Records that the run was given: before its first stage, or by experts, in between."""
@@ -116,8 +145,10 @@ class Run:
         return self.workdir / "records" / "input" / f"{name}.jsonl"
 
     def samples(self, stage: str) -> list[records.Sample]:
-        """Every sample that a finished stage wrote."""
-        return self.stage_records(stage, records.Sample)
+        """Every sample that a finished stage wrote, in the order of a run of one process."""
+        found = self.stage_records(stage, records.Sample)
+        names = self.parts(stage).names()
+        return groups.in_order(found) if any(map(storage.is_shared, names)) else found
 
     def stage_records(self, stage: str, kind: type[sources.T]) -> list[sources.T]:
         """The records of one kind among those that a stage wrote.
@@ -160,10 +191,12 @@ class Run:
         abstract = self._abstract(self.trunk.config)
         if stage == FRESH:
             shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-            key = jax.random.key(self.seed_for("init") % 2**32)
-            return jax.device_put(
-                transformer.init(self.trunk.config, key, self.trunk.kernels), shardings
+            init = functools.partial(
+                transformer.init, self.trunk.config, kernels=self.trunk.kernels
             )
+            with jax.set_mesh(self.mesh):
+                key = jax.random.key(self.seed_for("init") % 2**32)
+                return jax.jit(init, out_shardings=shardings)(key)
         folder, complaint = self._final(stage), "it holds none"
         try:
             with checkpoint.Checkpoints(folder, keep=1) as saved:
@@ -210,8 +243,8 @@ class Run:
         return self.workdir / "checkpoints" / stage / "final"
 
     def check_stop(self, save: Callable[[], None]) -> None:
-        """Saves and raises Preempted where the run was asked to stop."""
-        if self.should_stop():
+        """Saves and raises Preempted where a process of the run was asked to stop."""
+        if processes.any_of(self.should_stop()):
             logging.warning("asked to stop: saving, then leaving")
             save()
             raise Preempted

@@ -45,7 +45,8 @@ class Answered:
     opinion: roles.Opinion
 
 
-Score = Callable[[Sequence[Answered], Sequence[object]], list[Scored]]
+# (answers, what the judge's seeds are made of, the place of the first answer among the step's)
+Score = Callable[[Sequence[Answered], Sequence[object], int], list[Scored]]
 
 
 def failed(opinion: roles.Opinion, *, mask_length: bool) -> Scored:
@@ -68,7 +69,7 @@ def by_label(answered: Answered) -> Scored:
 def label_scorer(*, mask_length: bool) -> Score:
     """Rewards from labels alone."""
 
-    def score(answered: Sequence[Answered], seed: Sequence[object]) -> list[Scored]:
+    def score(answered: Sequence[Answered], seed: Sequence[object], start: int = 0) -> list[Scored]:
         return [
             failed(a.opinion, mask_length=mask_length) if a.opinion.written is None else by_label(a)
             for a in answered
@@ -82,27 +83,28 @@ def meta_scorer(
 ) -> Score:
     """Second pass: a verifier's reward is multiplied by R_meta; meta-verifier items as before."""
 
-    def score(answered: Sequence[Answered], seed: Sequence[object]) -> list[Scored]:
+    def score(answered: Sequence[Answered], seed: Sequence[object], start: int = 0) -> list[Scored]:
         asked = [
-            a
-            for a in answered
+            place
+            for place, a in enumerate(answered)
             if a.opinion.written is not None and a.task.role.name == roles.VERIFIER
         ]
         fields = [
             {"statement": a.task.statement, "proof": a.task.proof, "analysis": a.opinion.text}
-            for a in asked
+            for a in (answered[place] for place in asked)
         ]
-        opinions = roles.ask(judge, names.meta_verifier, fields, config.meta_votes, seed)
-        found = {id(a): o for a, o in zip(asked, opinions, strict=True)}
+        keys = [start + place for place in asked]
+        opinions = roles.ask(judge, names.meta_verifier, fields, config.meta_votes, seed, keys)
+        found = dict(zip(asked, opinions, strict=True))
         scored = []
-        for a in answered:
+        for place, a in enumerate(answered):
             written = a.opinion.written
             if written is None:
                 scored.append(failed(a.opinion, mask_length=mask_length))
-            elif id(a) not in found:
+            elif place not in found:
                 scored.append(by_label(a))
             else:
-                meta = found[id(a)]
+                meta = found[place]
                 votes = roles.votes(meta)
                 components = None
                 if len(votes) >= config.min_votes and a.task.label is not None:
@@ -123,28 +125,29 @@ def generator_scorer(
 ) -> Score:
     """R_format (alpha R_Y + beta R_Z), from the frozen verifier's sampled analyses."""
 
-    def score(answered: Sequence[Answered], seed: Sequence[object]) -> list[Scored]:
-        asked = [a for a in answered if a.opinion.written is not None]
-        written = [a.opinion.written for a in asked if a.opinion.written is not None]
-        proofs = [
-            {"statement": a.task.statement, "proof": w.body}
-            for a, w in zip(asked, written, strict=True)
+    def score(answered: Sequence[Answered], seed: Sequence[object], start: int = 0) -> list[Scored]:
+        asked = [
+            (place, a.task, a.opinion.written)
+            for place, a in enumerate(answered)
+            if a.opinion.written is not None
         ]
+        proofs = [{"statement": task.statement, "proof": w.body} for _, task, w in asked]
         analyses = [
             {**fields, "analysis": w.self_analysis}
-            for fields, w in zip(proofs, written, strict=True)
+            for fields, (_, _, w) in zip(proofs, asked, strict=True)
         ]
-        verified = roles.ask(judge, names.verifier, proofs, config.verifier_votes, seed)
-        checked = roles.ask(judge, names.meta_verifier, analyses, config.meta_votes, seed)
+        keys = [start + place for place, _, _ in asked]
+        verified = roles.ask(judge, names.verifier, proofs, config.verifier_votes, seed, keys)
+        checked = roles.ask(judge, names.meta_verifier, analyses, config.meta_votes, seed, keys)
         found = {
-            id(a): (w, v, m) for a, w, v, m in zip(asked, written, verified, checked, strict=True)
+            place: (w, v, m) for (place, _, w), v, m in zip(asked, verified, checked, strict=True)
         }
         scored = []
-        for a in answered:
-            if id(a) not in found:
+        for place, a in enumerate(answered):
+            if place not in found:
                 scored.append(failed(a.opinion, mask_length=mask_length))
                 continue
-            w, verdicts, metas = found[id(a)]
+            w, verdicts, metas = found[place]
             votes, meta_votes = roles.votes(verdicts), roles.votes(metas)
             components = None
             if min(len(votes), len(meta_votes)) >= config.min_votes:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from mathv2_jax import metrics, records, storage
+from mathv2_jax import metrics, processes, records, storage
 from mathv2_jax.data import packing
 from mathv2_jax.rl import learner as learner_lib
 from mathv2_jax.stages import run as run_lib
@@ -69,13 +69,15 @@ class Loop:
         self._tracing = False
         self._parts = run.parts(name)
         self._parts.discard_after(self.first_step)
-        self._writer = metrics.MetricWriter(
+        self._writer = metrics.make_writer(
             run.workdir,
             name,
             total_steps=num_steps,
             resume_from=self.first_step,
             config=run.runtime.metrics,
+            writes=processes.is_first(),
         )
+        processes.meet()  # the others read what it went back to
         self._pending: tuple[int, float, Mapping[str, Any], Mapping[str, float], Any] | None = None
         self._last = self._figures_of(self.first_step)
 
@@ -131,7 +133,7 @@ class Loop:
         self.state, self.position = state, position
         self._pending = (self._step, moment, measured, scalars, batches)
         if written:
-            name = storage.part_name(self._step)
+            name = storage.part_name(self._step, processes.index())
             self._parts.write_part(name, records.to_lines(written))
         if self._step % self.run.runtime.save_every == 0 and self._step < self.num_steps:
             self._save()
@@ -149,7 +151,7 @@ class Loop:
     def _save(self) -> None:
         self._read_pending()
         self._writer.flush()
-        self._parts.commit(self._step)
+        self.run.commit(self._parts, self._step)
         if self._checkpoints.latest_step() != self._step:
             self._checkpoints.save(self._step, self.state, dict(self.position))
 
@@ -166,7 +168,7 @@ class Loop:
         values = {name: float(x) for name, x in jax.device_get(dict(measured)).items()}
         if not values.pop("finite"):
             folder = self.run.workdir / "inspect" / f"{self.name}-{step:06d}"
-            write_batches(folder, batches)
+            processes.first(lambda: write_batches(folder, batches))
             raise NotFiniteError(
                 f"{self.name}, step {step}: loss {values['loss']}, gradient norm "
                 f"{values['gradient_norm']} are not finite. The state before this step is kept; "

@@ -40,7 +40,7 @@ def make_run_in(house) -> Callable[..., run_lib.Run]:
             runtime=run_lib.RuntimeConfig(save_every=1),
             router_bias_rate=0.0,
         )
-        run.policy, run.judge = house.engine({}), house.engine({})  # compiled once for all
+        run.policy, run.judge = house.replicas(), house.replicas()  # compiled once for all
         for stage, script in models.items():
             run.keep_variables(stage, house.variables(script), 0)
         return run

@@ -118,9 +118,9 @@ def test_a_stage_that_is_asked_to_stop_keeps_its_parts_and_ends_as_if_it_had_not
     with pytest.raises(run_lib.Preempted):
         autolabel.run_stage(run, more)
     assert run.parts("label").names() == [storage.part_name(1)]
-    run.judge.asked.clear()
+    run.judge.engines[0].asked.clear()
     assert autolabel.run_stage(run, more) == figures and contents() == whole
-    asked = [text for text in run.judge.asked if text.endswith(scripted.VERIFY)]
+    asked = [text for text in run.judge.engines[0].asked if text.endswith(scripted.VERIFY)]
     assert len(asked) == 6  # the second part's proofs alone
     assert autolabel.run_stage(run, more) == figures and contents() == whole
 

@@ -84,7 +84,7 @@ def rollouts(run, stage):
         )
         for samples in by_group.values()
     ]
-    batch, *_ = rl.pack(stage.rl, [g for g in found if g.has_signal])
+    batch, *_ = rl.pack(stage.rl, [groups.summarise(g) for g in found if g.has_signal])
     return batch
 
 

@@ -22,6 +22,10 @@ def verifier_group(*values):
     return groups.make_group(answered, [scored(v) for v in values], "mean")
 
 
+def measured(*found):
+    return groups.measure([groups.summarise(group) for group in found])
+
+
 def opinion(role, text):
     return answer(role, text).opinion
 
@@ -54,9 +58,7 @@ def test_the_steps_scalars_by_hand():
         scoring.Scored({"format": 0.0, "total": 0.0}),
         scoring.Scored({"format": 0.0, "total": 0.0}),
     ]
-    found = groups.measure(
-        [groups.make_group(answered, rewards, "mean"), verifier_group(0.25, 0.25)]
-    )
+    found = measured(groups.make_group(answered, rewards, "mean"), verifier_group(0.25, 0.25))
     assert found == pytest.approx(
         {
             "reward": (0.5 + 0 + 0 + 0.25 + 0.25) / 5,
@@ -77,11 +79,11 @@ def test_the_steps_scalars_by_hand():
 
 def test_a_mean_of_nothing_is_left_out():
     answered = [answer(ROLES.verifier, NOISE, 1.0)] * 2
-    found = groups.measure([groups.make_group(answered, [scored(None)] * 2, "mean")])
+    found = measured(groups.make_group(answered, [scored(None)] * 2, "mean"))
     assert not {"reward", "score", "lost_votes"} & set(found)
     assert (found["outcome/unparseable"], found["left_group"], found["length"]) == (1.0, 1.0, 3.0)
     asked = [scored(None, meta=(opinion(ROLES.meta_verifier, RATINGS[1.0]),))] * 2
-    assert groups.measure([groups.make_group(answered, asked, "mean")])["lost_votes"] == 0.0
+    assert measured(groups.make_group(answered, asked, "mean"))["lost_votes"] == 0.0
 
 
 def test_each_kind_of_failure_is_said_once_a_stage_with_its_step(caplog):
@@ -107,7 +109,7 @@ def test_every_answer_is_recorded_and_followed_by_what_was_said_about_it():
         meta=(opinion(ROLES.meta_verifier, RATINGS[0.5]),),
     )
     group = groups.make_group(answered, [scored(0.8, **said), scored(None)], "mean")
-    found = groups.to_samples("gen", 3, [verifier_group(1.0, 0.0), group])[2:]
+    found = groups.to_samples("gen", 3, {1: group, 0: verifier_group(1.0, 0.0)})[2:]
     assert [(s.id, s.role) for s in found] == [
         ("gen/3/1/0", roles.GENERATOR),
         ("gen/3/1/0/verifier/0", roles.VERIFIER),

@@ -81,7 +81,7 @@ def test_a_verifier_is_shown_each_proof(make_run):
     probe.run_stage(run, probe.ProbeStage(name="probe-1", verifier="first"))
     verifier = scripted.ROLES.verifier
     shown = [scripted.shown(verifier, statement=p.statement, proof=p.text) for p in proofs]
-    assert run.judge.asked == shown
+    assert run.judge.engines[0].asked == shown
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from mathv2_jax import records, roles, storage
 from mathv2_jax.cli import inputs
 from mathv2_jax.rl import optimizer
-from mathv2_jax.stages import rl
+from mathv2_jax.stages import groups, rl
 from tests import scripted
 from tests.by_hand import RATINGS, STATEMENT, VERDICTS, proof, task
 
@@ -45,8 +45,13 @@ def stream(run):
 def collected(run, position=0, step=0, **fields):
     run.policy.load(run.variables("start"), "start@0")
     mixed = stage(rl=config(**fields))
-    score = rl.make_score(run, mixed)
-    return rl.collect(run, mixed, stream(run), score, step, position)
+    scores = rl.make_scores(run, mixed)
+    found = rl.collect(run, mixed, stream(run), scores, step, position)
+    return [found.groups[place] for place in range(len(found.summaries))], found.position
+
+
+def packed(setting, found):
+    return rl.pack(setting, [groups.summarise(g) for g in found])
 
 
 @pytest.mark.parametrize(
@@ -73,7 +78,7 @@ def test_collecting_is_a_function_of_position_and_step(make_run):
 
 def test_a_packed_step_learns_from_groups_with_signal_and_from_every_human_score(make_run):
     found, _ = collected(make_run(start=SCRIPT), max_refills=2)
-    batches = rl.pack(config(rows=4, row_length=400), found)
+    batches = packed(config(rows=4, row_length=400), found)
     weights_BT = np.concatenate([b.weights_BT for b in batches])
     signal = [g for g in found if g.has_signal]
     lengths = [len(a.opinion.response.token_ids) for g in signal for a in g.answered]
@@ -104,7 +109,7 @@ def test_machine_labels_weigh_less_in_the_heads_loss(make_run):
     ]
     setting = config(rows=4, row_length=400, head_weight=0.8, head_auto_weight=0.2)
     heads = np.concatenate(
-        [b.head_weights_BN[b.head_weights_BN > 0] for b in rl.pack(setting, auto)]
+        [b.head_weights_BN[b.head_weights_BN > 0] for b in packed(setting, auto)]
     )
     np.testing.assert_allclose(sorted(heads), [0.1, 0.4])
 

@@ -74,7 +74,7 @@ def test_the_router_bias_moves_against_the_load(trained):
 def test_the_policy_is_asked_what_the_tasks_say(trained):
     verifier = scripted.ROLES.verifier
     shown = {scripted.shown(verifier, statement=STATEMENT, proof=p.text) for p in PROOFS}
-    assert set(trained[0].policy.asked) == shown
+    assert set(trained[0].policy.engines[0].asked) == shown
 
 
 def test_without_a_group_of_signal_there_is_no_figure_of_its_answers(trained):
