@@ -233,7 +233,8 @@ def put(tree: Any, where: Any) -> Any:
         whole = np.asarray(x)
         return jax.make_array_from_callback(whole.shape, at, lambda part: whole[part])
 
-    return jax.tree.map(spread, tree, where)
+    with jax.transfer_guard_host_to_device("allow"):  # it is asked for here, as in device_put
+        return jax.tree.map(spread, tree, where)
 
 
 def on_host(tree: Any) -> Any:

@@ -63,7 +63,14 @@ def join() -> None:
         return
     if where != AUTO:
         _check(where, number, own)
+    # On CPU devices: collectives between processes; one program at a time, as programs that run at
+    # once may hold threads that others wait for, in each process another; and threads enough for
+    # every device to wait in a collective, which XLA takes to be this many.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    os.environ.setdefault(
+        "NPROC", str(4 * max(os.cpu_count() or 1, jax.config.jax_num_cpu_devices))
+    )
     try:
         jax.distributed.initialize(
             None if where == AUTO else where,

@@ -194,9 +194,8 @@ class Run:
             init = functools.partial(
                 transformer.init, self.trunk.config, kernels=self.trunk.kernels
             )
-            with jax.set_mesh(self.mesh):
-                key = jax.random.key(self.seed_for("init") % 2**32)
-                return jax.jit(init, out_shardings=shardings)(key)
+            key = jax.random.key(self.seed_for("init") % 2**32)
+            return jax.jit(init, out_shardings=shardings)(key)
         folder, complaint = self._final(stage), "it holds none"
         try:
             with checkpoint.Checkpoints(folder, keep=1) as saved:

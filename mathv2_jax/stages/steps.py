@@ -144,6 +144,7 @@ class Loop:
         A run killed anywhere before the stage's report is written gets the same ones again.
         """
         self._save()
+        self._checkpoints.wait()  # Orbax tells saves that go on at once apart by their steps only
         self.run.keep_variables(self.name, self.state.variables, self._step)
         self._writer.finish()
         return self._last
