@@ -13,6 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -242,6 +243,21 @@ def on_host(tree: Any) -> Any:
     if all(x.is_fully_addressable for x in jax.tree.leaves(tree)):
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def any_of(flags: np.ndarray, mesh: Mesh) -> np.ndarray:
+    """Flags that any process of the mesh raises, for all of them; each calls with its own."""
+    if all(d.process_index == jax.process_index() for d in mesh.devices.flat):
+        return flags
+    apart = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    shape = (mesh.devices.size, *flags.shape)
+    raised = jax.make_array_from_callback(shape, apart, lambda _: flags[None])
+    return on_host(_any(raised))
+
+
+@jax.jit
+def _any(raised: jax.Array) -> jax.Array:
+    return jnp.any(raised, axis=0)
 
 
 def part_of(tree: Any, where: Any) -> Any:

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the scripts beside it: the one place that makes the environment they run in.
 #
-#   make_environment package|test|dev
+#   make_environment package|tpu|test|dev
 #
 # makes or completes $VENV (a folder in the repository root) with the versions pinned for its
 # Python, installs this package into it in place, and leaves its interpreter's path in $VENV_PYTHON.
@@ -77,9 +77,10 @@ make_environment() {
   local levels
   case "$extra" in
     package) levels=(package) target="." ;;
+    tpu) levels=(package tpu) target=".[tpu]" ;;
     test) levels=(package test) target=".[test]" ;;
     dev) levels=(package test dev) target=".[dev]" ;;
-    *) die "make_environment: $extra is not one of package, test, dev" ;;
+    *) die "make_environment: $extra is not one of package, tpu, test, dev" ;;
   esac
 
   make_venv

@@ -3,12 +3,15 @@
 mathv2-compile --config=FILE --topology=v5p:8x8x16 [--stage=NAME] [--json=FILE] [--max_layers=N]
                [--programs=gradients,update,logprobs,prefill,decode] [--lower_only]
                [--config.field=value ...]
+mathv2-compile --topology=v5p --xla_flags
 
 For every program: whether it fits, its memory, FLOPs of the model and of the program, what chips
 send each other, and bounds of its time and MFU; for every phase of the step: what is in memory
 together. The mesh is the config's; -1 fills the topology. With --max_layers the model is cut short
 (--config.model.num_layers would be another model's config), to answer in a minute or two.
 --lower_only compiles nothing: FLOPs alone, in seconds. Both need libtpu: the extra [tpu].
+--xla_flags only prints the chip's flags of XLA, for a run's LIBTPU_INIT_ARGS; programs are compiled
+with the same, unless that variable is set.
 
 Exit codes: 0 all fits, 1 something does not, 2 bad usage or input.
 """
@@ -55,6 +58,10 @@ _PROGRAMS = flags.DEFINE_string(
 )
 _LOWER = flags.DEFINE_bool("lower_only", False, "Do not compile: FLOPs alone.", flag_values=_OWN)
 
+_FLAGS = flags.DEFINE_bool(
+    "xla_flags", False, "Print the chip's LIBTPU_INIT_ARGS, and nothing else.", flag_values=_OWN
+)
+
 # libtpu looks for a machine with TPUs, and two of them for each other's lock file.
 _WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -71,9 +78,14 @@ def main(argv: Sequence[str]) -> int:
     """Usage and input errors are one line and exit code 2; what is a bug keeps its traceback."""
     try:
         rest, overrides = overrides_lib.split(argv)
-        if not shell.read_flags(_OWN, rest, __doc__, ("config", "topology")):
+        if not shell.read_flags(_OWN, rest, __doc__, ("topology",)):
             return shell.FINISHED
-        assert _CONFIG.value is not None and _TOPOLOGY.value is not None
+        assert _TOPOLOGY.value is not None
+        if _FLAGS.value:
+            print(" ".join(chips.chip_of(_TOPOLOGY.value).xla_flags))
+            return shell.FINISHED
+        if not _CONFIG.value:
+            raise ValueError("--config=... must be given")
         jax.config.update("jax_platforms", "cpu")
         loaded = overrides_lib.load(_CONFIG.value)
         if not loaded.data and loaded.world is None:
@@ -99,7 +111,9 @@ def compiled(
     config: config_lib.RunConfig, topology: str, save: Callable[[Mapping[str, Any]], None]
 ) -> dict[str, Any]:
     """All figures; each program is printed and `save`d, with those before it, as it is done."""
-    chip, devices = chips.chip_of(topology), _devices(topology)
+    chip = chips.chip_of(topology)
+    os.environ.setdefault("LIBTPU_INIT_ARGS", " ".join(chip.xla_flags))
+    devices = _devices(topology)
     mesh = machine.make_mesh(config.runtime.mesh, config.stages, devices)
     stage, model = _stage(config, _STAGE.value), _cut(config.model, _MAX_LAYERS.value)
     kernels = machine.make_kernels(config.runtime, mesh.devices.flat[0].platform)
@@ -115,6 +129,7 @@ def compiled(
         "parameters": transformer.num_parameters(transformer.boxed_abstract(model, kernels)),
         "layers": model.num_layers,
         "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},
+        "xla_flags": os.environ["LIBTPU_INIT_ARGS"].split(),
         "programs": {},
         "phases": {},
     }

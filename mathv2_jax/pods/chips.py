@@ -17,15 +17,52 @@ class Chip:
     hbm_bytes: float
     hbm_bandwidth: float  # bytes a second
     ici_bandwidth: float  # bytes a second that arrive, over all links: half the two-way figure
+    xla_flags: tuple[str, ...] = ()  # in LIBTPU_INIT_ARGS, for collectives beside computation
 
+
+# Flags of libtpu, grouped as MaxText groups them (benchmarks/xla_flags_library.py). libtpu 0.0.42.1
+# takes them all, and ends the process at one that it does not know. What they do to a time was
+# never measured here; what they do to a program is in tests/pods/test_chips.py.
+#
+# The weights of what comes next are gathered while this computes. v5e does so unasked, v5p and v6e
+# do not.
+_GATHER_AHEAD = (
+    "--xla_tpu_enable_async_collective_fusion=true",
+    "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+    "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+    "--xla_tpu_overlap_compute_collective_tc=true",
+    "--xla_enable_async_all_gather=true",
+)
+# The sum of gradients over replicas, which may cross slices, goes beside the backward pass.
+_REDUCE_BESIDE = (
+    "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
+    "--xla_tpu_data_parallel_opt_different_sized_ops=true",
+)
+# More of v6e's 128 MiB of VMEM for an operation itself, less to prefetch for the next: MaxText's
+# value for models of experts.
+_VMEM = ("--xla_tpu_scoped_vmem_limit_kib=81920",)
 
 CHIPS = {
-    "v5e": Chip(bf16_flops=197e12, hbm_bytes=15.75 * GIB, hbm_bandwidth=819e9, ici_bandwidth=200e9),
+    "v5e": Chip(
+        bf16_flops=197e12,
+        hbm_bytes=15.75 * GIB,
+        hbm_bandwidth=819e9,
+        ici_bandwidth=200e9,
+        xla_flags=(*_GATHER_AHEAD, *_REDUCE_BESIDE),
+    ),
     "v5p": Chip(
-        bf16_flops=459e12, hbm_bytes=95.73 * GIB, hbm_bandwidth=2765e9, ici_bandwidth=600e9
+        bf16_flops=459e12,
+        hbm_bytes=95.73 * GIB,
+        hbm_bandwidth=2765e9,
+        ici_bandwidth=600e9,
+        xla_flags=(*_GATHER_AHEAD, *_REDUCE_BESIDE),
     ),
     "v6e": Chip(
-        bf16_flops=918e12, hbm_bytes=31.24 * GIB, hbm_bandwidth=1638e9, ici_bandwidth=400e9
+        bf16_flops=918e12,
+        hbm_bytes=31.24 * GIB,
+        hbm_bandwidth=1638e9,
+        ici_bandwidth=400e9,
+        xla_flags=(*_GATHER_AHEAD, *_REDUCE_BESIDE, *_VMEM),
     ),
     "tpu7x": Chip(
         bf16_flops=2307e12 / 2,

@@ -87,6 +87,7 @@ class Engine:
         self._variables: transformer.Variables | None = None
         self._version = ""
         self._programs = programs
+        self._cancelled: set[str] = set()
 
     def load(self, variables: transformer.Variables, version: str) -> None:
         """Answer with these variables from now on; `version` is written into every response.
@@ -100,10 +101,18 @@ class Engine:
         """Let go of the variables."""
         self._variables = None
 
+    def cancel(self, request_id: str) -> None:
+        """Leave a request's answers, now or from the next `generate` on, where they have not begun.
+
+        From any thread, in any one process of the engine's mesh.
+        """
+        self._cancelled.add(request_id)
+
     def generate(self, requests: Sequence[records.Request]) -> list[list[records.Response]]:
         """`num_samples` responses for each request, in the requests' order.
 
-        ValueError before the first `load`. A request that no bucket holds comes back LOST.
+        ValueError before the first `load`. A request that no bucket holds comes back LOST, one that
+        was cancelled in time CANCELLED.
         """
         answers: list[list[records.Response]] = [[] for _ in requests]
         shapes: dict[_Shape, list[int]] = {}
@@ -120,7 +129,10 @@ class Engine:
                     self.limits.prompt_buckets,
                     self.limits.answer_buckets,
                 )
-                answers[at] = [self._lost(request, i) for i in range(request.num_samples)]
+                answers[at] = [
+                    self._unanswered(request, i, records.Finish.LOST)
+                    for i in range(request.num_samples)
+                ]
                 continue
             together = min(request.num_samples, self.limits.rows)
             stop_ids = tuple(sorted({*self.tokenizer.stop_ids, *request.stop_ids}))
@@ -134,11 +146,11 @@ class Engine:
             ]
             per_call = self._prompts_per_call(shape.together)
             for begin in range(0, len(jobs), per_call):
-                chunk = [(requests[at], first) for at, first in jobs[begin : begin + per_call]]
-                for (at, _), found in zip(
-                    jobs[begin : begin + per_call], self._run(chunk, shape), strict=True
-                ):
+                chunk = jobs[begin : begin + per_call]
+                asked = [(requests[at], first) for at, first in chunk]
+                for (at, _), found in zip(chunk, self._run(asked, shape), strict=True):
                     answers[at].extend(found)
+        self._cancelled -= {request.id for request in requests}
         return answers
 
     def first_opinions(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -190,11 +202,23 @@ class Engine:
     def _run(
         self, jobs: Sequence[tuple[records.Request, int]], shape: _Shape
     ) -> list[list[records.Response]]:
-        """One compiled call; `jobs` are requests with the index of their first answer."""
+        """One compiled call; `jobs` are requests with the index of their first answer.
+
+        Which of them are cancelled the processes of the mesh agree on before it.
+        """
+        wanted = [range(first, min(first + shape.together, r.num_samples)) for r, first in jobs]
+        flags = np.array([request.id in self._cancelled for request, _ in jobs])
+        cancelled = sharding.any_of(flags, self.mesh)
+        left = records.Finish.CANCELLED
+        if cancelled.all():
+            return [
+                [self._unanswered(request, i, left) for i in indices]
+                for (request, _), indices in zip(jobs, wanted, strict=True)
+            ]
         together, number = shape.together, self._prompts_per_call(shape.together)
         ids, lengths = self._pad([r.prompt for r, _ in jobs], shape.prompt, number)
         rows, everywhere = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
-        settings = _settings(jobs, number, together, rows)
+        settings = _settings(jobs, cancelled, number, together, rows)
         prefilled = self._call_prefill(ids, lengths)
         with sharding.computing(self.mesh):
             decoded = self._programs.decode(
@@ -208,12 +232,13 @@ class Engine:
             )
         host = sharding.on_host(decoded)
         found: list[list[records.Response]] = []
-        for place, (request, first) in enumerate(jobs):
-            wanted = range(min(together, request.num_samples - first))
+        for place, ((request, first), indices) in enumerate(zip(jobs, wanted, strict=True)):
+            if cancelled[place]:
+                found.append([self._unanswered(request, i, left) for i in indices])
+                continue
             self.num_prompt_tokens += len(request.prompt)
-            found.append(
-                [self._response(request, first + i, host, place * together + i) for i in wanted]
-            )
+            row = place * together - first
+            found.append([self._response(request, i, host, row + i) for i in indices])
         return found
 
     def _response(
@@ -236,7 +261,9 @@ class Engine:
             parameter_version=self._version,
         )
 
-    def _lost(self, request: records.Request, index: int) -> records.Response:
+    def _unanswered(
+        self, request: records.Request, index: int, finish: records.Finish
+    ) -> records.Response:
         return records.Response(
             request_id=request.id,
             index=index,
@@ -245,13 +272,17 @@ class Engine:
             text="",
             final_text=None,
             thinking_text="",
-            finish=records.Finish.LOST,
+            finish=finish,
             parameter_version=self._version,
         )
 
 
 def _settings(
-    jobs: Sequence[tuple[records.Request, int]], number: int, together: int, rows: NamedSharding
+    jobs: Sequence[tuple[records.Request, int]],
+    cancelled: np.ndarray,
+    number: int,
+    together: int,
+    rows: NamedSharding,
 ) -> decode.RowSettings:
     keys = np.zeros((number, together, 2), np.uint32)
     temperature = np.ones((number, together), np.float32)
@@ -261,6 +292,6 @@ def _settings(
         temperature[place], top_p[place] = request.temperature, request.top_p
         for i in range(min(together, request.num_samples - first)):
             keys[place, i] = row_key(request.seed, first + i)
-            limit[place, i] = request.max_tokens
+            limit[place, i] = 0 if cancelled[place] else request.max_tokens
     flat = (keys.reshape(-1, 2), temperature.reshape(-1), top_p.reshape(-1), limit.reshape(-1))
     return sharding.put(decode.RowSettings(*flat), rows)

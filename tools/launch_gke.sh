@@ -1,0 +1,62 @@
+#!/usr/bin/env bash
+# Starts one command on every worker of TPU slices in a GKE cluster, through XPK (pip install xpk):
+#
+#   bash tools/launch_gke.sh --cluster=CLUSTER --workload=NAME --type=v5p-2048 [options] -- \
+#     mathv2-train --config=configs/FILE.py --workdir=gs://BUCKET/RUN
+#
+# XPK puts this folder into an image over a plain Python one; each worker makes its environment at
+# its start. A worker that is lost restarts its slice --restarts times, and the run goes on.
+#
+#   --zone=ZONE --project=PROJECT     of the cluster; default: gcloud's own
+#   --slices=N                        default 1
+#   --restarts=N                      default 10
+#   --image=IMAGE                     default python:3.12
+#   --dry_run                         print the command, quoted for a shell
+set -euo pipefail
+# shellcheck source=tools/environment.sh
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+cluster="" workload="" type="" slices=1 restarts=10 image="python:3.12" dry_run=false
+options=() command=()
+while (($#)); do
+  case "$1" in
+    --cluster=*) cluster="${1#*=}" ;;
+    --workload=*) workload="${1#*=}" ;;
+    --type=*) type="${1#*=}" ;;
+    --slices=*) slices="${1#*=}" ;;
+    --restarts=*) restarts="${1#*=}" ;;
+    --image=*) image="${1#*=}" ;;
+    --zone=* | --project=*) options+=("$1") ;;
+    --dry_run) dry_run=true ;;
+    --)
+      shift
+      command=("$@")
+      break
+      ;;
+    *) die "$1 is none of this script's options; they stand at its top, and the command after --" ;;
+  esac
+  shift
+done
+[[ -n "$cluster" && -n "$workload" && -n "$type" ]] ||
+  die "--cluster=CLUSTER, --workload=NAME and --type=TYPE must be given"
+((${#command[@]})) ||
+  die "no command: give it after --, such as -- mathv2-train --config=FILE --workdir=gs://BUCKET/RUN"
+
+case "$type" in
+  v5litepod-*) chip=v5e ;;
+  *) chip="${type%%-*}" ;;
+esac
+line="$(printf '%q ' "${command[@]}")"
+[[ "${command[0]}" != mathv2-train ]] || line+="--coordinator=auto"
+inside="bash -c 'source tools/environment.sh && make_environment tpu' && "
+inside+="export PATH=\"\$PWD/.venv/bin:\$PATH\" && "
+inside+="export LIBTPU_INIT_ARGS=\"\$(mathv2-compile --topology=$chip --xla_flags)\" && exec $line"
+whole=(xpk workload create "--cluster=$cluster" "--workload=$workload" "--tpu-type=$type"
+  "--num-slices=$slices" "--max-restarts=$restarts" "--base-docker-image=$image"
+  "--script-dir=$ROOT" "${options[@]}" "--command=$inside")
+if $dry_run; then
+  printf '%q ' "${whole[@]}"
+  echo
+else
+  exec "${whole[@]}"
+fi
