@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -88,29 +88,35 @@ class SamplingConfig(MeshConfig):
 def make_sampling_mesh(config: SamplingConfig | None, mesh: Mesh) -> Mesh:
     """A mesh of the devices of `mesh`, whose first axis, REPLICAS, counts the sampling replicas.
 
-    Without a config all of `mesh` is one replica. A replica holds whole processes, or is held by
-    one; ValueError where it would be neither, or where the sizes do not fit.
+    Without a config all of `mesh` is one replica. ValueError where the sizes do not fit.
     """
     if config is None:
         return _sampling_mesh(mesh.devices[None])
-    found = sorted(mesh.devices.flat, key=lambda device: device.process_index)
-    if config.replicas < 1 or len(found) % config.replicas:
+    groups = replica_groups(mesh.devices.flat, config.replicas)
+    return _sampling_mesh(np.stack([make_mesh(config, group).devices for group in groups]))
+
+
+def replica_groups(devices: Iterable[Any], replicas: int) -> list[list[Any]]:
+    """The devices of each replica, which holds whole processes, or is held by one.
+
+    ValueError where it would be neither.
+    """
+    found = sorted(devices, key=lambda device: device.process_index)
+    where = f"runtime.sampling.replicas = {replicas}"
+    if replicas < 1 or len(found) % replicas:
         raise ValueError(
-            f"runtime.sampling.replicas = {config.replicas}: {len(found)} devices cannot be split "
-            "so; give a divisor of their number"
+            f"{where}: {len(found)} devices cannot be split so; give a divisor of their number"
         )
-    size = len(found) // config.replicas
+    size = len(found) // replicas
     groups = [found[at : at + size] for at in range(0, len(found), size)]
     for number, group in enumerate(groups):
         owners = {device.process_index for device in group}
-        whole = [device for device in found if device.process_index in owners]
-        if len(owners) > 1 and len(whole) > len(group):
+        if len(owners) > 1 and sum(d.process_index in owners for d in found) > size:
             raise ValueError(
-                f"runtime.sampling.replicas = {config.replicas}: replica {number} would have a "
-                f"part of the devices of processes {sorted(owners)}: give a number of replicas "
-                "that splits no process, or splits every one"
+                f"{where}: replica {number} would have a part of the devices of processes "
+                f"{sorted(owners)}: give a number that splits no process, or splits every one"
             )
-    return _sampling_mesh(np.stack([make_mesh(config, group).devices for group in groups]))
+    return groups
 
 
 def _sampling_mesh(devices: np.ndarray) -> Mesh:

@@ -19,7 +19,7 @@ FLOORS = (
     ("records", "sharding", "processes", "metrics", "storage", "leases", "fingerprint"),
     ("text", "model"),
     ("data", "rollout", "rl.grpo", "reward"),
-    ("roles", "rl.optimizer", "rl.auxiliary", "rl.learner", "checkpoint", "hf"),
+    ("roles", "rl.optimizer", "rl.auxiliary", "rl.learner", "rl.placement", "checkpoint", "hf"),
     ("search",),
     ("evaluation", "world"),
     ("stages",),

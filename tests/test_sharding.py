@@ -1,6 +1,6 @@
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -48,6 +48,56 @@ def test_one_mesh_axis_takes_the_devices_that_are_left():
     assert mesh.devices.ravel().tolist() == jax.devices()
     one = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
     assert set(one.shape.values()) == {1}
+
+
+class Device(NamedTuple):
+    process_index: int
+    id: int
+
+
+def processes_of(number, devices):
+    return [Device(at % number, at) for at in range(number * devices)]
+
+
+@pytest.mark.parametrize(("replicas", "owners"), [(1, [3]), (3, [1] * 3), (6, [1] * 6)])
+def test_a_replica_holds_whole_processes_or_is_held_by_one(replicas, owners):
+    groups = sharding.replica_groups(processes_of(3, 2), replicas)
+    assert [len({d.process_index for d in group}) for group in groups] == owners
+    assert sorted(d for group in groups for d in group) == sorted(processes_of(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("number", "devices", "replicas", "rule"),
+    [
+        (3, 2, 2, r"replica 0 would have a part of the devices of processes \[0, 1\]"),
+        (4, 1, 3, "4 devices cannot be split so"),
+        (4, 1, 0, "replicas = 0"),
+    ],
+)
+def test_replicas_that_cut_processes_are_refused(number, devices, replicas, rule):
+    with pytest.raises(ValueError, match=rule):
+        sharding.replica_groups(processes_of(number, devices), replicas)
+
+
+def test_replicas_have_meshes_of_their_own_and_their_part_of_every_array():
+    mesh = mesh_of(fsdp=4, tensor=2)
+    config = sharding.SamplingConfig(replicas=2, data=1, tensor=4)
+    sampling = sharding.make_sampling_mesh(config, mesh)
+    assert dict(sampling.shape) == {
+        sharding.REPLICAS: 2,
+        **dict(mesh_of(data=2, tensor=4).shape),
+        "data": 1,
+    }
+    second = sharding.replica_mesh(sampling, 1)
+    assert second.devices.ravel().tolist() == jax.devices()[4:]
+    spec = PartitionSpec(None, "tensor")
+    trained = jax.device_put(
+        np.arange(64.0).reshape(8, 8), NamedSharding(mesh, PartitionSpec("fsdp"))
+    )
+    spread = jax.device_put(trained, NamedSharding(sampling, spec))
+    own = sharding.part_of({"x": spread}, {"x": NamedSharding(second, spec)})["x"]
+    assert own.sharding.device_set == set(jax.devices()[4:])
+    np.testing.assert_array_equal(own, trained)
 
 
 @pytest.mark.parametrize(

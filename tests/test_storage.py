@@ -183,6 +183,34 @@ def test_a_step_done_again_changes_no_byte(tmp_path):
     assert snapshot(tmp_path) == before
 
 
+def test_what_several_processes_write_counts_together_by_step_and_process(tmp_path):
+    first, second = storage.Parts(tmp_path), storage.Parts(tmp_path, keeper=False)
+    for step in (1, 2, 3):
+        second.write_part(storage.part_name(step, 1), f"second {step}\n".encode())
+        if step != 2:
+            first.write_part(storage.part_name(step), f"first {step}\n".encode())
+    told = first.pending, second.pending
+    for parts in (first, second):
+        for written in told:
+            parts.adopt(written)
+        parts.commit(2)
+    assert storage.list_names(tmp_path, "manifest-*") == ["manifest-000000.json"]
+    expected = ["first 1", "second 1", "second 2"]
+    assert [list(p.read()) for p in (first, second, storage.Parts(tmp_path))] == [expected] * 3
+    assert [storage.is_shared(name) for name in first.names()] == [False, True, True]
+    alone = storage.Parts(tmp_path)
+    alone.discard_after(1)  # by a run of one process: what others left beyond it is gone too
+    assert storage.list_names(tmp_path, "part-*") == ["part-000001.0001.jsonl", "part-000001.jsonl"]
+
+
+def test_only_the_keeper_writes_a_table_of_one_part(tmp_path):
+    first, second = storage.Parts(tmp_path), storage.Parts(tmp_path, keeper=False)
+    second.write_only(b"all\n")
+    assert not storage.list_names(tmp_path)
+    first.write_only(b"all\n")
+    assert first.names() == second.names() == ["part-000001.jsonl"]
+
+
 def test_a_committed_part_does_not_change(tmp_path):
     run(tmp_path)
     parts = storage.Parts(tmp_path)

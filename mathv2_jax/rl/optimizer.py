@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 VERIFIER_HEAD = "verifier_head"
@@ -26,6 +27,7 @@ class OptimizerConfig:
     beta2: float = 0.95
     epsilon: float = 1e-8
     clip_norm: float = 1.0
+    moments: str = "float32"  # or bfloat16, as DeepSeek-V3 keeps both
 
     def __post_init__(self):
         if not (0.0 < self.learning_rate < math.inf and self.clip_norm > 0):
@@ -33,6 +35,8 @@ class OptimizerConfig:
                 f"optimizer.learning_rate = {self.learning_rate}, optimizer.clip_norm = "
                 f"{self.clip_norm}: both must be positive, the rate finite"
             )
+        if self.moments not in ("float32", "bfloat16"):
+            raise ValueError(f"optimizer.moments = {self.moments!r}: must be float32 or bfloat16")
         if self.warmup_steps < 0 or not 0.0 <= self.final_share <= 1.0:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.warmup_steps} must not be negative and "
@@ -72,14 +76,37 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     decay: without a gradient it stays where it is.
     """
 
+    moments = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+    if config.moments != "float32":
+        moments = _kept_as(moments, jnp.dtype(config.moments))
+
     def adam(weight_decay: float) -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(config.clip_norm),
-            optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+            moments,
             optax.add_decayed_weights(weight_decay, mask=_decayed),
         )
 
     return optax.multi_transform({"trunk": adam(config.weight_decay), "head": adam(0.0)}, _labels)
+
+
+def _kept_as(inner: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
+    """`inner`, computing in float32, with the floats of its state rounded to `dtype` in between."""
+
+    def init(params: Any) -> Any:
+        return _floats_as(inner.init(params), dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        found, fresh = inner.update(updates, _floats_as(state, jnp.float32), params)
+        return found, _floats_as(fresh, dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _floats_as(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
+    )
 
 
 def _labels(params: Any) -> Any:

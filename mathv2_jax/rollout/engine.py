@@ -23,13 +23,22 @@ from mathv2_jax.text import tokenizer as tokenizer_lib
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Compiled shapes: answers decoded together, and the lengths that prompts and answers are
-    padded to. A prompt or limit longer than the last bucket is lost, that request alone."""
+    padded to. A prompt or limit longer than the last bucket is lost, that request alone.
 
+    `param_dtype` is that of the parameters that sample; empty: the model's own. Another is a
+    sampler that is not the trainer to the last bit: watch the metric `ratio`.
+    """
+
+    param_dtype: str = ""
     rows: int = 128
     prompt_buckets: tuple[int, ...] = (64, 128)
     answer_buckets: tuple[int, ...] = (32, 64)
 
     def __post_init__(self):
+        if self.param_dtype not in ("", "float32", "bfloat16"):
+            raise ValueError(
+                f"engine.param_dtype = {self.param_dtype!r}: must be float32, bfloat16 or empty"
+            )
         if self.rows < 1:
             raise ValueError(f"engine.rows = {self.rows}: must be at least 1")
         for name in ("prompt_buckets", "answer_buckets"):
@@ -83,6 +92,7 @@ class Engine:
         self.num_prompt_tokens = 0
         self.num_answer_tokens = 0
         boxed = transformer.boxed_abstract(programs.config, programs.kernels)
+        self.abstract = transformer.unboxed(boxed)
         self.shardings = sharding.shardings_for(boxed, mesh)
         self._variables: transformer.Variables | None = None
         self._version = ""

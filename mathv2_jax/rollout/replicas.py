@@ -5,6 +5,7 @@ its engine the same requests, so replicas need no word from each other between t
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -12,6 +13,19 @@ from jax.sharding import Mesh, NamedSharding
 from mathv2_jax import sharding
 from mathv2_jax.model import transformer
 from mathv2_jax.rollout import engine
+
+
+def cast(variables: transformer.Variables, abstract: transformer.Variables) -> Any:
+    """Variables in the dtypes of `abstract`, each where it lies."""
+    where = jax.tree.map(lambda x: x.sharding, variables)
+    dtypes = tuple(x.dtype for x in jax.tree.leaves(abstract))
+    return jax.jit(_cast, static_argnums=1, out_shardings=where)(variables, dtypes)
+
+
+def _cast(variables: transformer.Variables, dtypes: tuple[Any, ...]) -> transformer.Variables:
+    leaves, structure = jax.tree.flatten(variables)
+    found = [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
+    return jax.tree.unflatten(structure, found)
 
 
 class Replicas:
@@ -34,15 +48,37 @@ class Replicas:
         self.engines: Mapping[int, engine.Engine] = engines
         self.led = tuple(led)
         some = next(iter(engines.values()))
+        self._abstract = some.abstract
         self._spread = jax.tree.map(lambda at: NamedSharding(mesh, at.spec), some.shardings)
 
     def load(self, variables: transformer.Variables, version: str) -> None:
-        """Hand variables of the training mesh over to every replica; all processes call it."""
-        for own in self.engines.values():
-            own.unload()
-        spread = jax.device_put(variables, self._spread)
+        """Answer with variables of the training mesh from now on; all processes call it."""
+        self.unload()
+        self.use(self.hand_over(variables), version)
+
+    def hand_over(self, variables: transformer.Variables) -> transformer.Variables:
+        """Variables of the training mesh laid out for every replica, in the engines' dtypes.
+
+        Those that lie so already are the same arrays. All processes call it.
+        """
+        if any(
+            x.dtype != y.dtype
+            for x, y in zip(
+                jax.tree.leaves(variables), jax.tree.leaves(self._abstract), strict=True
+            )
+        ):
+            variables = cast(variables, self._abstract)
+        return jax.device_put(variables, self._spread)
+
+    def use(self, spread: transformer.Variables, version: str) -> None:
+        """Answer with what `hand_over` gave; `version` is written into every response."""
         for own in self.engines.values():
             own.load(sharding.part_of(spread, own.shardings), version)
+
+    def unload(self) -> None:
+        """Let go of the variables."""
+        for own in self.engines.values():
+            own.unload()
 
     def share(self, replica: int, total: int) -> range:
         """The replica's places among 0 .. total - 1: a run of them, as even as may be."""

@@ -1,9 +1,10 @@
 """Reinforcement learning of any role: one loop, the roles and rewards passed to it as values."""
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -16,6 +17,7 @@ from mathv2_jax.rl import auxiliary as auxiliary_lib
 from mathv2_jax.rl import grpo as grpo_lib
 from mathv2_jax.rl import learner as learner_lib
 from mathv2_jax.rl import optimizer as optimizer_lib
+from mathv2_jax.rl import placement
 from mathv2_jax.stages import groups as groups_lib
 from mathv2_jax.stages import run as run_lib
 from mathv2_jax.stages import scoring, steps
@@ -125,15 +127,20 @@ def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
         functools.partial(_make_learner, run, config, temperature),
     )
     alarms = groups_lib.Alarms(stage.name, run.runtime.lost_alarm, run.runtime.failed_alarm)
+    judge = make_judge(run, stage)
     with steps.Loop(run, stage.name, config.steps, learner, stage.init) as loop:
+        reference = make_reference(run, stage)
         position = loop.position.get("next", 0)
         for step in loop.remaining():
-            run.policy.load(loop.state.variables, f"{stage.name}@{step}")
-            found = collect(run, stage, stream, scores, step, position)
+            with loop.sampling(), judging(run, stage, judge):
+                run.policy.load(loop.state.variables, f"{stage.name}@{step}")
+                found = collect(run, stage, stream, scores, step, position)
+                run.policy.unload()
             batches = [learner.put(b) for b in pack(config, found.summaries)]
             references = [None] * len(batches)
-            if config.grpo.kl_coefficient:
-                references = [learner.logprobs(loop.initial, b) for b in batches]
+            if reference is not None:
+                with reference.in_use() as initial:
+                    references = [learner.logprobs(initial, b) for b in batches]
             rate = optimizer_lib.learning_rate(config.optimizer, step, config.steps)
             state, measured = learner.step(loop.state, batches, references, rate)
             empty = () if any(s.has_signal for s in found.summaries) else OF_ANSWERS
@@ -169,11 +176,10 @@ def require_trainable(stage: RlStage, sampling: Mapping[str, roles.Sampling]) ->
 
 
 def make_scores(run: run_lib.Run, stage: RlStage) -> dict[int, scoring.Score]:
-    """The stage's reward scheme on each replica of this process; loads the judge that it needs."""
+    """The stage's reward scheme on each replica of this process."""
     mask_length = stage.rl.on_length == "mask"
     if stage.judge is None:
         return dict.fromkeys(run.policy.engines, scoring.label_scorer(mask_length=mask_length))
-    run.judge.load(run.variables(stage.judge), stage.judge)
     config, weights = stage.rl.judge, stage.rl.weights
     if roles.GENERATOR in stage.mixture:
         make = functools.partial(scoring.generator_scorer, weights=weights)
@@ -183,6 +189,39 @@ def make_scores(run: run_lib.Run, stage: RlStage) -> dict[int, scoring.Score]:
         replica: make(judge, run.roles, config, mask_length=mask_length)
         for replica, judge in run.judge.engines.items()
     }
+
+
+def make_judge(run: run_lib.Run, stage: RlStage) -> placement.ParameterSet | None:
+    """The judge's parameters as its engines take them, where there is a judge."""
+    name = stage.judge
+    if name is None:
+        return None
+    return placement.ParameterSet(
+        lambda: run.judge.hand_over(run.variables(name)), run.runtime.placement.judge
+    )
+
+
+def make_reference(run: run_lib.Run, stage: RlStage) -> placement.ParameterSet | None:
+    """The parameters that the stage began with, where a KL term looks at them."""
+    if not stage.rl.grpo.kl_coefficient:
+        return None
+    return placement.ParameterSet(
+        lambda: run.variables(stage.init), run.runtime.placement.reference
+    )
+
+
+@contextlib.contextmanager
+def judging(
+    run: run_lib.Run, stage: RlStage, judge: placement.ParameterSet | None
+) -> Iterator[None]:
+    """The judge's engines answer for the block."""
+    if judge is None or stage.judge is None:
+        yield
+        return
+    with judge.in_use() as spread:
+        run.judge.use(spread, stage.judge)
+        yield
+        run.judge.unload()
 
 
 def task_stream(run: run_lib.Run, stage: RlStage) -> grain.MapDataset:

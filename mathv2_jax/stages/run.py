@@ -17,6 +17,7 @@ from mathv2_jax.hf import folder
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.rl import learner as learner_lib
+from mathv2_jax.rl import placement as placement_lib
 from mathv2_jax.rollout import decode, engine, replicas
 from mathv2_jax.stages import groups
 from mathv2_jax.text import tokenizer as tokenizer_lib
@@ -41,6 +42,9 @@ class RuntimeConfig:
     )
     mesh: sharding.MeshConfig = dataclasses.field(default_factory=sharding.MeshConfig)
     sampling: sharding.SamplingConfig | None = None  # None: the whole mesh is one replica
+    placement: placement_lib.PlacementConfig = dataclasses.field(
+        default_factory=placement_lib.PlacementConfig
+    )
     model_kernels: str = "auto"  # the experts' product: sorted_blocks, ragged or every_expert
     attention: str = "auto"  # of whole rows: dense, blocks, or (auto) by the row's length
     # What a device has room for of the rows that others send to its experts, in units of an even
@@ -84,7 +88,9 @@ class Run:
     start: folder.Trained | None = None
 
     def __post_init__(self):
-        programs = decode.Programs(self.trunk.config, self.trunk.kernels)
+        dtype = self.engine_config.param_dtype or self.trunk.config.param_dtype
+        model = dataclasses.replace(self.trunk.config, param_dtype=dtype)
+        programs = decode.Programs(model, self.trunk.kernels)
         self._learners: dict[Any, learner_lib.Learner] = {}
         sampling = sharding.make_sampling_mesh(self.runtime.sampling, self.mesh)
 

@@ -1,5 +1,6 @@
 """What all training loops share: resume, metrics, records, checkpoints, stop."""
 
+import contextlib
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from absl import logging
 from mathv2_jax import metrics, processes, records, storage
 from mathv2_jax.data import packing
 from mathv2_jax.rl import learner as learner_lib
+from mathv2_jax.rl import placement
 from mathv2_jax.stages import run as run_lib
 
 
@@ -51,8 +53,9 @@ class Loop:
         init: str,
     ):
         self.run, self.name, self.num_steps, self.learner = run, name, num_steps, learner
-        self.initial = run.variables(init)
-        self.state = learner.start(self.initial)
+        initial = run.variables(init)
+        self.state = learner.start(initial)
+        del initial
         self.position: Mapping[str, Any] = {}
         self.first_step = 0
         self._checkpoints = run.checkpoints(name)
@@ -137,6 +140,17 @@ class Loop:
             self._parts.write_part(name, records.to_lines(written))
         if self._step % self.run.runtime.save_every == 0 and self._step < self.num_steps:
             self._save()
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        """The optimizer's moments are on the hosts for the block, where they are placed there."""
+        if self.run.runtime.placement.optimizer == placement.RESIDENT:
+            yield
+            return
+        optimizer = placement.to_host(self.state.optimizer)
+        self.state = self.state.replace(optimizer=None)
+        yield
+        self.state = self.state.replace(optimizer=placement.to_devices(optimizer))
 
     def finish(self) -> dict[str, float]:
         """Leave the variables to later stages; the last step's metrics.

@@ -274,3 +274,23 @@ def test_thinking_and_final_text_part_at_the_end_of_thinking(
 def test_a_bad_setting_is_named_with_its_rule(fields, message):
     with pytest.raises(ValueError, match=message):
         engine_lib.EngineConfig(**fields)
+
+
+def test_a_cancelled_request_is_left_and_the_others_are_answered_as_ever(make_engine, together):
+    engine = make_engine()
+    for name in ("b", "nobody"):
+        engine.cancel(name)
+    found = engine.generate(MIXED)
+    assert [r.finish for r in found[1]] == [records.Finish.CANCELLED] * 3
+    assert all(r.token_ids == () and r.final_text is None for r in found[1])
+    for at in (0, 2, 3, 4, 5):
+        assert said(found[at]) == said(together[at])
+    assert said(engine.generate(MIXED)[1]) == said(together[1])  # once, not for ever
+
+
+def test_a_call_whose_requests_are_all_cancelled_does_not_run(make_engine):
+    engine = make_engine()
+    engine.cancel("a")
+    found = engine.generate([request("a")])
+    assert [r.finish for r in found[0]] == [records.Finish.CANCELLED] * 3
+    assert engine.num_prompt_tokens == 0

@@ -127,3 +127,13 @@ def test_every_answer_is_recorded_and_followed_by_what_was_said_about_it():
     assert (verdict.proof, verdict.analysis, verdict.target) == (PROOF, "", own.id)
     assert (rating.proof, rating.analysis) == (PROOF, VERDICTS[0.5])  # the self-analysis alone
     assert (last.rewards, last.advantage) == ({}, None)
+
+
+def test_what_processes_wrote_is_put_in_the_order_of_one():
+    whole = groups.to_samples("gen", 3, {n: verifier_group(1.0, 0.0) for n in range(12)})
+    first, second = (
+        groups.to_samples("gen", 3, {n: verifier_group(1.0, 0.0) for n in places})
+        for places in ((*range(3), 11), range(3, 11))
+    )
+    before = groups.to_samples("gen", 2, {0: verifier_group(1.0, 0.0)})
+    assert groups.in_order([*first, *before, *second]) == [*before, *whole]

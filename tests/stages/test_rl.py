@@ -46,7 +46,8 @@ def collected(run, position=0, step=0, **fields):
     run.policy.load(run.variables("start"), "start@0")
     mixed = stage(rl=config(**fields))
     scores = rl.make_scores(run, mixed)
-    found = rl.collect(run, mixed, stream(run), scores, step, position)
+    with rl.judging(run, mixed, rl.make_judge(run, mixed)):
+        found = rl.collect(run, mixed, stream(run), scores, step, position)
     return [found.groups[place] for place in range(len(found.summaries))], found.position
 
 
