@@ -1,7 +1,7 @@
 """mathv2-compile: the programs of an RL step, compiled for TPUs that are not there.
 
 mathv2-compile --config=FILE --topology=v5p:8x8x16 [--stage=NAME] [--json=FILE] [--max_layers=N]
-               [--programs=gradients,update,logprobs,prefill,decode] [--lower_only]
+               [--programs=gradients,update,logprobs,hand_over,prefill,decode] [--lower_only]
                [--config.field=value ...]
 mathv2-compile --topology=v5p --xla_flags
 
@@ -117,7 +117,8 @@ def compiled(
     mesh = machine.make_mesh(config.runtime.mesh, config.stages, devices)
     stage, model = _stage(config, _STAGE.value), _cut(config.model, _MAX_LAYERS.value)
     kernels = machine.make_kernels(config.runtime, mesh.devices.flat[0].platform)
-    made = programs.of_rl_step(model, kernels, stage.rl, config.engine, mesh)
+    runtime = config.runtime
+    made = programs.of_rl_step(model, kernels, stage.rl, config.engine, mesh, runtime.sampling)
     wanted = made if _PROGRAMS.value is None else _PROGRAMS.value.split(",")
     unknown = [name for name in wanted if name not in made]
     if unknown:
@@ -125,6 +126,8 @@ def compiled(
     result: dict[str, Any] = {
         "topology": topology,
         "mesh": dict(mesh.shape),
+        "sampling": runtime.sampling and dataclasses.asdict(runtime.sampling),
+        "placement": dataclasses.asdict(runtime.placement),
         "stage": stage.name,
         "parameters": transformer.num_parameters(transformer.boxed_abstract(model, kernels)),
         "layers": model.num_layers,
@@ -140,17 +143,18 @@ def compiled(
         found = measure.measured(
             made[name],
             model,
-            mesh,
             chip,
             auxiliary=stage.rl.auxiliary,
-            buffer=config.runtime.expert_buffer,
+            buffer=runtime.expert_buffer,
             lower_only=_LOWER.value,
         )
         result["programs"][name] = found
         print(f"{name}: {_line(found)}", flush=True)
         save(result)
     judged, kl = stage.judge is not None, bool(stage.rl.grpo.kl_coefficient)
-    result["phases"] = phases.of_rl_step(made, result["programs"], chip, judged=judged, kl=kl)
+    result["phases"] = phases.of_rl_step(
+        made, result["programs"], chip, judged=judged, kl=kl, placement=runtime.placement
+    )
     for name, phase in result["phases"].items():
         print(f"phase {name}: {_phase_line(phase)}", flush=True)
     save(result)

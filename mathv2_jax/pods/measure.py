@@ -5,7 +5,6 @@ import time
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.pods import chips, counting, hlo, programs
@@ -15,7 +14,6 @@ from mathv2_jax.rl import auxiliary as auxiliary_lib
 def measured(
     program: programs.Program,
     model: ModelConfig,
-    mesh: Mesh,
     chip: chips.Chip,
     *,
     auxiliary: auxiliary_lib.AuxiliaryConfig,
@@ -27,7 +25,8 @@ def measured(
     `buffer` is Exchange.buffer: at an even load the rest of an experts' device's rows is empty, and
     its products are told apart.
     """
-    traced = program.trace(mesh)
+    mesh = program.mesh
+    traced = program.trace()
     executed = counting.executed(traced.jaxpr)
     parts = executed.per_chip(mesh.size)
     of_model = program.model_flops(model, auxiliary)

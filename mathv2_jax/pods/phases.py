@@ -4,13 +4,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from mathv2_jax.pods import chips, programs
+from mathv2_jax.rl import placement as placement_lib
 
-# The programs that each phase runs, and whether the parameters that they take are the policy's own,
-# which are in memory in any case.
-SAMPLING = ("prefill", "decode")
+# The programs that each phase runs.
 PHASES = {
-    "sampling": SAMPLING,
-    "judging": SAMPLING,
+    "hand_over": ("hand_over",),
+    "sampling": ("prefill", "decode"),
     "reference": ("logprobs",),
     "training": ("gradients", "update"),
 }
@@ -23,23 +22,33 @@ def of_rl_step(
     *,
     judged: bool,
     kl: bool,
+    placement: placement_lib.PlacementConfig,
 ) -> dict[str, Any]:
     """By phase: bytes a chip, by what they are, and whether they fit; None where not compiled.
 
-    All parameter sets are resident: the policy with its optimizer, the parameters that the stage
-    began with, and the judge. A phase adds what its programs need beyond parameters: the larger.
+    In memory are the policy, and as they are placed its optimizer, the parameters that the stage
+    began with (where there is a KL term), and the judge; while it samples, the policy once more
+    where its engines have a layout or dtype of their own. A phase adds what its programs need
+    beyond the parameters that they take: the larger.
     """
-    state = made["update"].argument_bytes(0)
-    variables = made["logprobs"].argument_bytes(0)
-    resident = {"policy_and_optimizer": state, "initial_parameters": variables}
-    if judged:
-        resident["judge"] = variables
+    state, variables = made["update"].argument_bytes(0), made["logprobs"].argument_bytes(0)
+    sampled = made["prefill"].argument_bytes(0)
+    taken = {"update": state, "prefill": sampled, "decode": sampled}
     found = {}
     for phase, names in PHASES.items():
-        if (phase == "judging" and not judged) or (phase == "reference" and not kl):
+        if any(name not in made for name in names) or (phase == "reference" and not kl):
             continue
-        beyond = [_beyond(measured.get(name), made[name], state, variables) for name in names]
-        held = dict(resident)
+        samples = phase in ("hand_over", "sampling")
+        held = {"policy": variables}
+        if not (samples and placement.optimizer == placement_lib.HOST):
+            held["optimizer"] = state - variables
+        if kl and (phase == "reference" or placement.reference == placement_lib.RESIDENT):
+            held["initial_parameters"] = variables
+        if judged and (samples or placement.judge == placement_lib.RESIDENT):
+            held["judge"] = sampled
+        if phase == "sampling" and "hand_over" in made:
+            held["policy_of_the_engines"] = sampled
+        beyond = [_beyond(measured.get(name), taken.get(name, variables)) for name in names]
         known = [size for size in beyond if size is not None]
         if known:
             held["programs"] = max(known)
@@ -52,11 +61,8 @@ def of_rl_step(
     return found
 
 
-def _beyond(
-    measured: Mapping[str, Any] | None, program: programs.Program, state: int, variables: int
-) -> int | None:
-    """A program's memory without the parameters, or the state, that is there in any case."""
+def _beyond(measured: Mapping[str, Any] | None, taken: int) -> int | None:
+    """A program's memory without what it takes that is there in any case."""
     if measured is None or "peak_bytes_per_chip" not in measured:
         return None
-    counted = state if program.name == "update" else variables
-    return max(0, measured["peak_bytes_per_chip"] - counted)
+    return max(0, measured["peak_bytes_per_chip"] - taken)

@@ -1,5 +1,6 @@
 """The programs of an RL step, as a run would compile them, with abstract arguments on any mesh."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -25,6 +26,7 @@ class Program:
     """A compiled function and what it is called on; `sequences` of `length` tokens pass through."""
 
     name: str
+    mesh: Mesh
     function: Any
     arguments: tuple[Any, ...]
     settings: dict[str, Any]
@@ -44,7 +46,7 @@ class Program:
         self, model: ModelConfig, auxiliary: auxiliary_lib.AuxiliaryConfig
     ) -> counting.Terms:
         """Of one call, on all chips; of decoding one step, with half of the answers' slots full."""
-        if self.name == "update":
+        if self.name in ("update", "hand_over"):
             return counting.model_flops(model, 0, 1)
         if self.name == "decode":
             return counting.decode_flops(model, self.sequences, self.past + self.length // 2)
@@ -55,9 +57,10 @@ class Program:
             found = dataclasses.replace(found, unembedding=found.unembedding / self.length)
         return found.trained(aligned=auxiliary.indexer > 0) if trained else found
 
-    def trace(self, mesh: Mesh) -> Any:
-        """Traced on `mesh`: `.jaxpr` and `.lower()`."""
-        with jax.set_mesh(mesh):
+    def trace(self) -> Any:
+        """Traced on its mesh: `.jaxpr` and `.lower()`."""
+        # What crosses from one mesh to another is of none.
+        with contextlib.nullcontext() if self.name == "hand_over" else jax.set_mesh(self.mesh):
             return self.function.trace(*self.arguments, **self.settings)
 
 
@@ -67,13 +70,42 @@ def of_rl_step(
     config: rl.RlConfig,
     engine_config: engine.EngineConfig,
     mesh: Mesh,
+    sampling: sharding.SamplingConfig | None = None,
 ) -> dict[str, Program]:
-    """Gradients, update and log-probabilities of the learner; prefill and decode of the engine.
+    """Gradients, update and log-probabilities of the learner; prefill and decode of an engine; the
+    hand-over of parameters to the engines, where they have a layout or dtype of their own.
 
     Of the engine's shapes the largest, with as many answers a prompt as the stage samples.
     """
-    return _of_learner(model, kernels, config, mesh) | _of_engine(
-        model, kernels, config.samples, engine_config, mesh
+    spread = sharding.make_sampling_mesh(sampling, mesh)
+    own = mesh if sampling is None else sharding.replica_mesh(spread, 0)
+    dtype = engine_config.param_dtype or model.param_dtype
+    sampled = dataclasses.replace(model, param_dtype=dtype)
+    found = _of_learner(model, kernels, config, mesh)
+    if sampling is not None or sampled != model:
+        taken = found["logprobs"].arguments[0]
+        found["hand_over"] = _hand_over(taken, sampled, kernels, mesh, spread)
+    return found | _of_engine(sampled, kernels, config.samples, engine_config, own)
+
+
+def _hand_over(
+    variables: Any, sampled: ModelConfig, kernels: transformer.Kernels, mesh: Mesh, spread: Mesh
+) -> Program:
+    """What Replicas.hand_over does, as one program."""
+    boxed = transformer.boxed_abstract(sampled, kernels)
+    wanted = transformer.unboxed(boxed)
+
+    def cast(variables: Any) -> Any:
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), variables, wanted)
+
+    return Program(
+        name="hand_over",
+        mesh=mesh,
+        function=jax.jit(cast, out_shardings=sharding.shardings_for(boxed, spread)),
+        arguments=(variables,),
+        settings={},
+        sequences=0,
+        length=0,
     )
 
 
@@ -92,6 +124,7 @@ def _of_learner(
     return {
         name: Program(
             name=name,
+            mesh=mesh,
             function=function,
             arguments=arguments,
             settings={},
@@ -150,6 +183,7 @@ def _of_engine(
     return {
         "prefill": Program(
             name="prefill",
+            mesh=mesh,
             function=programs.prefill,
             arguments=asked,
             settings={},
@@ -158,6 +192,7 @@ def _of_engine(
         ),
         "decode": Program(
             name="decode",
+            mesh=mesh,
             function=programs.decode,
             arguments=answering,
             settings=shape,

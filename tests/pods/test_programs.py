@@ -1,5 +1,6 @@
 """The programs that are compiled ahead are those that a step runs."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,7 @@ from mathv2_jax.data import packing
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.pods import chips, phases, programs
-from mathv2_jax.rl import grpo, learner, optimizer
+from mathv2_jax.rl import grpo, learner, optimizer, placement
 from mathv2_jax.rollout import engine
 from mathv2_jax.stages import rl
 
@@ -64,7 +65,7 @@ def test_a_step_by_the_programs_compiled_ahead_is_the_learners_own(made, mesh):
     put = own.put(batch())
     wanted, metrics = own.step(own.start(variables), [put], [None], RATE)
     state = own.start(variables)
-    ahead = {n: made[n].trace(mesh).lower().compile() for n in ("gradients", "update")}
+    ahead = {n: made[n].trace().lower().compile() for n in ("gradients", "update")}
     rate = jax.device_put(np.float32(RATE), sharding.replicated(mesh))
     total = ahead["gradients"](state.variables, put, None, None)
     found, same = ahead["update"](state, total, rate)
@@ -78,7 +79,7 @@ def test_the_engines_programs_are_of_its_largest_shape(made, mesh):
     assert (prefill.sequences, prefill.length) == (8, 8)  # 8 / 4 prompts, a multiple of 8 ways
     assert (decode.sequences, decode.length, decode.past) == (32, 6, 8)
     for program in (prefill, decode):
-        assert program.trace(mesh).lower().compile().memory_analysis() is not None
+        assert program.trace().lower().compile().memory_analysis() is not None
 
 
 def test_a_chips_share_of_the_arguments_is_what_its_shards_hold(made, mesh):
@@ -101,15 +102,54 @@ def test_a_phase_holds_all_parameter_sets_and_the_larger_of_its_programs(made):
         "gradients": {"peak_bytes_per_chip": variables + 10**6, "fits": True},
         "update": {"peak_bytes_per_chip": state + 3, "fits": True},
     }
-    found = phases.of_rl_step(made, measured, chip, judged=True, kl=True)
+    resident = placement.PlacementConfig()
+    found = phases.of_rl_step(made, measured, chip, judged=True, kl=True, placement=resident)
     sampling = found["sampling"]["bytes_per_chip"]
     assert sampling == {
-        "policy_and_optimizer": state,
+        "policy": variables,
+        "optimizer": state - variables,
         "initial_parameters": variables,
         "judge": variables,
         "programs": 7,
     }
     assert found["sampling"]["fits"] is True and found["training"]["fits"] is False
     assert found["reference"]["fits"] is None  # its program was not compiled
-    alone = phases.of_rl_step(made, measured, chip, judged=False, kl=False)
+    alone = phases.of_rl_step(made, measured, chip, judged=False, kl=False, placement=resident)
     assert set(alone) == {"sampling", "training"} and "judge" not in str(alone)
+    assert "initial_parameters" not in str(alone)
+
+
+def test_sets_that_are_placed_elsewhere_are_in_the_phases_that_use_them_alone(made):
+    chip = chips.Chip(bf16_flops=1.0, hbm_bytes=1e6, hbm_bandwidth=1.0, ici_bandwidth=1.0)
+    away = placement.PlacementConfig(judge="host", reference="loaded", optimizer="host")
+    found = phases.of_rl_step(made, {}, chip, judged=True, kl=True, placement=away)
+    held = {name: set(phase["bytes_per_chip"]) for name, phase in found.items()}
+    assert held == {
+        "sampling": {"policy", "judge"},
+        "reference": {"policy", "optimizer", "initial_parameters"},
+        "training": {"policy", "optimizer"},
+    }
+
+
+def test_engines_of_their_own_layout_and_dtype_take_a_hand_over(mesh):
+    half = dataclasses.replace(ENGINE, param_dtype="bfloat16")
+    sampling = sharding.SamplingConfig(replicas=2, data=2, expert=2)
+    apart = programs.of_rl_step(MODEL, transformer.Kernels(), CONFIG, half, mesh, sampling)
+    assert apart["prefill"].mesh.size == 4 and apart["gradients"].mesh.size == 8
+    given = apart["hand_over"].trace().lower().compile()
+    trained = sharding.put(
+        jax.tree.map(np.asarray, transformer.init(MODEL, jax.random.key(0))),
+        jax.tree.map(lambda x: x.sharding, apart["hand_over"].arguments[0]),
+    )
+    found = given(trained)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(trained), strict=True):
+        np.testing.assert_array_equal(one, other.astype(one.dtype))
+    wanted = apart["prefill"].arguments[0]
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert one.dtype == other.dtype and one.sharding.spec == other.sharding.spec
+    chip = chips.CHIPS["v5p"]
+    resident = placement.PlacementConfig()
+    phase = phases.of_rl_step(apart, {}, chip, judged=True, kl=True, placement=resident)
+    bytes_of = phase["sampling"]["bytes_per_chip"]
+    assert bytes_of["policy_of_the_engines"] == bytes_of["judge"]
+    assert bytes_of["judge"] == apart["prefill"].argument_bytes(0)

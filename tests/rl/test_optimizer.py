@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import chex
@@ -166,3 +167,25 @@ def test_without_a_gradient_the_verifier_head_stays_where_it_is():
 def test_a_bad_setting_is_named_with_its_rule(fields, message):
     with pytest.raises(ValueError, match=message):
         optimizer_lib.OptimizerConfig(**(dict(learning_rate=1e-3) | fields))
+
+
+def test_moments_in_bfloat16_take_half_the_room_and_point_nearly_the_same_way():
+    config = optimizer_lib.OptimizerConfig(learning_rate=1e-3)
+    half = dataclasses.replace(config, moments="bfloat16")
+    params = parameters()
+    gradients = [parameters(seed) for seed in range(1, 6)]
+    state = optimizer_lib.make_optimizer(half).init(params)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim}
+    assert kinds == {jnp.dtype(jnp.bfloat16)}
+    exact, rounded = (directions(c, gradients, params)[-1] for c in (config, half))
+    chex.assert_trees_all_close(rounded, exact, rtol=0.05, atol=0.02)
+    far = [
+        float(jnp.abs(a - b).max())
+        for a, b in zip(*map(jax.tree.leaves, (exact, rounded)), strict=True)
+    ]
+    assert max(far) > 1e-5  # it is rounded
+
+
+def test_moments_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match="moments = 'float8'"):
+        optimizer_lib.OptimizerConfig(learning_rate=1e-3, moments="float8")
