@@ -2,7 +2,8 @@
 
     mathv2-compile --config=configs/deepseek_v32.py --topology=v5p:8x8x16
 
-The experts lie 4 a chip over 64 chips; every matrix is stored 16 ways apart and gathered for use.
+To train, the experts lie 4 a chip over 64 chips; every matrix is stored 16 ways apart and gathered for
+use. To sample, 16 replicas of 64 chips hold whole matrices in bfloat16, 16 experts on every 4 chips.
 """
 
 from typing import Any
@@ -15,7 +16,11 @@ from configs.models import deepseek_v32
 
 def get_config() -> ml_collections.ConfigDict:
     mesh = dict(data=1, fsdp=16, expert=64)
-    return on_pod(deepseek_v32.model(), 1024, mesh, prompt=1024, answer=3072)
+    c = on_pod(deepseek_v32.model(), 1024, mesh, prompt=1024, answer=3072)
+    c.runtime.sampling = dict(replicas=16, data=1, expert=16, tensor=4)
+    c.runtime.placement = dict(reference="host")
+    c.engine.update(param_dtype="bfloat16", rows=8 * 64)
+    return c
 
 
 def on_pod(

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -59,23 +59,51 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over all `devices`; ValueError where the sizes do not multiply to their number."""
+    """A mesh over all `devices`; ValueError where the sizes do not multiply to their number.
+
+    Chips of a TPU are placed so that neighbours on an axis are linked, and several slices along
+    `data` only, since what joins them is slow; ValueError where its size does not let them.
+    """
     found = list(jax.devices() if devices is None else devices)
+    sizes = mesh_sizes(config, len(found))
+    if found[0].platform == "tpu":
+        arranged = _on_torus(found, sizes)
+    else:
+        arranged = np.asarray(found).reshape(sizes)
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def _on_torus(found: Sequence[Any], sizes: Sequence[int]) -> np.ndarray:
+    slices = len({getattr(device, "slice_index", 0) for device in found})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(sizes, found, allow_split_physical_axes=True)
+    data, *others = sizes
+    if data % slices:
+        raise ValueError(
+            f"mesh data={data}: {slices} slices lie along data, so its size must be a multiple of "
+            "their number"
+        )
+    apart = (slices, *(1 for _ in others))
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *others), apart, found, allow_split_physical_axes=True
+    )
+
+
+def mesh_sizes(config: MeshConfig, number: int) -> list[int]:
+    """The sizes of the axes of a mesh of `number` devices; ValueError where they do not fit."""
     sizes = [getattr(config, axis) for axis in MESH_AXES]
     text = ", ".join(f"{a}={s}" for a, s in zip(MESH_AXES, sizes, strict=True))
     if sizes.count(-1) > 1 or any(s < 1 and s != -1 for s in sizes):
         raise ValueError(f"mesh {text}: sizes are positive, with -1 at one axis at most")
     known = math.prod(s for s in sizes if s != -1)
-    if -1 in sizes and len(found) % known == 0:
-        sizes[sizes.index(-1)] = len(found) // known
-    if math.prod(sizes) != len(found):
+    if -1 in sizes and number % known == 0:
+        sizes[sizes.index(-1)] = number // known
+    if math.prod(sizes) != number:
         raise ValueError(
-            f"mesh {text} does not fit {len(found)} devices: the product of the sizes must be "
+            f"mesh {text} does not fit {number} devices: the product of the sizes must be "
             "their number; set one axis to -1 to fill it"
         )
-    return Mesh(
-        np.asarray(found).reshape(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes)
-    )
+    return sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,7 +121,8 @@ def make_sampling_mesh(config: SamplingConfig | None, mesh: Mesh) -> Mesh:
     if config is None:
         return _sampling_mesh(mesh.devices[None])
     groups = replica_groups(mesh.devices.flat, config.replicas)
-    return _sampling_mesh(np.stack([make_mesh(config, group).devices for group in groups]))
+    sizes = mesh_sizes(config, len(groups[0]))
+    return _sampling_mesh(np.asarray(groups).reshape(len(groups), *sizes))
 
 
 def replica_groups(devices: Iterable[Any], replicas: int) -> list[list[Any]]:

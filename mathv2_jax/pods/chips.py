@@ -87,7 +87,7 @@ class Roofline:
     """
 
     compute: float
-    hbm_at_least: float  # every argument read once
+    hbm_at_least: float  # every argument read once, or in each of a program's turns
     ici: float
     overlapped: float
     in_turn: float

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +26,20 @@ def measured(
     `buffer` is Exchange.buffer: at an even load the rest of an experts' device's rows is empty, and
     its products are told apart.
     """
+    if program.each:
+        return _in_turn(
+            [
+                measured(
+                    one,
+                    model,
+                    chip,
+                    auxiliary=auxiliary,
+                    buffer=buffer,
+                    lower_only=lower_only,
+                )
+                for one in program.each
+            ]
+        )
     mesh = program.mesh
     traced = program.trace()
     executed = counting.executed(traced.jaxpr)
@@ -64,7 +79,7 @@ def measured(
         chip,
         model_flops=model_total,
         executed_flops=sum(parts.values()),
-        argument_bytes=float(memory.argument_size_in_bytes),
+        argument_bytes=float(memory.argument_size_in_bytes * program.turns),
         sent=sent.bytes_by_kind,
     )
     return found | {
@@ -77,3 +92,25 @@ def measured(
         "collective_bytes_once_per_unknown_loop": sent.bytes_by_kind,
         "roofline_estimate_seconds": dataclasses.asdict(bounds),
     }
+
+
+def _in_turn(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The figures of calls one after the other: sums, but of what each needs for itself alone."""
+    found: dict[str, Any] = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts if name in part]
+        if name == "fits":
+            found[name] = None if None in values else all(values)
+        elif name == "temp_bytes_per_chip":
+            found[name] = max(values)
+        elif isinstance(values[0], Mapping):
+            keys = sorted({key for value in values for key in value})
+            found[name] = {key: sum(value.get(key, 0) for value in values) for key in keys}
+        elif isinstance(values[0], list):
+            found[name] = [item for value in values for item in value]
+        else:
+            found[name] = None if None in values else sum(values)
+    if "temp_bytes_per_chip" in found:
+        held = ("argument_bytes_per_chip", "output_bytes_per_chip", "temp_bytes_per_chip")
+        found["peak_bytes_per_chip"] = sum(found[name] for name in held)
+    return found

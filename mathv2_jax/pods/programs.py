@@ -23,7 +23,11 @@ from mathv2_jax.stages import rl
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Program:
-    """A compiled function and what it is called on; `sequences` of `length` tokens pass through."""
+    """A compiled function and what it is called on; `sequences` of `length` tokens pass through.
+
+    Its arguments are read `turns` times. `each` are the calls that it consists of, where they are
+    several.
+    """
 
     name: str
     mesh: Mesh
@@ -33,6 +37,8 @@ class Program:
     sequences: int
     length: int
     past: int = 0  # tokens of the prompt, where it is in a cache
+    turns: int = 1
+    each: tuple["Program", ...] = ()
 
     def argument_bytes(self, *places: int) -> int:
         """A chip's share of the arguments, or of those at `places`."""
@@ -91,22 +97,28 @@ def of_rl_step(
 def _hand_over(
     variables: Any, sampled: ModelConfig, kernels: transformer.Kernels, mesh: Mesh, spread: Mesh
 ) -> Program:
-    """What Replicas.hand_over does, as one program."""
+    """What Replicas.hand_over does, one array after the other."""
     boxed = transformer.boxed_abstract(sampled, kernels)
-    wanted = transformer.unboxed(boxed)
 
-    def cast(variables: Any) -> Any:
-        return jax.tree.map(lambda x, y: x.astype(y.dtype), variables, wanted)
+    def one(arguments: Any, function: Any, each: tuple[Program, ...] = ()) -> Program:
+        return Program(
+            name="hand_over",
+            mesh=mesh,
+            function=function,
+            arguments=(arguments,),
+            settings={},
+            sequences=0,
+            length=0,
+            each=each,
+        )
 
-    return Program(
-        name="hand_over",
-        mesh=mesh,
-        function=jax.jit(cast, out_shardings=sharding.shardings_for(boxed, spread)),
-        arguments=(variables,),
-        settings={},
-        sequences=0,
-        length=0,
+    leaves = jax.tree.map(
+        lambda x, y, at: one(x, jax.jit(lambda x: x.astype(y.dtype), out_shardings=at)),
+        variables,
+        transformer.unboxed(boxed),
+        sharding.shardings_for(boxed, spread),
     )
+    return one(variables, None, tuple(p for p in jax.tree.leaves(leaves) if p.argument_bytes()))
 
 
 def _of_learner(
@@ -199,5 +211,6 @@ def _of_engine(
             sequences=number,
             length=slots,
             past=bucket,
+            turns=slots,
         ),
     }

@@ -5,7 +5,6 @@ its engine the same requests, so replicas need no word from each other between t
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
@@ -13,19 +12,6 @@ from jax.sharding import Mesh, NamedSharding
 from mathv2_jax import sharding
 from mathv2_jax.model import transformer
 from mathv2_jax.rollout import engine
-
-
-def cast(variables: transformer.Variables, abstract: transformer.Variables) -> Any:
-    """Variables in the dtypes of `abstract`, each where it lies."""
-    where = jax.tree.map(lambda x: x.sharding, variables)
-    dtypes = tuple(x.dtype for x in jax.tree.leaves(abstract))
-    return jax.jit(_cast, static_argnums=1, out_shardings=where)(variables, dtypes)
-
-
-def _cast(variables: transformer.Variables, dtypes: tuple[Any, ...]) -> transformer.Variables:
-    leaves, structure = jax.tree.flatten(variables)
-    found = [x.astype(dtype) for x, dtype in zip(leaves, dtypes, strict=True)]
-    return jax.tree.unflatten(structure, found)
 
 
 class Replicas:
@@ -59,16 +45,15 @@ class Replicas:
     def hand_over(self, variables: transformer.Variables) -> transformer.Variables:
         """Variables of the training mesh laid out for every replica, in the engines' dtypes.
 
-        Those that lie so already are the same arrays. All processes call it.
+        One after the other, so that no more than one of them needs room beside what it becomes;
+        those that lie so already are the same arrays. All processes call it.
         """
-        if any(
-            x.dtype != y.dtype
-            for x, y in zip(
-                jax.tree.leaves(variables), jax.tree.leaves(self._abstract), strict=True
-            )
-        ):
-            variables = cast(variables, self._abstract)
-        return jax.device_put(variables, self._spread)
+        return jax.tree.map(
+            lambda x, wanted, at: jax.device_put(x.astype(wanted.dtype), at),
+            variables,
+            self._abstract,
+            self._spread,
+        )
 
     def use(self, spread: transformer.Variables, version: str) -> None:
         """Answer with what `hand_over` gave; `version` is written into every response."""
