@@ -23,6 +23,8 @@ from mathv2_jax import storage
 
 TIMING_SCHEMA = 1
 TIME_PREFIX = "time/"  # scalars of this prefix depend on the clock
+MFU, MEMORY_GIB = "time/mfu", "time/memory_gib"
+_LEVELS = (MFU, MEMORY_GIB)  # those that are no amounts of time
 
 # On a progress line: the short name, and the digits behind the point (None: one digit and an
 # exponent). Lines of 120 columns hold all of them.
@@ -147,9 +149,10 @@ class MetricWriter:
         """Records a step and prints its line.
 
         Steps only grow; ValueError otherwise. `time/...` scalars are taken for clock-dependent
-        ones. `tokens`, the number handled in the step, gives the line its tokens per second, over
-        the last steps of this session. `at` is the step's moment on the monotonic clock, by default
-        now: give it where steps are written some time after they were taken.
+        ones; `timing.json` sums them up, but for levels. `tokens`, the number handled in the step,
+        gives the line its tokens per second, over the last steps of this session. `at` is the
+        step's moment on the monotonic clock, by default now: give it where steps are written some
+        time after they were taken.
         """
         if step <= self._last:
             raise ValueError(
@@ -168,7 +171,7 @@ class MetricWriter:
         self._spent["tokens"] += values.get("tokens", 0.0)
         rate = self._rate(now) if "tokens" in values else None
         for name, value in values.items():
-            if name.startswith(TIME_PREFIX):
+            if name.startswith(TIME_PREFIX) and name not in _LEVELS:
                 self._spent[name] += value
         self._show(step, values, rate, now)
         if len(self._rows) >= self._config.flush_every:

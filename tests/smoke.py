@@ -34,19 +34,25 @@ def run(arguments: Sequence[str]) -> str:
     return done.stdout
 
 
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """The folder that all test workers share."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
 def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     """The workdir of the finished run, which no test changes; made once for all workers."""
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    shared = folder(tmp_path_factory)
     workdir = shared / "smoke"
-    with _alone(shared / "smoke.lock"):
+    with alone(shared / "smoke.lock"):
         if not (workdir / "summary.json").exists():
             (shared / "smoke.log").write_text(run(command(workdir)))
     return workdir
 
 
 @contextlib.contextmanager
-def _alone(path: pathlib.Path) -> Iterator[None]:
+def alone(path: pathlib.Path) -> Iterator[None]:
+    """For the block no other test worker is in one of the same path."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -39,21 +39,27 @@ def training(workdir):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("processes")
+    return smoke.folder(tmp_path_factory) / "processes"
+
+
+def made_once(folder, name, number):
+    folder.mkdir(exist_ok=True)
+    with smoke.alone(folder / f"{name}.lock"):
+        if not (folder / name / "summary.json").exists():
+            cluster.run(training(folder / name), number, 4 // number, folder, name)
+    return folder / name
 
 
 @pytest.fixture(scope="module")
 def alone(folder):
     """The run of one process with four devices."""
-    cluster.run(training(folder / "alone"), 1, 4, folder, "alone")
-    return folder / "alone"
+    return made_once(folder, "alone", 1)
 
 
 @pytest.fixture(scope="module")
 def pair(folder, alone):
     """The same run of two processes with two devices each."""
-    cluster.run(training(folder / "pair"), 2, 2, folder, "pair")
-    return folder / "pair"
+    return made_once(folder, "pair", 2)
 
 
 # What they say to each other.

@@ -68,9 +68,7 @@ def join() -> None:
     # every device to wait in a collective, which XLA takes to be this many.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    os.environ.setdefault(
-        "NPROC", str(4 * max(os.cpu_count() or 1, jax.config.jax_num_cpu_devices))
-    )
+    os.environ.setdefault("NPROC", str(max(16, 4 * (os.cpu_count() or 1))))
     try:
         jax.distributed.initialize(
             None if where == AUTO else where,

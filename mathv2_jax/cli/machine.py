@@ -7,6 +7,8 @@ import jax
 
 from mathv2_jax import sharding
 from mathv2_jax.model import attention, exchange, grouped, transformer
+from mathv2_jax.model.config import ModelConfig
+from mathv2_jax.pods import chips, counting
 from mathv2_jax.stages import iterate
 from mathv2_jax.stages import run as run_lib
 
@@ -21,6 +23,21 @@ ATTENTION: Mapping[str, attention.Attend] = {
     "dense": attention.attend_densely,
     "blocks": attention.attend_in_blocks,
 }
+
+
+def share_of_peak(
+    model: ModelConfig, mesh: jax.sharding.Mesh, rows: int, length: int, seconds: float
+) -> float | None:
+    """Model FLOPs of training on rows, a forward and a backward pass, over what the mesh could do.
+
+    Rows count as one sequence each (pods/counting.py has the terms). None on devices whose peak is
+    not in pods/chips.py.
+    """
+    chip = chips.of_device(mesh.devices.flat[0].device_kind)
+    if chip is None:
+        return None
+    flops = counting.model_flops(model, rows, length).trained(aligned=False).total
+    return flops / (seconds * chip.bf16_flops * mesh.size)
 
 
 def choose_experts(name: str, platform: str) -> grouped.Experts:

@@ -11,6 +11,7 @@ Exit codes: 0 finished, 75 preempted after a save, 2 bad usage or input, 1 failu
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -268,13 +269,14 @@ def make_run(
     if not config.tokenizer.directory:  # a trained vocabulary may be smaller than asked for
         model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
     kernels = machine.make_kernels(config.runtime, jax.default_backend())
+    mesh = mesh or machine.make_mesh(config.runtime.mesh, config.stages)
     run = run_lib.Run(
         workdir=workdir,
         seed=config.seed,
         trunk=learner.Trunk(config=model, kernels=kernels),
         tokenizer=tokenizer,
         roles=roles.make_roles(config.roles),
-        mesh=mesh or machine.make_mesh(config.runtime.mesh, config.stages),
+        mesh=mesh,
         engine_config=config.engine,
         runtime=config.runtime,
         router_bias_rate=config.router_bias_rate,
@@ -283,6 +285,7 @@ def make_run(
         if config.world is not None
         else None,
         start=start_lib.locate(config.start) if config.start else None,
+        share_of_peak=functools.partial(machine.share_of_peak, model, mesh),
     )
     size = transformer.num_parameters(
         transformer.boxed_abstract(run.trunk.config, run.trunk.kernels)

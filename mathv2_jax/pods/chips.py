@@ -105,6 +105,15 @@ def chip_of(topology: str) -> Chip:
     return CHIPS[kind]
 
 
+# What JAX calls the devices of these chips.
+_KINDS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+
+
+def of_device(kind: str) -> Chip | None:
+    """The chip of a device by its `device_kind`; None where it is none of these."""
+    return CHIPS[_KINDS[kind]] if kind in _KINDS else None
+
+
 def roofline(
     chip: Chip,
     *,

@@ -304,4 +304,4 @@ def _settings(
             keys[place, i] = row_key(request.seed, first + i)
             limit[place, i] = 0 if cancelled[place] else request.max_tokens
     flat = (keys.reshape(-1, 2), temperature.reshape(-1), top_p.reshape(-1), limit.reshape(-1))
-    return sharding.put(decode.RowSettings(*flat), rows)
+    return decode.RowSettings(*(sharding.put(x, rows) for x in flat))

@@ -86,6 +86,9 @@ class Run:
     should_stop: Callable[[], bool] = lambda: False
     ask_experts: Callable[[str], None] | None = None  # writes the file that such a stage waits for
     start: folder.Trained | None = None
+    # The share of the devices' peak at which rows of a length are trained on in some seconds, None
+    # where the peak is not known.
+    share_of_peak: Callable[[int, int, float], float | None] = lambda *_: None
 
     def __post_init__(self):
         dtype = self.engine_config.param_dtype or self.trunk.config.param_dtype

@@ -1,6 +1,7 @@
 """What all training loops share: resume, metrics, records, checkpoints, stop."""
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,6 +83,7 @@ class Loop:
         )
         processes.meet()  # the others read what it went back to
         self._pending: tuple[int, float, Mapping[str, Any], Mapping[str, float], Any] | None = None
+        self._before: float | None = None  # the moment of the step before, in this session
         self._last = self._figures_of(self.first_step)
 
     def __enter__(self) -> "Loop":
@@ -148,9 +150,10 @@ class Loop:
             yield
             return
         optimizer = placement.to_host(self.state.optimizer)
-        self.state = self.state.replace(optimizer=None)
+        self.state = dataclasses.replace(self.state, optimizer=None)
         yield
-        self.state = self.state.replace(optimizer=placement.to_devices(optimizer))
+        optimizer = placement.to_devices(optimizer)
+        self.state = dataclasses.replace(self.state, optimizer=optimizer)
 
     def finish(self) -> dict[str, float]:
         """Leave the variables to later stages; the last step's metrics.
@@ -198,7 +201,27 @@ class Loop:
                 *(self.name, step, values["expert_overflow"], self.run.runtime.expert_buffer),
             )
         self._last = {**values, **scalars}
-        self._writer.write(step, self._last, at=moment)
+        self._writer.write(step, self._last | self._figures_of_time(moment, batches), at=moment)
+        self._before = moment
+
+    def _figures_of_time(self, moment: float, batches: Sequence[packing.Batch]) -> dict[str, float]:
+        """What depends on the machine.
+
+        A step's seconds, from dispatch to dispatch; the share of the devices' peak that its
+        training takes, where that is known; the most memory that a device here has had in use.
+        """
+        found = {}
+        if self._before is not None:
+            seconds = found[f"{metrics.TIME_PREFIX}step_seconds"] = moment - self._before
+            rows, length = batches[0].tokens_BT.shape
+            share = self.run.share_of_peak(rows * len(batches), length, seconds)
+            if share is not None:
+                found[metrics.MFU] = share
+        seen = [device.memory_stats() or {} for device in jax.local_devices()]
+        peaks = [stats["peak_bytes_in_use"] for stats in seen if "peak_bytes_in_use" in stats]
+        if peaks:
+            found[metrics.MEMORY_GIB] = max(peaks) / 2**30
+        return found
 
 
 def write_batches(folder: Any, batches: Sequence[packing.Batch]) -> None:

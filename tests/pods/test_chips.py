@@ -23,3 +23,9 @@ def test_a_chip_is_that_of_its_topology():
     assert chips.chip_of("v5p:8x8x16").bf16_flops == 459e12
     with pytest.raises(ValueError, match="'v99:2x2': chips are v5e, v5p, v6e, tpu7x"):
         chips.chip_of("v99:2x2")
+
+
+def test_devices_are_known_by_what_jax_calls_them():
+    assert chips.of_device("TPU v5") is chips.CHIPS["v5p"]
+    assert chips.of_device("TPU v5 lite") is chips.CHIPS["v5e"]
+    assert chips.of_device("cpu") is None
