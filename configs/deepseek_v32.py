@@ -3,8 +3,8 @@
     mathv2-compile --config=configs/deepseek_v32.py --topology=v5p:8x8x16
 
 To train, the experts lie 4 a chip over 64 chips; every matrix is stored 16 ways apart and gathered
-for use. To sample, 16 replicas of 64 chips hold bfloat16 matrices, each split 4 ways, and 16 experts
-on every 4 chips.
+for use. To sample, 16 replicas of 64 chips hold bfloat16 matrices, each split 4 ways, and 16
+experts on every 4 chips.
 """
 
 from typing import Any
