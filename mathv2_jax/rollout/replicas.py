@@ -1,7 +1,8 @@
 """Sampling replicas: independent groups of devices, each with its own engine of one parameter set.
 
 A process has the engines of the replicas that hold its devices. Every process of a replica gives
-its engine the same requests, so replicas need no word from each other between two loads.
+its engine the same requests, so replicas need no word from each other between two loads. Several
+replicas of one process answer one after the other.
 """
 
 from collections.abc import Callable, Mapping
