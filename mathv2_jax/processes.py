@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 
 T = TypeVar("T")
 
-_HEAD = 1024  # bytes that every word takes; a longer one takes a second, larger round
+_SHORT = 1024  # bytes of a word that is said together with the others'
+_SIZE = 8  # bytes that say how long a word is
 
 
 class FirstFailedError(RuntimeError):
@@ -39,18 +40,25 @@ def is_first() -> bool:
 def exchange(word: Any) -> list[Any]:
     """What every process said, by process; any picklable object, each process its own.
 
-    It is unpickled, so it is for processes of one run only.
+    It is unpickled, so it is for processes of one run only. Long words are said one after the
+    other, so a device holds one of them at a time.
     """
     if count() == 1:
         return [word]
     body = pickle.dumps(word)
-    sizes = multihost_utils.process_allgather(np.array(len(body), np.int32))
-    room = max(_HEAD, 1 << (int(sizes.max()) - 1).bit_length())  # few sizes, few programs
-    padded = np.frombuffer(body.ljust(room, b"\0"), np.uint8)
-    heard = multihost_utils.process_allgather(padded)
-    return [
-        pickle.loads(row.tobytes()[:size]) for row, size in zip(heard, sizes.tolist(), strict=True)
-    ]
+    head = len(body).to_bytes(_SIZE, "big") + body[:_SHORT].ljust(_SHORT, b"\0")
+    found = []
+    for process, row in enumerate(multihost_utils.process_allgather(np.frombuffer(head, np.uint8))):
+        size = int.from_bytes(row[:_SIZE].tobytes(), "big")
+        said = row[_SIZE:]
+        if size > _SHORT:
+            room = 1 << (size - 1).bit_length()  # few sizes, few programs
+            mine = body.ljust(room, b"\0") if process == index() else bytes(room)
+            said = multihost_utils.broadcast_one_to_all(
+                np.frombuffer(mine, np.uint8), is_source=process == index()
+            ).astype(np.uint8)
+        found.append(pickle.loads(said.tobytes()[:size]))
+    return found
 
 
 def any_of(flag: bool) -> bool:

@@ -188,7 +188,7 @@ def ask(
     """
     requests = [
         records.Request(
-            id=f"{role.name}/{key}",
+            id="/".join(map(str, (*seed, role.name, key))),
             prompt=role.prompt(engine.tokenizer, **values),
             num_samples=num_samples,
             seed=seed_for(*seed, role.name, key),

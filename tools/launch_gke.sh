@@ -10,6 +10,7 @@
 #   --zone=ZONE --project=PROJECT     of the cluster; default: gcloud's own
 #   --slices=N                        default 1
 #   --restarts=N                      default 10
+#   --grace=SECONDS                   between a node's notice and its end; default 600
 #   --image=IMAGE                     default python:3.12
 #   --dry_run                         print the command, quoted for a shell
 set -euo pipefail
@@ -17,6 +18,8 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 cluster="" workload="" type="" slices=1 restarts=10 image="python:3.12" dry_run=false
+CODES="1,75" # a process that lost another, and one that was asked to stop as its node was drained
+grace=600    # a step, and a save after it
 options=() command=()
 while (($#)); do
   case "$1" in
@@ -26,6 +29,7 @@ while (($#)); do
     --slices=*) slices="${1#*=}" ;;
     --restarts=*) restarts="${1#*=}" ;;
     --image=*) image="${1#*=}" ;;
+    --grace=*) grace="${1#*=}" ;;
     --zone=* | --project=*) options+=("$1") ;;
     --dry_run) dry_run=true ;;
     --)
@@ -50,9 +54,11 @@ line="$(printf '%q ' "${command[@]}")"
 [[ "${command[0]}" != mathv2-train ]] || line+="--coordinator=auto"
 inside="bash -c 'source tools/environment.sh && make_environment tpu' && "
 inside+="export PATH=\"\$PWD/.venv/bin:\$PATH\" && "
-inside+="export LIBTPU_INIT_ARGS=\"\$(mathv2-compile --topology=$chip --xla_flags)\" && exec $line"
+inside+="LIBTPU_INIT_ARGS=\"\$(mathv2-compile --topology=$chip --xla_flags)\" && "
+inside+="export LIBTPU_INIT_ARGS && exec $line"
 whole=(xpk workload create "--cluster=$cluster" "--workload=$workload" "--tpu-type=$type"
-  "--num-slices=$slices" "--max-restarts=$restarts" "--base-docker-image=$image"
+  "--num-slices=$slices" "--max-restarts=$restarts" "--restart-on-exit-codes=$CODES"
+  "--termination-grace-period-seconds=$grace" "--base-docker-image=$image"
   "--script-dir=$ROOT" "${options[@]}" "--command=$inside")
 if $dry_run; then
   printf '%q ' "${whole[@]}"

@@ -60,6 +60,7 @@ done
 if ((${#command[@]} == 0)) && $start && ! $stop; then
   die "no command: give it after --, such as -- mathv2-train --config=FILE --workdir=gs://BUCKET/RUN"
 fi
+$start || ((restarts == 0)) || die "--restarts=$restarts with --follow: what only follows starts nothing"
 ((slices == 1)) || $queue || die "--slices=$slices needs --queue: slices come as one queued resource"
 
 where=("--zone=$zone")
@@ -154,6 +155,15 @@ wait_for_queue() {
   done
 }
 
+# Fails where a worker has a run, whose code and devices are not to be taken from it.
+require_free() {
+  everywhere "
+    if [ -e $REMOTE/run.pid ] && kill -0 \$(cat $REMOTE/run.pid) 2>/dev/null; then
+      echo 'a run is still there: follow it with --follow, or end it with --stop' >&2
+      exit 1
+    fi"
+}
+
 # Puts this commit on every worker, with its environment.
 install() {
   local node bundle commit
@@ -172,7 +182,8 @@ install() {
     }
     [ -d $REMOTE/.git ] || git clone -q $BUNDLE $REMOTE
     cd $REMOTE
-    git fetch -q ../$BUNDLE HEAD && git checkout -q $commit
+    git fetch -q ../$BUNDLE HEAD
+    git checkout -q $commit
     PYTHON=python3.11 bash -c 'source tools/environment.sh && make_environment tpu'"
 }
 
@@ -184,14 +195,11 @@ begin() {
   if [[ -z "$type" ]]; then
     say "note: without --type=TYPE the flags for XLA (mathv2-compile --xla_flags) are not set"
   else
-    flags="export LIBTPU_INIT_ARGS=\"\$(mathv2-compile --topology=$(chip_for "$type") --xla_flags)\""
+    flags="LIBTPU_INIT_ARGS=\"\$(mathv2-compile --topology=$(chip_for "$type") --xla_flags)\"
+    export LIBTPU_INIT_ARGS"
   fi
   everywhere "set -e
     cd $REMOTE
-    if [ -e run.pid ] && kill -0 \$(cat run.pid) 2>/dev/null; then
-      echo 'a run is still there: follow it with --follow, or end it with --stop' >&2
-      exit 1
-    fi
     export PATH=\"\$PWD/.venv/bin:\$PATH\"
     rm -f run.code
     $flags
@@ -207,19 +215,50 @@ follow() {
     exit \$(cat run.code || echo 1)"
 }
 
+# Whether worker 0 can be asked, and says that its run has ended.
+ended() {
+  run gcloud compute tpus tpu-vm ssh "${nodes[0]}" "${where[@]}" --worker=0 --command="
+    cd $REMOTE && { [ -e run.code ] || ! kill -0 \$(cat run.pid); }" 2>/dev/null
+}
+
+# As follow, again after a broken connection; a worker that stays out of reach is lost.
+follow_to_its_end() {
+  local code=0 tries
+  for ((tries = 1; tries <= 10; tries++)); do
+    code=0
+    follow || code=$?
+    if $dry_run || ended; then return "$code"; fi
+    say "worker 0 has no end to its run, and the connection is gone; trying again"
+    sleep "${MATHV2_RETRY_SECONDS:-15}"
+  done
+  return 255
+}
+
+# As begin; workers that are being made anew are waited for.
+begin_again() {
+  local tries
+  for ((tries = 1; tries <= 20; tries++)); do
+    everywhere "cd $REMOTE && kill -KILL -\$(cat run.pid) 2>/dev/null; true" && begin && return
+    say "not every worker can be started; trying again"
+    sleep "${MATHV2_RETRY_SECONDS:-15}"
+  done
+  die "the workers cannot be started"
+}
+
 if $stop; then
   everywhere "cd $REMOTE && kill -TERM -\$(cat run.pid)"
   exit
 fi
 [[ -z "$type" ]] || create
+! $start || require_free
 ! $install || install
+! $start || begin
 for ((attempt = 0; ; attempt++)); do
-  ! $start || begin
   code=0
-  follow || code=$?
+  follow_to_its_end || code=$?
   # 2 is bad input, which stays bad; 75 was asked for.
   if ((code == 0 || code == 2 || code == 75 || attempt >= restarts)); then break; fi
   say "ended with code $code; starting again ($((attempt + 1)) of $restarts)"
-  everywhere "cd $REMOTE && kill -KILL -\$(cat run.pid) 2>/dev/null; true"
+  begin_again
 done
 exit "$code"

@@ -16,6 +16,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -156,11 +157,13 @@ def _begin(
 
 
 def _require_shared(workdir: epath.Path) -> None:
-    """ValueError in every process where not all of them see the run's folder."""
-    seen = processes.exchange(storage.exists(workdir / "config.json"))
-    if not all(seen):
+    """ValueError in every process where not all of them see the run's folder: this run's lease."""
+    path = workdir / "lease.json"
+    seen = processes.exchange(storage.read_bytes(path) if storage.exists(path) else b"")
+    same = [lease == seen[0] for lease in seen]
+    if not all(same):
         raise ValueError(
-            f"--workdir={workdir}: process {seen.index(False)} does not find what process 0 wrote "
+            f"--workdir={workdir}: process {same.index(False)} does not find what process 0 wrote "
             "there; name a folder that all processes share, such as one in a bucket (gs://)"
         )
 
@@ -220,7 +223,7 @@ def _lease(workdir: epath.Path) -> Iterator[leases.Lease | None]:
     def acquire() -> leases.Lease:
         lease = leases.Lease(workdir / "lease.json", "mathv2-train", LEASE_SECONDS)
         try:
-            lease.acquire()
+            _acquire(lease)
         except OSError as error:
             raise ValueError(
                 f"--workdir={workdir}: nothing can be written there ({error}); name a folder, "
@@ -234,6 +237,20 @@ def _lease(workdir: epath.Path) -> Iterator[leases.Lease | None]:
     finally:
         if lease is not None:
             lease.release()
+
+
+def _acquire(lease: leases.Lease) -> None:
+    """Takes the lease. Of several processes the first may have lost its host, and be on another:
+    it waits as long as the lease of a process that it cannot ask for may last."""
+    until = time.monotonic() + (LEASE_SECONDS if processes.count() > 1 else 0.0)
+    while True:
+        try:
+            return lease.acquire()
+        except leases.LeaseHeldError as error:
+            if time.monotonic() >= until:
+                raise
+            logging.warning("%s; waiting for its end", error)
+            time.sleep(15.0)
 
 
 @contextlib.contextmanager

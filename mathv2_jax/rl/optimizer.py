@@ -37,6 +37,12 @@ class OptimizerConfig:
             )
         if self.moments not in ("float32", "bfloat16"):
             raise ValueError(f"optimizer.moments = {self.moments!r}: must be float32 or bfloat16")
+        if self.moments != "float32" and self.beta2 > 0.95:
+            raise ValueError(
+                f"optimizer.moments = {self.moments!r} with optimizer.beta2 = {self.beta2}: what a "
+                "step adds to the second moment would be rounded away; take beta2 = 0.95 at most, "
+                "or float32"
+            )
         if self.warmup_steps < 0 or not 0.0 <= self.final_share <= 1.0:
             raise ValueError(
                 f"optimizer.warmup_steps = {self.warmup_steps} must not be negative and "

@@ -112,7 +112,8 @@ class Engine:
         self._variables = None
 
     def cancel(self, request_id: str) -> None:
-        """Leave a request's answers, now or from the next `generate` on, where they have not begun.
+        """Leave a request's answers, in the `generate` that goes on or in the next, where they have
+        not begun; an id that is in neither is forgotten.
 
         From any thread, in any one process of the engine's mesh.
         """
@@ -160,7 +161,7 @@ class Engine:
                 asked = [(requests[at], first) for at, first in chunk]
                 for (at, _), found in zip(chunk, self._run(asked, shape), strict=True):
                     answers[at].extend(found)
-        self._cancelled -= {request.id for request in requests}
+        self._cancelled.clear()  # an id that nobody asked about is not kept for ever
         return answers
 
     def first_opinions(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:

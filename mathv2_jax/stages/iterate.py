@@ -180,6 +180,8 @@ def _run_timed(run: run_lib.Run, stage: Stage, compiling: metrics.CompileTime) -
     try:
         found = _RUNNERS[type(stage)](run, stage)
     finally:
+        run.policy.unload()
+        run.judge.unload()
         spent = {
             "seconds": time.monotonic() - began,
             "compile_seconds": compiling.seconds - compiled,

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
+import jax
 from absl import logging
 
 from mathv2_jax import records, roles
@@ -136,11 +137,9 @@ def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
                 run.policy.load(loop.state.variables, f"{stage.name}@{step}")
                 found = collect(run, stage, stream, scores, step, position)
                 run.policy.unload()
-            batches = [learner.put(b) for b in pack(config, found.summaries)]
-            references = [None] * len(batches)
-            if reference is not None:
-                with reference.in_use() as initial:
-                    references = [learner.logprobs(initial, b) for b in batches]
+            packed = pack(config, found.summaries)
+            batches = [learner.put(b) for b in packed]
+            references = logprobs_of(reference, learner, batches)
             rate = optimizer_lib.learning_rate(config.optimizer, step, config.steps)
             state, measured = learner.step(loop.state, batches, references, rate)
             empty = () if any(s.has_signal for s in found.summaries) else OF_ANSWERS
@@ -149,7 +148,8 @@ def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
             scalars = groups_lib.measure(found.summaries)
             alarms.check(step + 1, scalars)
             position = found.position
-            loop.advance(state, measured, batches, {"next": position}, scalars, written)
+            loop.advance(state, measured, packed, {"next": position}, scalars, written)
+            del state  # the loop's, to give away and to move
         return loop.finish()
 
 
@@ -208,6 +208,18 @@ def make_reference(run: run_lib.Run, stage: RlStage) -> placement.ParameterSet |
     return placement.ParameterSet(
         lambda: run.variables(stage.init), run.runtime.placement.reference
     )
+
+
+def logprobs_of(
+    reference: placement.ParameterSet | None,
+    learner: learner_lib.Learner,
+    batches: Sequence[packing.Batch],
+) -> list[jax.Array | None]:
+    """The reference's log-probabilities of each batch, which are put; it is not needed after."""
+    if reference is None:
+        return [None] * len(batches)
+    with reference.in_use() as initial:
+        return [learner.logprobs(initial, batch) for batch in batches]
 
 
 @contextlib.contextmanager

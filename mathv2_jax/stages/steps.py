@@ -60,7 +60,13 @@ class Loop:
         self.position: Mapping[str, Any] = {}
         self.first_step = 0
         self._checkpoints = run.checkpoints(name)
-        found = self._checkpoints.restore(self.state)
+        found = None
+        if self._checkpoints.latest_step() is not None:
+            shapes = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.state
+            )
+            del self.state  # there need not be room for two
+            found = self._checkpoints.restore(shapes)
         if found is not None:
             self.state, self.position, self.first_step = found
             if self.first_step > num_steps:

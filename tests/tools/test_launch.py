@@ -86,9 +86,9 @@ def test_a_dry_run_prints_commands_that_a_shell_reads_back():
     verbs = [" ".join(call[:5]) for call in calls]
     ssh, scp = ("gcloud compute tpus tpu-vm " + verb for verb in ("ssh", "scp"))
     described = "gcloud compute tpus queued-resources describe"
-    assert verbs[1] == described and verbs[2].startswith("git -C")
-    assert verbs[3:] == [scp, scp, ssh, ssh, ssh, ssh, ssh]
-    assert [call[5] for call in calls[5:]] == ["pod-0", "pod-1", "pod-0", "pod-1", "pod-0"]
+    assert verbs[1:4] == [described, ssh, ssh] and verbs[4].startswith("git -C")
+    assert verbs[5:] == [scp, scp, ssh, ssh, ssh, ssh, ssh]
+    assert [call[5] for call in calls[7:]] == ["pod-0", "pod-1", "pod-0", "pod-1", "pod-0"]
     assert "--coordinator=auto" in done.stdout and "--topology=v6e --xla_flags" in done.stdout
 
 
@@ -118,6 +118,27 @@ def test_a_failure_is_started_again_and_neither_bad_input_nor_what_was_stopped(w
         assert (workers[0] / "count").read_text().count("run") == runs
 
 
+def test_a_broken_connection_is_made_again_and_ends_no_run(workers, tmp_path):
+    gcloud = tmp_path / "bin" / "gcloud"
+    broken = '[[ "$*" != *tail* || -e "$FAKE/broken" ]] || { touch "$FAKE/broken"; exit 255; }\n'
+    gcloud.write_text(gcloud.read_text().replace("worker=all line", broken + "worker=all line", 1))
+    program = ["bash", "-c", "echo run >>../count; sleep 2; echo done"]
+    call = [*CALL, "--no_install", "--restarts=3", "--", *program]
+    done = launch(*call, fake=tmp_path, MATHV2_RETRY_SECONDS="0.1")
+    assert (done.returncode, done.stdout) == (0, "done\n"), done.stderr
+    assert "the connection is gone" in done.stderr
+    assert [(home / "count").read_text() for home in workers] == ["run\n"] * 2
+
+
+def test_flags_that_cannot_be_had_stop_the_start(workers, tmp_path):
+    (workers[1] / "mathv2_jax" / ".venv" / "bin" / "mathv2-compile").write_text(
+        "#!/bin/sh\nexit 2\n"
+    )
+    options = ["--type=v5p-16", "--no_install"]
+    done = launch(*CALL, *options, "--", "touch", "../ran", fake=tmp_path)
+    assert done.returncode != 0 and not (workers[1] / "ran").exists()
+
+
 def test_a_run_that_is_there_is_not_started_twice_but_followed_and_stopped(workers, tmp_path):
     saves = "trap 'echo saved; exit 75' TERM; echo begun; while true; do sleep 0.05; done"
     program = ["bash", "-c", saves]
@@ -144,6 +165,7 @@ def test_a_run_that_is_there_is_not_started_twice_but_followed_and_stopped(worke
         ([*CALL, "--typ=v5p-8"], "--typ=v5p-8 is none of this script's options"),
         (CALL, "no command: give it after --"),
         ([*CALL, "--slices=2", "--", "x"], "needs --queue"),
+        ([*CALL, "--follow", "--restarts=1"], "what only follows starts nothing"),
         ([*CALL, "--slices=none", "--", "x"], "--slices=none: give a positive number"),
         ([*CALL, "--type=v9-8", "--dry_run", "--", "x"], "name it with --runtime=VERSION"),
     ],
@@ -163,5 +185,6 @@ def test_a_workload_of_a_cluster_is_one_command_of_xpk():
     assert call[:4] == ["xpk", "workload", "create", "--cluster=c"]
     inside = call[-1].removeprefix("--command=").split(" && ")
     assert inside[-1].split() == ["exec", *train, "--coordinator=auto"]
-    assert "--topology=v5e --xla_flags" in inside[-2]
+    assert "--topology=v5e --xla_flags" in inside[-3]
+    assert "--restart-on-exit-codes=1,75" in call
     assert "--cluster=CLUSTER" in launch("--", "x", script="launch_gke.sh").stderr
