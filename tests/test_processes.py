@@ -12,7 +12,7 @@ from etils import epath
 
 from mathv2_jax import metrics, records, storage
 from mathv2_jax.cli import launch
-from mathv2_jax.stages import groups
+from mathv2_jax.stages import groups, run
 from tests import cluster, smoke
 
 # Three stages of smoke: a cold start, answers to the test set, and a verifier whose analyses are
@@ -122,7 +122,11 @@ def test_two_processes_learn_and_write_what_one_does(alone, pair):
     assert rows(pair, "verifier-1")[-1]["zero_signal"] < 1.0  # there was something to learn
     names = storage.list_names(pair / "records" / "verifier-1", "part-*")
     assert names[:2] == ["part-000001.0001.jsonl", "part-000001.jsonl"]  # each its own
-    assert (pair / "summary.json").read_bytes() != b""
+    reports = [json.loads((w / "summary.json").read_text())["stages"] for w in (alone, pair)]
+    assert reports[0].keys() == reports[1].keys()
+    assert reports[0]["before"] == reports[1]["before"] | {
+        run.WROTE: reports[0]["before"][run.WROTE]
+    }
 
 
 def test_the_second_process_is_silent(pair):

@@ -71,3 +71,13 @@ def test_a_program_of_this_platform_is_read():
         x = jax.ShapeDtypeStruct((16, 10), jnp.float32, sharding=rows)
         text = jax.jit(sums, out_shardings=rows).lower(x).compile().as_text()
     assert hlo.collectives(text).bytes_by_kind == {"all-reduce": 3 * 10 * 4}
+
+
+def test_a_collective_that_is_spread_over_fusions_counts_once():
+    text = TEXT.replace(
+        "all-gather(%x), dimensions={0},",
+        'all-gather(%x), frontend_attributes={async_collective_name="g"}, dimensions={0},',
+    )
+    line = next(line for line in text.splitlines() if "async_collective_name" in line)
+    again = text.replace(line, f"{line}\n{line.replace('%gather', '%gather.1')}")
+    assert hlo.collectives(again) == hlo.collectives(text) == hlo.collectives(TEXT)
