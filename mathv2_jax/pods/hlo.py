@@ -26,7 +26,7 @@ _CALLED = re.compile(
 _CONDITION = re.compile(r"condition=%([\w.\-]+)")
 _LESS = re.compile(r"compare\(%([\w.\-]+), %([\w.\-]+)\), direction=LT")
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_SPREAD = re.compile(r'async_collective_name="([^"]+)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _CONSTANT = re.compile(r"constant\((\d+)\)")
 
 
@@ -50,22 +50,22 @@ def collectives(text: str) -> Sent:
 
     Of an all-gather that is what arrives and the chip's own part; an all-reduce moves about twice
     its result. A loop counts as often as its condition, a counter from 0 below a constant, says.
-    One that is spread over several fusions, beside their computation, stands in each of them under
-    one name, and counts once.
+    One that is spread over several fusions, to go on beside their computation, stands in each of
+    them with one channel, and counts once.
     """
     computations, entry = _computations(text)
     found: Counter[str] = Counter()
     unknown: list[str] = []
-    spread: set[str] = set()
+    channels: set[str] = set()
 
-    def visit(name: str, times: int) -> None:
+    def visit(name: str, times: int, fused: bool = False) -> None:
         for one in computations[name]:
             kind = one.operation.removesuffix("-start")
             if kind in KINDS:
-                name = _SPREAD.search(one.text)
-                if name and name[1] in spread:
+                channel = _CHANNEL.search(one.text) if fused else None
+                if channel and channel[1] in channels:
                     continue
-                spread.update(name.groups() if name else ())
+                channels.update(channel.groups() if channel else ())
                 found[kind] += times * _bytes(one)
             elif one.operation == "while":
                 count = _trips(computations, one.text)
@@ -75,7 +75,7 @@ def collectives(text: str) -> Sent:
                     visit(called, times * (count or 1))
             else:
                 for called in _CALLED.findall(one.text):
-                    visit(called, times)
+                    visit(called, times, fused or one.operation == "fusion")
 
     visit(entry, 1)
     return Sent(dict(sorted(found.items())), tuple(unknown))

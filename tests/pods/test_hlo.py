@@ -74,10 +74,19 @@ def test_a_program_of_this_platform_is_read():
 
 
 def test_a_collective_that_is_spread_over_fusions_counts_once():
-    text = TEXT.replace(
-        "all-gather(%x), dimensions={0},",
-        'all-gather(%x), frontend_attributes={async_collective_name="g"}, dimensions={0},',
-    )
-    line = next(line for line in text.splitlines() if "async_collective_name" in line)
-    again = text.replace(line, f"{line}\n{line.replace('%gather', '%gather.1')}")
-    assert hlo.collectives(again) == hlo.collectives(text) == hlo.collectives(TEXT)
+    part = """%part{n} (x: bf16[8,4]) -> bf16[8,4] {{
+  %x = bf16[8,4]{{1,0}} parameter(0)
+  ROOT %gather{n} = bf16[8,4]{{1,0}} all-gather(%x), channel_id={channel}, dimensions={{0}}
+}}
+
+"""
+    call = "  %on{n} = bf16[8,4]{{1,0}} fusion(%x), kind=kCustom, calls=%part{n}\n"
+    entry = "ENTRY %main (x: bf16[8,4]) -> bf16[8,4] {\n  %x = bf16[8,4]{1,0} parameter(0)\n"
+
+    def text(*channels):
+        parts = [part.format(n=n, channel=c) for n, c in enumerate(channels)]
+        return "".join([*parts, entry, *(call.format(n=n) for n in range(len(channels))), "}\n"])
+
+    assert hlo.collectives(text(7)).bytes_by_kind == {"all-gather": 64}
+    assert hlo.collectives(text(7, 7, 7)).bytes_by_kind == {"all-gather": 64}
+    assert hlo.collectives(text(7, 8, 7)).bytes_by_kind == {"all-gather": 128}
