@@ -128,24 +128,33 @@ def make_sampling_mesh(config: SamplingConfig | None, mesh: Mesh) -> Mesh:
 def replica_groups(devices: Iterable[Any], replicas: int) -> list[list[Any]]:
     """The devices of each replica, which holds whole processes, or is held by one.
 
-    ValueError where it would be neither.
+    In the order of `devices` where that does it, so that one program may hand over; else by their
+    processes. ValueError where a replica would be neither.
     """
-    found = sorted(devices, key=lambda device: device.process_index)
+    found = list(devices)
     where = f"runtime.sampling.replicas = {replicas}"
     if replicas < 1 or len(found) % replicas:
         raise ValueError(
             f"{where}: {len(found)} devices cannot be split so; give a divisor of their number"
         )
     size = len(found) // replicas
-    groups = [found[at : at + size] for at in range(0, len(found), size)]
-    for number, group in enumerate(groups):
-        owners = {device.process_index for device in group}
-        if len(owners) > 1 and sum(d.process_index in owners for d in found) > size:
-            raise ValueError(
-                f"{where}: replica {number} would have a part of the devices of processes "
-                f"{sorted(owners)}: give a number that splits no process, or splits every one"
-            )
-    return groups
+    owners: set[int] = set()
+    for order in (found, sorted(found, key=lambda device: device.process_index)):
+        groups = [order[at : at + size] for at in range(0, len(order), size)]
+        owners = next(filter(None, (_cut_processes(group, order) for group in groups)), set())
+        if not owners:
+            return groups
+    raise ValueError(
+        f"{where}: a replica would have a part of the devices of processes {sorted(owners)}: give "
+        "a number that splits no process, or splits every one"
+    )
+
+
+def _cut_processes(group: Sequence[Any], devices: Sequence[Any]) -> set[int]:
+    """The processes that a group of more than one has a part of; empty where it cuts none."""
+    owners = {device.process_index for device in group}
+    whole = sum(device.process_index in owners for device in devices)
+    return owners if len(owners) > 1 and whole > len(group) else set()
 
 
 def _sampling_mesh(devices: np.ndarray) -> Mesh:

@@ -69,7 +69,7 @@ def test_a_replica_holds_whole_processes_or_is_held_by_one(replicas, owners):
 @pytest.mark.parametrize(
     ("number", "devices", "replicas", "rule"),
     [
-        (3, 2, 2, r"replica 0 would have a part of the devices of processes \[0, 1\]"),
+        (3, 2, 2, r"a replica would have a part of the devices of processes \[0, 1\]"),
         (4, 1, 3, "4 devices cannot be split so"),
         (4, 1, 0, "replicas = 0"),
     ],
