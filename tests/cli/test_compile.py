@@ -58,6 +58,7 @@ def test_lowering_alone_counts_flops_of_the_whole_model(command, tmp_path):
         "--programs=gradients",
         "--config.runtime.mesh.fsdp=2",
         "--config.runtime.mesh.expert=4",
+        "--config.runtime.sampling=None",
         f"--json={to}",
     )
     assert code == shell.FINISHED, err
@@ -71,7 +72,11 @@ def test_lowering_alone_counts_flops_of_the_whole_model(command, tmp_path):
 
 def test_a_model_can_be_cut_short_and_a_stage_chosen(command):
     some = ["--topology=v5p:2x2x2", "--lower_only", "--programs=update"]
-    small = ["--config.runtime.mesh.fsdp=2", "--config.runtime.mesh.expert=4"]
+    small = [
+        "--config.runtime.mesh.fsdp=2",
+        "--config.runtime.mesh.expert=4",
+        "--config.runtime.sampling=None",
+    ]
     code, out, err = command(POD, *some, *small, "--max_layers=2", "--stage=verifier-0")
     assert code == shell.FINISHED, err
     assert "13.97 B parameters" in out and "phase judging" not in out
