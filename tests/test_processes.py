@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -200,15 +202,32 @@ def test_one_process_asked_to_stop_stops_all_and_one_alone_may_go_on(folder, alo
     ],
 )
 def test_flags_that_name_no_meeting_place_are_errors(given, message):
-    with flagsaver.flagsaver(**given), pytest.raises(ValueError, match=message):
-        launch.join()
+    asked = launch.together("mathv2-train")
+    with flagsaver.flagsaver(**given), pytest.raises(ValueError, match=message), asked:
+        pass
+
+
+def test_a_process_that_none_comes_to_says_so_in_one_line(folder):
+    program = (
+        "import sys; from mathv2_jax.cli import launch, train; launch._MEETING_SECONDS = 3; "
+        "launch.run(train.main)"
+    )
+    flag = ["--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=1"]
+    command = [sys.executable, "-c", program, *training(folder / "nobody")[1:], *flag]
+    done = subprocess.run(command, cwd=cluster.ROOT, capture_output=True, text=True)
+    assert done.returncode not in (0, 75)
+    assert "mathv2-train: process 1 of 2: waiting for the others at 127.0.0.1:1" in done.stdout
+    told = [x for x in done.stderr.splitlines() if x.startswith("mathv2-train: process 1 of 2")]
+    assert told == [
+        "mathv2-train: process 1 of 2 met no others at 127.0.0.1:1 in 3 s; start all of them"
+    ]
 
 
 def test_a_machine_of_no_cluster_says_so_in_one_line(folder):
     flag = "--coordinator=auto"
     started = cluster.start([*training(folder / "nowhere"), flag], 1, 1, folder, "nowhere")
     assert started.wait() == [2]
-    (line,) = [x for x in started.said().splitlines() if x.startswith("mathv2-train: ")]
+    (line,) = [x for x in started.said().splitlines() if x.startswith("mathv2-train: --")]
     assert "the processes did not meet (coordinator_address should be defined.)" in line
 
 

@@ -46,15 +46,11 @@ done
 ((${#command[@]})) ||
   die "no command: give it after --, such as -- mathv2-train --config=FILE --workdir=gs://BUCKET/RUN"
 
-case "$type" in
-  v5litepod-*) chip=v5e ;;
-  *) chip="${type%%-*}" ;;
-esac
 line="$(printf '%q ' "${command[@]}")"
 [[ "${command[0]}" != mathv2-train ]] || line+="--coordinator=auto"
 inside="bash -c 'source tools/environment.sh && make_environment tpu' && "
 inside+="export PATH=\"\$PWD/.venv/bin:\$PATH\" && "
-inside+="LIBTPU_INIT_ARGS=\"\$(mathv2-compile --topology=$chip --xla_flags)\" && "
+inside+="LIBTPU_INIT_ARGS=\"\$(mathv2-compile --topology=$type --xla_flags)\" && "
 inside+="export LIBTPU_INIT_ARGS && exec $line"
 whole=(xpk workload create "--cluster=$cluster" "--workload=$workload" "--tpu-type=$type"
   "--num-slices=$slices" "--max-restarts=$restarts" "--restart-on-exit-codes=$CODES"

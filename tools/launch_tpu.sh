@@ -106,14 +106,6 @@ runtime_for() {
   esac
 }
 
-# Prints the chip of an accelerator type, as mathv2-compile names it.
-chip_for() {
-  case "$1" in
-    v5litepod-*) echo v5e ;;
-    *) echo "${1%%-*}" ;;
-  esac
-}
-
 create() {
   [[ -n "$runtime" ]] || runtime="$(runtime_for "$type")"
   local options=("--accelerator-type=$type" "--runtime-version=$runtime")
@@ -195,7 +187,7 @@ begin() {
   if [[ -z "$type" ]]; then
     say "note: without --type=TYPE the flags for XLA (mathv2-compile --xla_flags) are not set"
   else
-    flags="LIBTPU_INIT_ARGS=\"\$(mathv2-compile --topology=$(chip_for "$type") --xla_flags)\"
+    flags="LIBTPU_INIT_ARGS=\"\$(mathv2-compile --topology=$type --xla_flags)\"
     export LIBTPU_INIT_ARGS"
   fi
   everywhere "set -e

@@ -21,15 +21,17 @@ from mathv2_jax.cli import shell
 
 AUTO, ALONE = "auto", "none"
 HEARTBEAT_SECONDS = 30  # after so long without a sign of life a process counts as dead
-_MEETING_SECONDS = 300  # how long the first waits for the others at the start
+_MEETING_SECONDS = 300  # how long processes wait for each other at the start
 
-# Runs beside a process until its pipe ends: JAX ends a process whose run has lost another from
-# within, by a signal that no Python code sees.
+# Runs beside a process until its pipe ends, and then says what it was told last: JAX ends a process
+# that the others do not come to, or that has lost another, by a signal that no Python code sees.
 _WATCH = """
 import os, sys
-last = sys.stdin.read()
-if not last:
-    os.write(2, sys.argv[1].encode())
+last = ""
+for line in sys.stdin:
+    last = line.strip()
+if last:
+    os.write(2, (last + "\\n").encode())
 """
 
 _COORDINATOR = flags.DEFINE_string(
@@ -46,11 +48,50 @@ _GO_ON = "The same command, given to all of them, goes on from the last checkpoi
 FLAGS = (_COORDINATOR, _NUM_PROCESSES, _PROCESS_ID)
 
 
-def join() -> None:
-    """Makes this process one of the run's, as the flags say. Before JAX's first use of a device.
+@contextlib.contextmanager
+def together(program: str) -> Iterator[None]:
+    """Around all that a process does: it is one of the run's, as the flags say, until the end.
 
-    ValueError where the flags contradict each other, or nobody is where they say.
+    Before JAX's first use of a device. Of several processes only the first prints; a lost
+    collective ends a process, and that end, as one that no Python code sees, is told in one line.
+    ValueError where the flags contradict each other, or name no cluster that this machine is of.
     """
+    where, number, own = _asked()
+    if where == ALONE:
+        yield
+        return
+    watch = subprocess.Popen(
+        [sys.executable, "-c", _WATCH], stdin=subprocess.PIPE, text=True, start_new_session=True
+    )
+    name = program if own is None else f"{program}: process {own} of {number}"
+    try:
+        _tell(watch, f"{name} met no others at {where} in {_MEETING_SECONDS} s; start all of them")
+        print(f"{name}: waiting for the others at {where}", flush=True)
+        _meet(where, number, own)
+        name = f"{program}: process {processes.index()} of {processes.count()}"
+        _tell(watch, f"{name} was ended, by a signal or because another one is gone. {_GO_ON}")
+        with _quiet(not processes.is_first()):
+            yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        if not any(sign in reason for sign in _SIGNS_OF_LOSS):
+            raise
+        print(f"{name} stops, as it lost another: {reason:.160}. {_GO_ON}", file=sys.stderr)
+        sys.exit(shell.FAILED)
+    finally:
+        _tell(watch, "")
+        watch.communicate()
+
+
+def _tell(watch: subprocess.Popen, line: str) -> None:
+    """What the watch says if this process ends now; nothing where the line is empty."""
+    assert watch.stdin is not None
+    watch.stdin.write(f"{line}\n")
+    watch.stdin.flush()
+
+
+def _asked() -> tuple[str, int | None, int | None]:
+    """Where to meet, how many, and which of them this is; checked."""
     where, number, own = _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
     if where is None:
         where = AUTO if on_tpu_vm() else ALONE
@@ -59,10 +100,12 @@ def join() -> None:
                 "--num_processes and --process_id are for processes that meet: give "
                 "--coordinator=HOST:PORT of process 0 too"
             )
-    if where == ALONE:
-        return
-    if where != AUTO:
+    if where not in (AUTO, ALONE):
         _check(where, number, own)
+    return where, number, own
+
+
+def _meet(where: str, number: int | None, own: int | None) -> None:
     # On CPU devices: collectives between processes; one program at a time, as programs that run at
     # once may hold threads that others wait for, in each process another; and threads enough for
     # every device to wait in a collective, which XLA takes to be this many.
@@ -108,34 +151,6 @@ def on_tpu_vm() -> bool:
         *map(os.path.exists, ("/dev/accel0", "/dev/vfio/0")),
     )
     return "tpu" in asked and any(signs) and importlib.util.find_spec("libtpu") is not None
-
-
-@contextlib.contextmanager
-def one_of_many(program: str) -> Iterator[None]:
-    """Around all that a process does after `join`: only the first of several prints.
-
-    An end that no Python code sees is told in one line nevertheless, and so is a lost collective,
-    which ends the process.
-    """
-    if processes.count() == 1:
-        yield
-        return
-    name = f"{program}: process {processes.index()} of {processes.count()}"
-    told = f"{name} was ended, by a signal or because another one is gone. {_GO_ON}\n"
-    watch = subprocess.Popen(
-        [sys.executable, "-c", _WATCH, told], stdin=subprocess.PIPE, start_new_session=True
-    )
-    try:
-        with _quiet(not processes.is_first()):
-            yield
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        if not any(sign in reason for sign in _SIGNS_OF_LOSS):
-            raise
-        print(f"{name} stops, as it lost another: {reason:.160}. {_GO_ON}", file=sys.stderr)
-        sys.exit(shell.FAILED)
-    finally:
-        watch.communicate(b"done")
 
 
 @contextlib.contextmanager

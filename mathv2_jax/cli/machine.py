@@ -26,18 +26,18 @@ ATTENTION: Mapping[str, attention.Attend] = {
 
 
 def share_of_peak(
-    model: ModelConfig, mesh: jax.sharding.Mesh, rows: int, length: int, seconds: float
+    model: ModelConfig, kind: str, number: int, rows: int, length: int, seconds: float
 ) -> float | None:
-    """Model FLOPs of training on rows, a forward and a backward pass, over what the mesh could do.
+    """Model FLOPs of training on rows, forward and backward, over what the devices could do.
 
-    Rows count as one sequence each (pods/counting.py has the terms). None on devices whose peak is
-    not in pods/chips.py.
+    Rows count as one sequence each (pods/counting.py has the terms). The devices are so many of a
+    `device_kind`; None where its peak is not in pods/chips.py.
     """
-    chip = chips.of_device(mesh.devices.flat[0].device_kind)
+    chip = chips.of_device(kind)
     if chip is None:
         return None
     flops = counting.model_flops(model, rows, length).trained(aligned=False).total
-    return flops / (seconds * chip.bf16_flops * mesh.size)
+    return flops / (seconds * chip.bf16_flops * number)
 
 
 def choose_experts(name: str, platform: str) -> grouped.Experts:

@@ -81,8 +81,7 @@ def main(argv: Sequence[str]) -> int:
             steps_to_trace = _steps_to_trace(_PROFILE.value)
             runtime = dataclasses.replace(config.runtime, profile_steps=steps_to_trace)
             config = dataclasses.replace(config, runtime=runtime)
-        launch.join()
-        with launch.one_of_many("mathv2-train"):
+        with launch.together("mathv2-train"):
             return train(config, shell.absolute(workdir), _CACHE.value, _RESTART.value)
     except processes.FirstFailedError as error:
         print(f"mathv2-train: process {processes.index()} stops: {error}", file=sys.stderr)
@@ -302,7 +301,9 @@ def make_run(
         if config.world is not None
         else None,
         start=start_lib.locate(config.start) if config.start else None,
-        share_of_peak=functools.partial(machine.share_of_peak, model, mesh),
+        share_of_peak=functools.partial(
+            machine.share_of_peak, model, mesh.devices.flat[0].device_kind, mesh.size
+        ),
     )
     size = transformer.num_parameters(
         transformer.boxed_abstract(run.trunk.config, run.trunk.kernels)

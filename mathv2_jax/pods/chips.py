@@ -5,6 +5,7 @@ libtpu states it when a program does not fit, which is less than is built in.
 """
 
 import dataclasses
+import re
 
 GIB = 2**30
 
@@ -98,8 +99,11 @@ class Roofline:
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip of a topology like `v5p:8x8x16`; ValueError lists those that are known."""
-    kind = topology.partition(":")[0]
+    """The chip of a topology like `v5p:8x8x16`, or of Cloud TPU's name of it, like `v5p-2048`.
+
+    ValueError lists those that are known.
+    """
+    kind = re.split("[:-]", topology)[0].replace("v5litepod", "v5e")
     if kind not in CHIPS:
         raise ValueError(f"topology {topology!r}: chips are {', '.join(CHIPS)}, as in v5p:2x2x1")
     return CHIPS[kind]

@@ -1,6 +1,7 @@
 """The figures of one program: traced, and compiled for the mesh's devices."""
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,19 +28,15 @@ def measured(
     its products are told apart.
     """
     if program.each:
-        return _in_turn(
-            [
-                measured(
-                    one,
-                    model,
-                    chip,
-                    auxiliary=auxiliary,
-                    buffer=buffer,
-                    lower_only=lower_only,
-                )
-                for one in program.each
-            ]
+        alike = functools.partial(
+            measured,
+            model=model,
+            chip=chip,
+            auxiliary=auxiliary,
+            buffer=buffer,
+            lower_only=lower_only,
         )
+        return _in_turn([alike(one) for one in program.each])
     mesh = program.mesh
     traced = program.trace()
     executed = counting.executed(traced.jaxpr)

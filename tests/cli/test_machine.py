@@ -1,8 +1,5 @@
 """What a run computes on."""
 
-import types
-
-import numpy as np
 import pytest
 
 from configs.models import tiny_v32
@@ -13,15 +10,10 @@ from mathv2_jax.pods import chips, counting
 MODEL = ModelConfig(**tiny_v32.model())
 
 
-def mesh_of(kind):
-    devices = np.array([types.SimpleNamespace(device_kind=kind)] * 4)
-    return types.SimpleNamespace(devices=devices, size=4)
-
-
 def test_mfu_is_three_forward_passes_over_what_all_devices_could_do():
     forward = counting.model_flops(MODEL, 8, 32)
     once = forward.indexer + forward.indexer_projections
     peak = 4 * chips.CHIPS["v5p"].bf16_flops
-    found = machine.share_of_peak.__wrapped__(MODEL, mesh_of("TPU v5"), 8, 32, 2.0)
+    found = machine.share_of_peak(MODEL, "TPU v5", 4, 8, 32, 2.0)
     assert found == pytest.approx((3 * forward.total - 2 * once) / (2.0 * peak))
-    assert machine.share_of_peak.__wrapped__(MODEL, mesh_of("cpu"), 8, 32, 2.0) is None
+    assert machine.share_of_peak(MODEL, "cpu", 4, 8, 32, 2.0) is None

@@ -21,6 +21,8 @@ def test_bounds_are_of_the_slowest_alone_and_of_all_in_turn():
 
 def test_a_chip_is_that_of_its_topology():
     assert chips.chip_of("v5p:8x8x16").bf16_flops == 459e12
+    assert chips.chip_of("v6e-16") is chips.CHIPS["v6e"]
+    assert chips.chip_of("v5litepod-256") is chips.CHIPS["v5e"]
     with pytest.raises(ValueError, match="'v99:2x2': chips are v5e, v5p, v6e, tpu7x"):
         chips.chip_of("v99:2x2")
 

@@ -89,7 +89,7 @@ def test_a_dry_run_prints_commands_that_a_shell_reads_back():
     assert verbs[1:4] == [described, ssh, ssh] and verbs[4].startswith("git -C")
     assert verbs[5:] == [scp, scp, ssh, ssh, ssh, ssh, ssh]
     assert [call[5] for call in calls[7:]] == ["pod-0", "pod-1", "pod-0", "pod-1", "pod-0"]
-    assert "--coordinator=auto" in done.stdout and "--topology=v6e --xla_flags" in done.stdout
+    assert "--coordinator=auto" in done.stdout and "--topology=v6e-16 --xla_flags" in done.stdout
 
 
 def test_all_workers_run_the_command_and_the_first_is_followed(workers, tmp_path):
@@ -97,7 +97,10 @@ def test_all_workers_run_the_command_and_the_first_is_followed(workers, tmp_path
     options = ["--type=v5p-16", "--queue", "--no_install"]
     done = launch(*CALL, *options, "--", "bash", "-c", line, "a b", fake=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["pod-0 says --for=--topology=v5p --xla_flags", "arg: a b"]
+    assert done.stdout.splitlines() == [
+        "pod-0 says --for=--topology=v5p-16 --xla_flags",
+        "arg: a b",
+    ]
     assert "pod-1 says" in (workers[1] / "mathv2_jax" / "run.log").read_text()
     assert (tmp_path / "asked").read_text().count("x") == 3  # it waited
 
@@ -185,6 +188,6 @@ def test_a_workload_of_a_cluster_is_one_command_of_xpk():
     assert call[:4] == ["xpk", "workload", "create", "--cluster=c"]
     inside = call[-1].removeprefix("--command=").split(" && ")
     assert inside[-1].split() == ["exec", *train, "--coordinator=auto"]
-    assert "--topology=v5e --xla_flags" in inside[-3]
+    assert "--topology=v5litepod-16 --xla_flags" in inside[-3]
     assert "--restart-on-exit-codes=1,75" in call
     assert "--cluster=CLUSTER" in launch("--", "x", script="launch_gke.sh").stderr
