@@ -15,7 +15,6 @@ import numpy as np
 from absl import flags
 from jax.sharding import Mesh
 
-from configs.models import tiny_v3
 from mathv2_jax import processes, records, sharding
 from mathv2_jax.cli import launch
 from mathv2_jax.model import transformer
@@ -29,7 +28,20 @@ _FOLDER = flags.DEFINE_string("folder", None, "Where the answers go.")
 def main() -> None:
     model = tokenizer_lib.train(["Prove that 1 + 1 = 2.", "A gap at step 3."], vocab_size=300)
     tokenizer = tokenizer_lib.SentencePieceTokenizer.from_bytes(model)
-    config = ModelConfig(**tiny_v3.model() | dict(vocab_size=300, num_mtp_layers=0))
+    config = ModelConfig(
+        vocab_size=300,
+        width=16,
+        num_layers=2,
+        num_heads=2,
+        kv_latent_width=8,
+        head_key_width=4,
+        head_rope_width=4,
+        head_value_width=4,
+        dense_width=16,
+        expert_width=8,
+        num_experts=4,
+        experts_per_token=2,
+    )
     mesh = sharding.make_mesh(sharding.MeshConfig(data=2, fsdp=2))
     programs = decode.Programs(config, transformer.Kernels())
     boxed = transformer.boxed_abstract(config, programs.kernels)
