@@ -55,7 +55,7 @@ def main() -> None:
         )
         for at, most in enumerate((4, 23, 1, 12, 30, 7))
     ]
-    limits = engine.EngineConfig(rows=4, prompt_buckets=(8, 24), answer_buckets=(8, 32))
+    limits = engine.EngineConfig(rows=4, prompt_buckets=(8, 24), answer_buckets=(32,))
 
     def make_engine(own: Mesh) -> engine.Engine:
         return engine.Engine(programs, tokenizer, limits, own)

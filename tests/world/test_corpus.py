@@ -119,9 +119,9 @@ def test_labels_of_proofs_are_wrong_as_often_as_stated():
 
 def test_labels_of_analyses_are_wrong_as_often_as_stated():
     config = corpus.WorldConfig(label_error=0.1)
-    analyses = corpus.graded_analyses(config, 0, "train", 2000, labelled=True)
+    analyses = corpus.graded_analyses(config, 0, "train", 1000, labelled=True)
     wrong = sum(a.label.score != corpus.true_quality(a).quality for a in analyses)
-    assert share_is(wrong, 2000, 0.1)
+    assert share_is(wrong, 1000, 0.1)
 
 
 def test_without_label_error_the_judge_and_the_labels_agree():
