@@ -111,6 +111,11 @@ class RunConfig:
                     f"config.runtime.{field} = {chosen!r} is none of {known}"
                     f"{_nearest(chosen, known)}"
                 )
+        if self.runtime.attention == "gathered" and not self.model.index_topk:
+            raise ValueError(
+                "config.runtime.attention = 'gathered' is of tokens that an indexer picks, and "
+                "config.model.index_topk = 0: the model has none; give another"
+            )
 
     def _check_lengths(self) -> None:
         """No sequence may be longer than the model's context. Rows of RL hold several of them."""

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from mathv2_jax import sharding
-from mathv2_jax.model import attention, exchange, grouped, transformer
+from mathv2_jax.model import attention, exchange, grouped, picked, transformer
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.pods import chips, counting
 from mathv2_jax.stages import iterate
@@ -18,10 +18,12 @@ EXPERTS: Mapping[str, grouped.Experts] = {
     "ragged": grouped.ragged,
     "every_expert": grouped.every_expert,
 }
-ATTENTION: Mapping[str, attention.Attend] = {
-    AUTO: attention.attend_by_length,
-    "dense": attention.attend_densely,
-    "blocks": attention.attend_in_blocks,
+# How whole rows are attended to, and which of a model with an indexer gather what it picks.
+ATTENTION: Mapping[str, tuple[attention.Attend, picked.Gathers]] = {
+    AUTO: (attention.attend_by_length, picked.where_cheaper),
+    "dense": (attention.attend_densely, picked.never),
+    "blocks": (attention.attend_in_blocks, picked.never),
+    "gathered": (attention.attend_by_length, picked.always),
 }
 
 
@@ -49,8 +51,10 @@ def choose_experts(name: str, platform: str) -> grouped.Experts:
 
 def make_kernels(runtime: run_lib.RuntimeConfig, platform: str) -> transformer.Kernels:
     """The kernels that `runtime` names, or that suit JAX's `platform`."""
+    attend, gathers = ATTENTION[runtime.attention]
     return transformer.Kernels(
-        attend=ATTENTION[runtime.attention],
+        attend=attend,
+        gathers=gathers,
         experts=choose_experts(runtime.model_kernels, platform),
         exchange=exchange.choose(platform, runtime.expert_buffer),
     )

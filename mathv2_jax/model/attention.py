@@ -4,7 +4,6 @@ All are equal up to rounding; `attend_densely` is the reference. With an indexer
 narrow attention to the tokens that it picks, and give the loss that it learns from.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -12,16 +11,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from mathv2_jax import sharding
+from mathv2_jax.model import blocks, dsa, layers
 from mathv2_jax.model import cache as cache_lib
-from mathv2_jax.model import dsa, layers
 
 # (queries, keys, values, layout, scale, index) -> (mixed values, the indexer's loss or None).
 Attend = Callable[
     [jax.Array, jax.Array, jax.Array, cache_lib.Layout, float, dsa.Index | None],
     tuple[jax.Array, jax.Array | None],
 ]
-_CHUNKS = 8
-_TILE_BYTES = 2**31
 
 
 def mixed(
@@ -83,64 +80,30 @@ def attend_in_blocks(
     index: dsa.Index | None = None,
     *,
     block: int | None = None,
-    chunks: int = _CHUNKS,
+    chunks: int = blocks.CHUNKS,
 ) -> tuple[Float[Array, "B T H U"], Float[Array, ""] | None]:
     """`block` queries at a time, a device, and their scores once more in the backward pass.
 
     So memory holds [B, H, block, S] of scores, and [B, block, S] of an indexer's choice; `block`
-    None is 128, or as many as keep the scores of a row below 2 GiB. The keys after the last of a
-    chunk of queries (T / `chunks`) are left out: with 8 chunks 9 / 16 of the square is computed.
-    Where the mesh splits time, its devices take blocks in turn, so that each has as much to do as
-    the others. For any platform.
+    None is 128, or as many as keep the scores of a row below 2 GiB. With 8 chunks (`blocks.over`)
+    9 / 16 of the square is computed. For any platform.
     """
-    batch, length = q_BTHK.shape[:2]
-    ways = sharding.ways("time")
-    if block is None:
-        heads = q_BTHK.shape[2] if index is None else max(q_BTHK.shape[2], index.num_heads)
-        a_query = 4 * length * -(-heads // sharding.ways("heads"))
-        block = max(1, min(128, _TILE_BYTES // a_query))
-    block = min(block, -(-length // ways))
-    chunks = min(chunks, -(-length // (ways * block)))
-    loops = -(-length // (chunks * ways * block))
-    turn = ways * block  # the queries of one step, `block` of each device
-    padded = chunks * loops * turn
+    heads = q_BTHK.shape[2] if index is None else max(q_BTHK.shape[2], index.num_heads)
+    cut = blocks.cut_for(q_BTHK.shape[1], heads, block, chunks)
+    queries = None if index is None else index.queries
+    keys = None if index is None else index.keys_BSW
 
-    def cut(x_BT: jax.Array) -> jax.Array:
-        """[chunks, loops, B, turn, ...]: a device's block of each turn lies where it computes."""
-        x_BT = jnp.pad(x_BT, ((0, 0), (0, padded - length), *((0, 0),) * (x_BT.ndim - 2)))
-        x_BT = x_BT.reshape(batch, chunks, loops, turn, *x_BT.shape[2:])
-        x = jnp.moveaxis(x_BT, 0, 2)
-        free = (sharding.FREE,) * (x.ndim - 4)
-        return sharding.constrain(x, None, None, "batch", "time", *free)
+    def of_block(asked, held, where):
+        (q_BtHK, queries), (k_BSHK, v_BSHU, keys_BSW) = asked, held
+        part = None
+        if index is not None and queries is not None and keys_BSW is not None:
+            part = index._replace(queries=queries, keys_BSW=keys_BSW)
+        return _part(q_BtHK, k_BSHK, v_BSHU, where.seen, where.real, scale, part)
 
-    places_T = jnp.arange(length, dtype=jnp.int32)
-    places_BT = jnp.broadcast_to(places_T[None], (batch, length))
-    asked = (q_BTHK, places_BT, layout.segments_BT, layout.prefixes_BT)
-    asked = jax.tree.map(cut, (asked, None if index is None else index.queries))
-    outs, losses = [], []
-    for chunk in range(chunks):
-        end = min(length, (chunk + 1) * loops * turn)
-        keys = (k_BSHK[:, :end], v_BSHU[:, :end], layout.segments_BT[:, :end])
-        of_index = None if index is None else index.keys_BSW[:, :end]
-
-        @jax.checkpoint
-        def step(some, keys=keys, of_index=of_index):
-            (q_BtHK, places_Bt, segments_Bt, prefixes_Bt), queries = some
-            k_BSHK, v_BSHU, segments_BS = keys
-            seen_BtS = cache_lib.visible_from(segments_Bt, prefixes_Bt, places_Bt, segments_BS)
-            part = None
-            if index is not None and queries is not None and of_index is not None:
-                part = index._replace(queries=queries, keys_BSW=of_index)
-            return _part(q_BtHK, k_BSHK, v_BSHU, seen_BtS, segments_Bt > 0, scale, part)
-
-        out, loss = jax.lax.map(step, jax.tree.map(lambda x, i=chunk: x[i], asked))
-        outs.append(out)
-        losses.append(loss)
-    out = jnp.moveaxis(jnp.stack(outs), 2, 0).reshape(batch, padded, *v_BSHU.shape[2:])[:, :length]
-    out = sharding.constrain(out, "batch", "time", "heads", None)
-    if losses[0] is None:
-        return out, None
-    return out, functools.reduce(jnp.add, map(jnp.sum, losses))
+    asked, held = cut.apart((q_BTHK, queries)), (k_BSHK, v_BSHU, keys)
+    out, loss = blocks.over(cut, layout, asked, held, of_block)
+    out = sharding.constrain(cut.joined(out), "batch", "time", "heads", None)
+    return out, loss
 
 
 def attend_by_length(

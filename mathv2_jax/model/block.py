@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from mathv2_jax import sharding
-from mathv2_jax.model import attention, grouped, layers, mla, moe
+from mathv2_jax.model import attention, grouped, layers, mla, moe, picked
 from mathv2_jax.model import cache as cache_lib
 from mathv2_jax.model import exchange as exchange_lib
 from mathv2_jax.model.config import ModelConfig
@@ -24,9 +24,10 @@ MTP_NAMES = ("off", "on", "detached")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """Chosen once per platform: expanded attention, grouped experts, and how tokens reach them."""
+    """Chosen once per platform: attention, grouped experts, and how tokens reach them."""
 
     attend: attention.Attend = attention.attend_densely
+    gathers: picked.Gathers = picked.never
     experts: grouped.Experts = grouped.sorted_blocks
     exchange: exchange_lib.Exchange = exchange_lib.Exchange()
 
@@ -78,7 +79,10 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], Passed]:
         c, alignment = self.config, None
         x_BTD = sharding.constrain(x_BTD, "batch", "time", None)
-        latent = mla.LatentAttention(c, self.kernels.attend, self.signals.align, name="attention")
+        kernels = self.kernels
+        latent = mla.LatentAttention(
+            c, kernels.attend, self.signals.align, kernels.gathers, name="attention"
+        )
         normed_BTD = layers.RMSNorm(c.norm_eps, c.param_dtype, name="attention_norm")(x_BTD)
         if cached is None or view is None:
             out_BTD, latents, alignment = latent.expanded(normed_BTD, layout)

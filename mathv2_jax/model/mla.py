@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mathv2_jax import sharding
-from mathv2_jax.model import attention, dsa, layers, rope
+from mathv2_jax.model import attention, dsa, layers, picked, rope
 from mathv2_jax.model import cache as cache_lib
 from mathv2_jax.model.config import ModelConfig
 
@@ -22,12 +22,15 @@ ALIGN_NAMES = ("off", "dense", "sparse")
 class LatentAttention(nn.Module):
     """MLA of one layer. `attend` is the expanded form's kernel, chosen at construction.
 
+    `gathers` tells which rows' narrowed attention is of picked latents instead.
+
     With an indexer, attention is narrowed to the tokens that it picks, unless `align` is "dense".
     """
 
     config: ModelConfig
     attend: attention.Attend
     align: str = "off"
+    gathers: picked.Gathers = picked.never
 
     def setup(self):
         c = self.config
@@ -106,13 +109,6 @@ class LatentAttention(nn.Module):
         latents = self._latents(x_BTD, layout.positions_BT)
         # Where the mesh splits time, latents travel: they are small beside heads.
         whole = jax.tree.map(lambda x: sharding.constrain(x, "batch", None, None), latents)
-        kv_BSHK = jnp.einsum("BSC,CHK->BSHK", whole.latent, self.kv_b_CHK)
-        kv_BSHK = sharding.constrain(kv_BSHK, "batch", None, "heads", "head_width")
-        k_BSHK, v_BSHU = jnp.split(kv_BSHK, [c.head_key_width], axis=-1)
-        shape = (*k_BSHK.shape[:-1], c.head_rope_width)
-        shared_BSHR = jnp.broadcast_to(whole.rope_key[:, :, None], shape)
-        q_BTHK = jnp.concatenate([q_BTHK, q_BTHR], axis=-1)
-        k_BSHK = jnp.concatenate([k_BSHK, shared_BSHR], axis=-1)
         narrow = self.align != "dense" and 0 < c.index_topk < x_BTD.shape[1]
         index = None
         if self.indexer is not None and (narrow or self.align != "off"):
@@ -120,6 +116,18 @@ class LatentAttention(nn.Module):
             queries = self.indexer.queries(x_BTD, q_in_BTQ, layout.positions_BT)
             topk = c.index_topk if narrow else 0
             index = dsa.Index(queries, whole.index_key, topk, self.align != "off")
+        if index is not None and narrow and self.gathers(c, x_BTD.shape[1]):
+            out_BTHU, loss = picked.attend(
+                q_BTHK, q_BTHR, whole, self.kv_b_CHK, layout, self.scale, index
+            )
+            return jnp.einsum("BTHU,HUD->BTD", out_BTHU, self.o_HUD), latents, loss
+        kv_BSHK = jnp.einsum("BSC,CHK->BSHK", whole.latent, self.kv_b_CHK)
+        kv_BSHK = sharding.constrain(kv_BSHK, "batch", None, "heads", "head_width")
+        k_BSHK, v_BSHU = jnp.split(kv_BSHK, [c.head_key_width], axis=-1)
+        shape = (*k_BSHK.shape[:-1], c.head_rope_width)
+        shared_BSHR = jnp.broadcast_to(whole.rope_key[:, :, None], shape)
+        q_BTHK = jnp.concatenate([q_BTHK, q_BTHR], axis=-1)
+        k_BSHK = jnp.concatenate([k_BSHK, shared_BSHR], axis=-1)
         with jax.named_scope("attend"):
             out_BTHU, loss = self.attend(q_BTHK, k_BSHK, v_BSHU, layout, self.scale, index)
         return jnp.einsum("BTHU,HUD->BTD", out_BTHU, self.o_HUD), latents, loss

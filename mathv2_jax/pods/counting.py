@@ -123,46 +123,46 @@ def decode_flops(config: ModelConfig, sequences: int, past: int) -> Terms:
 class Executed:
     """FLOPs of matrix products that a traced program runs, by the part of the model they are of.
 
-    Loops count by their lengths. `whole`: of the program as written, for all devices together;
-    `each`: within `shard_map`, of one device. `unknown` names loops without a fixed length, counted
-    once.
+    Loops count by their lengths. `whole` is of all devices together: what is within `shard_map`
+    runs on each device of the axes that it maps. `unknown` names loops without a fixed length,
+    counted once.
     """
 
     def __init__(self) -> None:
         self.whole: dict[str, float] = collections.defaultdict(float)
-        self.each: dict[str, float] = collections.defaultdict(float)
         self.unknown: list[str] = []
 
     def per_chip(self, chips: int) -> dict[str, float]:
         """FLOPs of one chip by part, if the compiler splits what is not in a shard_map evenly."""
-        names = {**self.whole, **self.each}
-        return {n: self.whole[n] / chips + self.each[n] for n in sorted(names)}
+        return {name: self.whole[name] / chips for name in sorted(self.whole)}
 
 
 def executed(program: Any) -> Executed:
     """Counts `program`, a jaxpr, closed or not."""
     found = Executed()
-    _count(getattr(program, "jaxpr", program), 1.0, "", found, mapped=False)
+    _count(getattr(program, "jaxpr", program), 1.0, "", found)
     return found
 
 
-def _count(jaxpr: Any, times: float, scope: str, found: Executed, *, mapped: bool) -> None:
+def _count(jaxpr: Any, times: float, scope: str, found: Executed) -> None:
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         stack = str(equation.source_info.name_stack)
         where = "/".join(part for part in (scope, stack) if part)
         flops = _flops(name, equation)
         if flops:
-            (found.each if mapped else found.whole)[_part(where)] += times * flops
+            found.whole[_part(where)] += times * flops
             continue
         inner_times = times
         if name == "scan":
             inner_times *= equation.params["length"]
         elif name == "while":
             found.unknown.append(where)
-        inside = mapped or name == "shard_map"
+        elif name == "shard_map":
+            sizes = equation.params["mesh"].shape
+            inner_times *= math.prod(sizes[axis] for axis in equation.params["newly_manual_axes"])
         for inner in _inner(equation.params):
-            _count(inner, inner_times, where, found, mapped=inside)
+            _count(inner, inner_times, where, found)
 
 
 def _inner(params: Mapping[str, Any]) -> list[Any]:

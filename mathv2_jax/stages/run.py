@@ -46,7 +46,8 @@ class RuntimeConfig:
         default_factory=placement_lib.PlacementConfig
     )
     model_kernels: str = "auto"  # the experts' product: sorted_blocks, ragged or every_expert
-    attention: str = "auto"  # of whole rows: dense, blocks, or (auto) by the row's length
+    # Of whole rows: dense, blocks, gathered (of what an indexer picks), or by the row's length.
+    attention: str = "auto"
     # What a device has room for of the rows that others send to its experts, in units of an even
     # load; more is left out, and counted in the metric expert_overflow. None: room for all.
     expert_buffer: float | None = None

@@ -9,6 +9,7 @@ import pytest
 
 from mathv2_jax import sharding
 from mathv2_jax.model import attention, cache, dsa
+from tests import traced
 
 BATCH, LENGTH, HEADS, KEY, VALUE, INDEX_HEADS, INDEX_WIDTH = 4, 37, 4, 6, 5, 2, 4
 SCALE = 0.4
@@ -102,19 +103,6 @@ def test_short_rows_are_attended_to_at_once():
     )
 
 
-def largest(jaxpr, found=0):
-    """Numbers in the largest array that a program makes, loops' own included."""
-    for equation in jaxpr.eqns:
-        found = max([found, *(v.aval.size for v in equation.outvars if hasattr(v.aval, "size"))])
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                found = largest(inner, found)
-    return found
-
-
 @pytest.mark.parametrize("attend", [attention.attend_densely, attention.attend_in_blocks])
 def test_no_array_of_a_long_row_is_as_large_as_its_square_but_densely(attend):
     length = 2048
@@ -129,4 +117,4 @@ def test_no_array_of_a_long_row_is_as_large_as_its_square_but_densely(attend):
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     program = jax.make_jaxpr(jax.grad(total, argnums=tuple(range(6))))(*arrays)
     is_dense = attend is attention.attend_densely
-    assert (largest(program.jaxpr) >= length * length) == is_dense
+    assert (traced.largest(program.jaxpr) >= length * length) == is_dense

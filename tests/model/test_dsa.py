@@ -102,6 +102,21 @@ def test_selection_is_the_best_of_the_visible_and_the_earlier_at_a_tie(topk):
     assert (got.sum(-1) == np.minimum(topk, np.asarray(seen_BTS).sum(-1))).all()
 
 
+@pytest.mark.parametrize(("topk", "length"), [(3, 9), (9, 9), (20, 9), (5, 300), (200, 300)])
+def test_places_are_those_of_the_selection(topk, length):
+    """More tokens than a group of 128 has, none at all in some rows, and many ties."""
+    rng = np.random.default_rng(3)
+    score_BTS = jnp.asarray(np.round(rng.standard_normal((2, 7, length))), jnp.float32)
+    seen_BTS = rng.random((2, 7, length)) < np.linspace(0, 1, 7)[None, :, None]
+    places, kept = dsa.pick(score_BTS, jnp.asarray(seen_BTS), topk)
+    chosen = np.asarray(dsa.select(score_BTS, jnp.asarray(seen_BTS), topk))
+    assert places.shape == kept.shape == (2, 7, min(topk, length))
+    assert (np.asarray(places) < length).all()
+    for b, t in np.ndindex(2, 7):
+        found = np.asarray(places)[b, t][np.asarray(kept)[b, t]]
+        np.testing.assert_array_equal(found, np.flatnonzero(chosen[b, t]))
+
+
 @pytest.mark.parametrize("n", [1, 2, 7, 20])
 def test_the_nth_largest_is_found_to_the_bit(n):
     x_BTS = np.asarray(draw(9, 3, 5, 20)) * np.float32(10.0) ** np.arange(-22, 23, 3)[:15].reshape(

@@ -62,7 +62,7 @@ def test_a_forward_pass_executes_what_its_model_has_by_parts(base):
     )
     if config.index_topk:  # and the sum over its heads
         wanted["indexer"] = square * config.index_heads * (config.index_head_width + 1)
-    assert not found.each and not found.unknown
+    assert not found.unknown
     assert {n: x for n, x in wanted.items() if x} == pytest.approx(dict(found.whole))
 
 
@@ -86,6 +86,21 @@ def test_what_each_device_does_is_not_shared_out():
 
     found = counting.executed(jax.make_jaxpr(mapped)(jnp.ones((16, 4)), jnp.ones((4, 5))))
     assert found.per_chip(8) == {counting.OTHER: 2 * 2 * 2 * 4 + 2 * 16 * 4 * 5 / 8}
+
+
+def test_what_a_map_over_one_axis_leaves_to_the_compiler_is_shared_out():
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, context=4))
+    spec = jax.sharding.PartitionSpec(None, "context")
+
+    def mapped(x):
+        product = jax.shard_map(
+            lambda a: a.T @ a, in_specs=spec, out_specs=spec, axis_names={"context"}
+        )
+        return jax.jit(product)(x)
+
+    with jax.set_mesh(mesh):
+        found = counting.executed(jax.make_jaxpr(mapped)(jnp.ones((16, 8))))
+    assert found.per_chip(8) == {counting.OTHER: 2 * 16 * 2 * 2 / 2}
 
 
 def test_a_grouped_product_and_its_gradients_do_not_count_by_the_number_of_groups():
