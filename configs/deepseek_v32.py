@@ -29,8 +29,10 @@ def on_pod(
 ) -> ml_collections.ConfigDict:
     """The stages of configs/olympiad.py, with a row of `prompt` + `answer` tokens for each chip.
 
-    Parameters and moments are float32, computation is bfloat16, every layer is recomputed.
+    Or for the chips that share it (`context`). Parameters and moments are float32, computation is
+    bfloat16, every layer is recomputed.
     """
+    rows = chips // mesh.get("context", 1)
     c = olympiad.get_config()
     # Layers of multi-token prediction are left out: no stage here trains them.
     c.model = model | dict(
@@ -43,14 +45,14 @@ def on_pod(
     c.tokenizer = dict(directory="give --config.tokenizer.directory")
     limit = dict(max_tokens=answer)
     c.roles = dict(templates="olympiad", generator=limit, verifier=limit, meta_verifier=limit)
-    c.engine = dict(rows=8 * chips, prompt_buckets=(prompt,), answer_buckets=(answer,))
+    c.engine = dict(rows=8 * rows, prompt_buckets=(prompt,), answer_buckets=(answer,))
     c.real.max_prompt_tokens = c.real.max_example_tokens = prompt
     for stage in c.stage.values():
         for loop in ("sft", "rl"):
             if loop in stage:
-                stage[loop].update(rows=chips, row_length=prompt + answer)
+                stage[loop].update(rows=rows, row_length=prompt + answer)
         if "rl" in stage:
-            stage.rl.update(groups=chips // 2, samples=8)
+            stage.rl.update(groups=max(1, rows // 2), samples=8)
     c.runtime.mesh = mesh
     c.runtime.expert_buffer = 2.0
     c.runtime.attention = "blocks"

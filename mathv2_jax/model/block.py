@@ -8,16 +8,17 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from mathv2_jax import sharding
-from mathv2_jax.model import attention, grouped, layers, mla, moe, picked
+from mathv2_jax.model import attention, blocks, grouped, layers, mla, moe, picked
 from mathv2_jax.model import cache as cache_lib
 from mathv2_jax.model import exchange as exchange_lib
 from mathv2_jax.model.config import ModelConfig
 
 # What a layer keeps for its backward pass, by ModelConfig.remat; "none" keeps everything.
+_or = jax.checkpoint_policies.save_from_both_policies
 REMAT = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_saveable,
-    "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": blocks.keep,
+    "dots": _or(blocks.keep, jax.checkpoint_policies.dots_saveable),
+    "dots_no_batch": _or(blocks.keep, jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
 }
 MTP_NAMES = ("off", "on", "detached")
 

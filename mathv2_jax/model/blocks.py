@@ -12,6 +12,9 @@ from mathv2_jax import sharding
 from mathv2_jax.model import cache as cache_lib
 
 CHUNKS = 8
+# The name of what is never computed anew in a backward pass: small, and long to find.
+KEPT = "kept"
+keep = jax.checkpoint_policies.save_only_these_names(KEPT)
 _MOST = 128  # queries of a block
 _TILE_BYTES = 2**31
 
@@ -78,8 +81,9 @@ def over(
 
     `asked` is cut apart, `held` are arrays [B, S, ...] of whole rows. Gives [chunks, loops, B,
     turn, ...] and the sum of the losses. What a block computed is computed anew in the backward
-    pass; the keys after the last query of a chunk are left out. Each device of the mesh's time axis
-    runs a loop of its own, so that gradients of `held` meet once, after it.
+    pass, but for what is named KEPT; the keys after the last query of a chunk are left out. Each
+    device of the mesh's time axis runs a loop of its own, so that gradients of `held` meet once,
+    after it.
     """
     places_BT = jnp.broadcast_to(jnp.arange(cut.length, dtype=jnp.int32), layout.segments_BT.shape)
     marks = cut.apart((places_BT, layout.segments_BT, layout.prefixes_BT))
@@ -90,7 +94,7 @@ def over(
             end = min(cut.length, (chunk + 1) * cut.loops * cut.turn)
             own = jax.tree.map(lambda x_BS, end=end: x_BS[:, :end], held)
 
-            @jax.checkpoint
+            @functools.partial(jax.checkpoint, policy=keep)
             def step(some: Any, own: Any = own) -> tuple[jax.Array, jax.Array | None]:
                 asked, (places_Bt, segments_Bt, prefixes_Bt) = some
                 (segments_BS, *keys) = own

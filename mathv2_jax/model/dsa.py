@@ -145,8 +145,8 @@ def select(
 
 def pick(
     score_BTS: Float[Array, "B T S"], seen_BTS: Bool[Array, "B T S"], topk: int
-) -> tuple[Int[Array, "B T X"], Bool[Array, "B T X"]]:
-    """The places of what `select` selects, in their order, X = min(topk, S); and which are some.
+) -> tuple[Int[Array, "B T X"], Int[Array, "B T 1"]]:
+    """The places of what `select` selects, in their order, X = min(topk, S); and how many it is.
 
     Without a sort or a scatter. The row lies in groups of 128: the n-th chosen token's group is
     found by the groups' counts, and its place there by the group's own.
@@ -157,13 +157,14 @@ def pick(
     upto_BTGL = jnp.cumsum(chosen_BTS.reshape(*chosen_BTS.shape[:2], -1, _GROUP), axis=-1)
     upto_BTG = jnp.cumsum(upto_BTGL[..., -1], axis=-1)
     number_11X = jnp.arange(min(topk, length))[None, None]
-    kept_BTX = number_11X < upto_BTG[..., -1:]
+    count_BT1 = upto_BTG[..., -1:]
     group_BTX = jnp.sum(upto_BTG[:, :, None, :] <= number_11X[..., None], axis=-1)
     group_BTX = jnp.minimum(group_BTX, upto_BTG.shape[-1] - 1)
     before_BTX = jnp.take_along_axis(upto_BTG - upto_BTGL[..., -1], group_BTX, axis=-1)
     own_BTXL = jnp.take_along_axis(upto_BTGL, group_BTX[..., None], axis=2)
     place_BTX = jnp.sum(own_BTXL <= (number_11X - before_BTX)[..., None], axis=-1)
-    return jnp.where(kept_BTX, group_BTX * _GROUP + place_BTX, 0), kept_BTX
+    places_BTX = jnp.where(number_11X < count_BT1, group_BTX * _GROUP + place_BTX, 0)
+    return places_BTX, count_BT1
 
 
 def attention_mean(

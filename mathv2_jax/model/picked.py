@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import ad_checkpoint
 from jaxtyping import Array, Float, Int
 
 from mathv2_jax import sharding
@@ -69,7 +70,9 @@ def attend(
         (q_BTHC, q_BTHR, queries), (latent_BSC, key_BSR, index_BSW) = asked, held
         with jax.named_scope("index"):
             score_BTS = dsa.scores(queries, index_BSW)
-            places_BTX, kept_BTX = dsa.pick(score_BTS, where.seen, index.topk)
+            found = dsa.pick(score_BTS, where.seen, index.topk)
+            places_BTX, count_BT1 = ad_checkpoint.checkpoint_name(found, blocks.KEPT)
+        kept_BTX = jnp.arange(places_BTX.shape[-1])[None, None] < count_BT1
         latent_BTXC, key_BTXR = _rows(latent_BSC, places_BTX), _rows(key_BSR, places_BTX)
         score_of = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
         score_BHTX = score_of("BTHC,BTXC->BHTX", q_BTHC, latent_BTXC)

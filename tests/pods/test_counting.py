@@ -10,7 +10,7 @@ import pytest
 
 from configs.models import deepseek_v3, deepseek_v32, tiny_v3, tiny_v32
 from mathv2_jax import sharding
-from mathv2_jax.model import cache, grouped, heads, transformer
+from mathv2_jax.model import cache, grouped, heads, picked, transformer
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.pods import counting
 
@@ -74,6 +74,24 @@ def test_a_loop_counts_by_its_length_and_one_without_is_named():
     found = counting.executed(jax.make_jaxpr(looped)(jnp.ones((4, 4))))
     assert found.per_chip(2) == {counting.OTHER: (7 + 1) * 2 * 4**3 / 2}
     assert len(found.unknown) == 1
+
+
+@pytest.mark.parametrize("remat", ["none", "full", "dots", "dots_no_batch"])
+def test_what_an_indexer_picks_is_never_picked_again_in_a_backward_pass(remat):
+    config = ModelConfig(**tiny_v32.model() | dict(num_mtp_layers=0, remat=remat))
+    kernels = transformer.Kernels(gathers=picked.always)
+    shapes = transformer.unboxed(transformer.boxed_abstract(config))
+    tokens_BT = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+
+    def loss(variables, tokens_BT):
+        return jnp.sum(forward(config, kernels, variables, tokens_BT))
+
+    once, again = (
+        counting.executed(jax.jit(f).trace(shapes, tokens_BT).jaxpr).per_chip(1)
+        for f in (loss, jax.grad(loss))
+    )
+    assert again["indexer"] == once["indexer"] > 0
+    assert again["attention"] >= 3 * once["attention"] > 0
 
 
 def test_what_each_device_does_is_not_shared_out():
