@@ -13,7 +13,9 @@ together. The mesh is the config's; -1 fills the topology. With --max_layers the
 --xla_flags only prints the chip's flags of XLA, for a run's LIBTPU_INIT_ARGS; programs are compiled
 with the same, unless that variable is set.
 
-Exit codes: 0 all fits, 1 something does not, 2 bad usage or input.
+First the experts' product is compiled with 2 and with 8 experts on a chip: its FLOPs must not grow.
+
+Exit codes: 0 all fits, 1 something does not or those FLOPs grow, 2 bad usage or input.
 """
 
 import dataclasses
@@ -35,7 +37,7 @@ from mathv2_jax.cli import machine, shell
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
-from mathv2_jax.pods import chips, measure, phases, programs
+from mathv2_jax.pods import chips, experts, measure, phases, programs
 from mathv2_jax.stages import rl
 
 # Its own, as are those of the tools: one process may hold several programs.
@@ -98,7 +100,9 @@ def main(argv: Sequence[str]) -> int:
         print(f"mathv2-compile: {error}", file=sys.stderr)
         return shell.BAD_INPUT
     fits = [part["fits"] for part in (*result["programs"].values(), *result["phases"].values())]
-    return shell.FINISHED if all(fit is not False for fit in fits) else shell.FAILED
+    scales = result.get("experts", {}).get("scales", False)
+    good = all(fit is not False for fit in fits) and not scales
+    return shell.FINISHED if good else shell.FAILED
 
 
 def _save(result: Mapping[str, Any]) -> None:
@@ -139,6 +143,9 @@ def compiled(
     save(result)  # a file that cannot be written is missed now, not after an hour
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     print(f"{result['parameters'] / 1e9:.2f} B parameters on {topology}: {shape}", flush=True)
+    if not _LOWER.value:
+        result["experts"] = experts.flops_by_experts(kernels.experts, model, devices[0])
+        print(experts.said(result["experts"]), flush=True)
     for name in wanted:
         found = measure.measured(
             made[name],

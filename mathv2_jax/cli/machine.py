@@ -16,6 +16,7 @@ AUTO = "auto"
 EXPERTS: Mapping[str, grouped.Experts] = {
     "sorted_blocks": grouped.sorted_blocks,
     "ragged": grouped.ragged,
+    "megablox": grouped.megablox,
     "every_expert": grouped.every_expert,
 }
 # How whole rows are attended to, and which of a model with an indexer gather what it picks.
@@ -45,7 +46,12 @@ def share_of_peak(
 def choose_experts(name: str, platform: str) -> grouped.Experts:
     """The experts' product by its name; `auto` is the quickest on JAX's `platform`."""
     if name == AUTO:
-        return grouped.sorted_blocks if platform == "cpu" else grouped.ragged
+        return {"cpu": grouped.sorted_blocks, "tpu": grouped.megablox}.get(platform, grouped.ragged)
+    if name == "megablox" and platform != "tpu":
+        raise ValueError(
+            f"config.runtime.model_kernels = {name!r} is of kernels for TPUs, and the platform is "
+            f"{platform!r}; give {AUTO!r} or another of {[AUTO, *EXPERTS]}"
+        )
     return EXPERTS[name]
 
 

@@ -45,7 +45,8 @@ class RuntimeConfig:
     placement: placement_lib.PlacementConfig = dataclasses.field(
         default_factory=placement_lib.PlacementConfig
     )
-    model_kernels: str = "auto"  # the experts' product: sorted_blocks, ragged or every_expert
+    # The experts' product: sorted_blocks, ragged, megablox, every_expert, or by the platform.
+    model_kernels: str = "auto"
     # Of whole rows: dense, blocks, gathered (of what an indexer picks), or by the row's length.
     attention: str = "auto"
     # What a device has room for of the rows that others send to its experts, in units of an even

@@ -49,6 +49,17 @@ def test_every_program_and_phase_is_reported(command, tmp_path):
     assert found["mesh"]["expert"] == 2 and found["versions"]["jax"] == jax.__version__
 
 
+def test_an_experts_product_that_grows_with_their_number_is_a_failure(command, tmp_path):
+    some = [*SMOKE, "--topology=v5p:2x2x2", "--programs=update"]
+    to = tmp_path / "result.json"
+    code, out, _ = command(*some, "--config.runtime.model_kernels=every_expert", f"--json={to}")
+    assert code == shell.FAILED and "for 8: grow with their number" in out
+    flops = json.loads(to.read_text())["experts"]["flops"]
+    assert flops["8"] == pytest.approx(4 * flops["2"], rel=0.05)
+    code, out, err = command(*some, "--config.runtime.model_kernels=sorted_blocks")
+    assert code == shell.FINISHED and "for 8: do not grow with it" in out, err
+
+
 def test_lowering_alone_counts_flops_of_the_whole_model(command, tmp_path):
     to = tmp_path / "result.json"
     code, out, err = command(

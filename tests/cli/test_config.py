@@ -252,7 +252,10 @@ def test_stages_change_behind_the_last_that_has_begun_and_nowhere_else():
 
 def test_on_cpus_experts_are_sorted_into_blocks_and_elsewhere_the_platforms_own_product_is_used():
     assert machine.choose_experts("auto", "cpu") is grouped.sorted_blocks
-    assert {machine.choose_experts("auto", p) for p in ("gpu", "tpu")} == {grouped.ragged}
+    assert machine.choose_experts("auto", "gpu") is grouped.ragged
+    assert machine.choose_experts("auto", "tpu") is grouped.megablox
+    with pytest.raises(ValueError, match="'megablox' is of kernels for TPUs.*is 'cpu'"):
+        machine.choose_experts("megablox", "cpu")
     assert machine.choose_experts("every_expert", "cpu") is grouped.every_expert
 
 

@@ -14,6 +14,10 @@ FORMS = {
     "sorted blocks of 64": grouped.sorted_blocks,
     "sorted blocks of 4": functools.partial(grouped.sorted_blocks, block=4),
     "ragged": grouped.ragged,
+    "megablox": functools.partial(grouped.megablox, interpret=True),
+    "megablox, 12 rows a step": functools.partial(
+        grouped.megablox, most=(12, 4, 3), interpret=True
+    ),
 }
 # With blocks of 4: groups that end on a block's edge, one past it, empty ones, all in one.
 LOADS = {
@@ -73,7 +77,9 @@ def test_grouped_products_and_their_gradients_equal_every_expert(form, load):
     ids_NA = jnp.asarray(LOADS[load], jnp.int32)
     args = (draw(0, TOKENS, WIDTH), ids_NA, draw(4, TOKENS, PER_TOKEN), expert_weights())
     mix_ND = draw(5, TOKENS, WIDTH)
-    grads, out_ND = grouped(*args, mix_ND)
+    # JAX's kernels for TPUs rely on its usual promotion of types.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        grads, out_ND = grouped(*args, mix_ND)
     wanted_grads, wanted_ND = reference(*args, mix_ND)
     np.testing.assert_allclose(out_ND, wanted_ND, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(out_ND, one_by_one(*args), rtol=1e-4, atol=1e-4)
