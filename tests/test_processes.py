@@ -21,7 +21,6 @@ from tests import cluster, smoke
 # Three stages of smoke: a cold start, answers to the test set, and a verifier whose analyses are
 # judged.
 SHORT = (
-    "--config.stages=sft,before,verifier-1",
     "--config.stage.sft.init=fresh",
     "--config.stage.sft.sft.steps=40",
     "--config.stage.verifier-1.init=sft",
@@ -35,8 +34,8 @@ SHORT = (
 flags.FLAGS(["tests"])
 
 
-def training(workdir, *further):
-    return smoke.command(workdir, *SHORT, *further)[2:]
+def training(workdir, stages="sft,before,verifier-1"):
+    return smoke.command(workdir, f"--config.stages={stages}", *SHORT)[2:]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +140,7 @@ def samples(workdir, stage):
 
 def test_two_processes_learn_supervised_what_one_does(folder, alone):
     workdir = folder / "supervised"
-    only = training(workdir, "--config.stages=sft")
+    only = training(workdir, "sft")
     cluster.run(only, 2, 2, folder, "supervised")
     require_same_course(workdir, alone, ["sft"])
 
