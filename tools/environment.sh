@@ -2,6 +2,7 @@
 # Sourced by the scripts beside it: the one place that makes the environment they run in.
 #
 #   make_environment package|tpu|test|dev
+#   make_libtpu
 #
 # makes or completes $VENV (a folder in the repository root) with the versions pinned for its
 # Python, installs this package into it in place, and leaves its interpreter's path in $VENV_PYTHON.
@@ -9,10 +10,14 @@
 #
 # Read from the environment: PYTHON, the interpreter to build with (default: the first Python >= 3.11
 # found); MATHV2_VENV, the folder's name (default .venv).
+#
+# make_libtpu puts the compiler for TPUs that this JAX pins into $LIBTPU, outside of the packages that
+# a run on a CPU would import. To compile for a topology, put $LIBTPU on PYTHONPATH.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="$ROOT/${MATHV2_VENV:-.venv}"
 VENV_PYTHON="$VENV/bin/python"
+LIBTPU="$VENV/libtpu"
 
 say() { printf '[%s] %s\n' "$(basename "$0")" "$*" >&2; }
 
@@ -104,4 +109,19 @@ print(hashlib.sha256(b"\0".join(parts)).hexdigest())' \
   }
   for level in "${levels[@]}"; do echo "$hash" >"$VENV/complete-$level"; done
   say "environment ready"
+}
+
+make_libtpu() {
+  local pinned
+  pinned="$("$VENV_PYTHON" -c 'import importlib.metadata as m
+print(next(r.partition(";")[0].strip() for r in m.requires("jax") if r.startswith("libtpu")))')"
+  [[ "$(cat "$LIBTPU/complete" 2>/dev/null)" == "$pinned" ]] && return
+  say "installing $pinned into $LIBTPU, 0.2 GB"
+  rm -rf "$LIBTPU"
+  "$VENV_PYTHON" -m pip install --disable-pip-version-check --progress-bar off --no-deps \
+    --target "$LIBTPU" "$pinned" >"$VENV/pip.log" 2>&1 || {
+    tail -n 30 "$VENV/pip.log" >&2
+    die "pip failed; its whole output is in $VENV/pip.log"
+  }
+  echo "$pinned" >"$LIBTPU/complete"
 }

@@ -9,6 +9,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 make_environment test
+make_libtpu
 cd "$ROOT"
 say "running the tests on Python $(python_version "$VENV_PYTHON")"
 exec "$VENV_PYTHON" -m pytest -n 2 "$@"

@@ -1,21 +1,43 @@
 #!/usr/bin/env bash
-# The programs of an RL step, compiled for TPU pods that are not there: about an hour on two cores.
-# libtpu, the one that this JAX pins, goes into runs/libtpu and not into the environment.
+# The programs of an RL step, compiled for TPU pods that are not there: two hours on two cores, for a
+# nightly job. What was compiled from the same sources before is not compiled again (runs/pods).
+#
+#   bash experiments/pods/run.sh [NAME...]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+# shellcheck source=tools/environment.sh
+source tools/environment.sh
+make_environment package
+make_libtpu
 here=experiments/pods
-pinned="$(.venv/bin/python -c '
-import importlib.metadata as m
-print(next(r.partition(";")[0].strip() for r in m.requires("jax") if r.startswith("libtpu")))')"
-[[ -d runs/libtpu ]] || .venv/bin/python -m pip install --quiet --no-deps --target runs/libtpu "$pinned"
-export PYTHONPATH="$PWD:$PWD/runs/libtpu"
+export PYTHONPATH="$PWD:$LIBTPU"
+mkdir -p runs/pods
+wanted=" $* "
 
 compile() {
-  local name="$1"
+  local name="$1" stamp code=0
   shift
+  [[ "$wanted" == "  " || "$wanted" == *" $name "* ]] || return 0
+  stamp="$({
+    echo "$*" "$(cat "$LIBTPU/complete")"
+    git ls-files mathv2_jax configs tools/constraints-* | xargs sha256sum
+  } | sha256sum)"
+  if [[ "$(cat "runs/pods/$name.stamp" 2>/dev/null)" == "$stamp" ]]; then
+    say "$name: compiled before from these sources"
+    return
+  fi
+  say "$name: $*"
   # 1: something does not fit, which is a result.
-  .venv/bin/python -m mathv2_jax.cli.compile --json="$here/$name.json" "$@" || [[ $? == 1 ]]
+  "$VENV_PYTHON" -m mathv2_jax.cli.compile --json="$here/$name.json" "$@" || code=$?
+  ((code <= 1)) || die "$name: mathv2-compile ended with $code"
+  echo "$stamp" >"runs/pods/$name.stamp"
 }
 
 compile deepseek_v32 --config=configs/deepseek_v32.py --topology=v5p:8x8x16
+compile deepseek_v32_128k --config=configs/deepseek_v32_128k.py --topology=v5p:4x8x8
 compile moonlight_16b --config=configs/moonlight_16b.py --topology=v6e:4x4
+# The setting of MaxText's published figure: DeepSeek-V3, 8,192 tokens, 512 chips.
+compile deepseek_v3_8k --config=configs/deepseek_v32.py --topology=v5p:8x8x8 \
+  --programs=gradients,update --config.runtime.sampling=None --config.runtime.mesh.fsdp=8 \
+  --config.model.index_topk=0 --config.model.index_heads=0 --config.model.index_head_width=0 \
+  --config.stage.generator-2.rl.rows=512 --config.stage.generator-2.rl.row_length=8192

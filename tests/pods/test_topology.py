@@ -1,0 +1,84 @@
+"""Programs compiled for TPUs that are not there, by the libtpu that tools/test.sh puts aside.
+
+Two layers of DeepSeek-V3.2 on 1,024 chips; all of them by experiments/pods/run.sh.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+LIBTPU = pathlib.Path(sys.prefix) / "libtpu"
+
+pytestmark = pytest.mark.skipif(
+    not (LIBTPU / "complete").exists(), reason="there is no libtpu: run tools/test.sh"
+)
+
+
+def on_libtpu(*arguments):
+    environment = {
+        k: v for k, v in os.environ.items() if k not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+    }
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(LIBTPU)])
+    # A TPU's programs are as good as never in the tests' cache, and large.
+    environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_two_layers_of_v32_compile_for_a_thousand_chips_and_fit(tmp_path):
+    to = tmp_path / "result.json"
+    done = on_libtpu(
+        "-m",
+        "mathv2_jax.cli.compile",
+        "--config=configs/deepseek_v32.py",
+        "--topology=v5p:8x8x16",
+        "--max_layers=2",
+        "--programs=logprobs,update",
+        f"--json={to}",
+    )
+    assert done.returncode == 0, done.stderr[-3000:] + done.stdout
+    found = json.loads(to.read_text())
+    assert found["layers"] == 2 and found["mesh"]["expert"] == 64
+    flops = found["experts"]["flops"]
+    assert not found["experts"]["scales"] and flops["8"] == pytest.approx(flops["2"], rel=0.01)
+    passed = found["programs"]["logprobs"]
+    assert passed["fits"] and passed["loops_of_unknown_length"] == []
+    sent = passed["collective_bytes_per_chip"]
+    assert sent["ragged-all-to-all"] > 0 and sent["all-gather"] > 0
+
+
+PROGRAM = """
+import jax
+from mathv2_jax import sharding
+from mathv2_jax.cli import compile as compile_lib
+jax.config.update("jax_platforms", "cpu")
+compile_lib._devices("v5p:2x2x2")  # sets what libtpu must not look for
+from jax.experimental import topologies
+found = topologies.get_topology_desc(
+    platform="tpu", topology_name="v5p:2x2x2", num_slices=2
+).devices
+mesh = sharding.make_mesh(sharding.MeshConfig(data=4, fsdp=4), found)
+for at in range(4):
+    print(at, {device.slice_index for device in mesh.devices[at].flat})
+try:
+    sharding.make_mesh(sharding.MeshConfig(data=1, fsdp=16), found)
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_slices_lie_along_data_alone():
+    done = on_libtpu("-c", PROGRAM)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines() == [
+        "0 {0}",
+        "1 {0}",
+        "2 {1}",
+        "3 {1}",
+        "mesh data=1: 2 slices lie along data, so its size must be a multiple of their number",
+    ]
