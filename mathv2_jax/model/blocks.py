@@ -31,9 +31,54 @@ class Cut(NamedTuple):
     loops: int
     turn: int
 
+    @property
+    def travels(self) -> bool:
+        """Whether devices hold whole blocks of each turn, which they then send each other.
+
+        Else it is left to the compiler, which gathers whole rows.
+        """
+        ways, turns = sharding.ways("time"), self.chunks * self.loops
+        return ways > 1 and turns % ways == 0 and self.length == turns * self.turn
+
     def apart(self, tree: Any) -> Any:
-        """Each array [B, T, ...] as [chunks, loops, B, turn, ...], zeros after its end."""
-        return jax.tree.map(self._apart, tree)
+        """Each array [B, T, heads or nothing, ...] as [chunks, loops, B, turn, ...].
+
+        Zeros come after a row's end.
+        """
+        return jax.tree.map(self._sent_apart if self.travels else self._apart, tree)
+
+    def joined(self, x: jax.Array) -> jax.Array:
+        """The inverse of `apart`."""
+        if self.travels:
+            return self._sent_back(x)
+        x_BT = jnp.moveaxis(x, 2, 0)
+        return x_BT.reshape(x_BT.shape[0], -1, *x.shape[4:])[:, : self.length]
+
+    def _sent_apart(self, x_BT: jax.Array) -> jax.Array:
+        ways = sharding.ways("time")
+
+        def send(x_Bt: jax.Array) -> jax.Array:
+            """[B, T / ways, ...]: turns of this part of the row, with a block for each device."""
+            (axis,) = _time_axes()
+            shape = (x_Bt.shape[0], -1, ways, self.turn // ways, *x_Bt.shape[2:])
+            x_BLWb = x_Bt.reshape(shape)
+            x_BNb = jax.lax.all_to_all(x_BLWb, axis, split_axis=2, concat_axis=1, tiled=True)
+            x_NBb = jnp.moveaxis(jnp.squeeze(x_BNb, 2), 1, 0)
+            return x_NBb.reshape(self.chunks, self.loops, *x_NBb.shape[1:])
+
+        batch, *heads = _split(x_BT.shape[0], *x_BT.shape[2:3])
+        return _mapped(send, (batch, "time", *heads), (None, None, batch, "time", *heads))(x_BT)
+
+    def _sent_back(self, x: jax.Array) -> jax.Array:
+        def send(x_CLBb: jax.Array) -> jax.Array:
+            (axis,) = _time_axes()
+            x_BNb = jnp.moveaxis(x_CLBb.reshape(-1, *x_CLBb.shape[2:]), 0, 1)
+            x_BN1b = jnp.expand_dims(x_BNb, 2)
+            x_BLWb = jax.lax.all_to_all(x_BN1b, axis, split_axis=1, concat_axis=2, tiled=True)
+            return x_BLWb.reshape(x_BLWb.shape[0], -1, *x_BLWb.shape[4:])
+
+        batch, *heads = _split(x.shape[2], *x.shape[4:5])
+        return _mapped(send, (None, None, batch, "time", *heads), (batch, "time", *heads))(x)
 
     def _apart(self, x_BT: jax.Array) -> jax.Array:
         padding = self.chunks * self.loops * self.turn - self.length
@@ -43,10 +88,24 @@ class Cut(NamedTuple):
         free = (sharding.FREE,) * (x.ndim - 4)
         return sharding.constrain(x, None, None, "batch", "time", *free)
 
-    def joined(self, x: jax.Array) -> jax.Array:
-        """The inverse of `apart`."""
-        x_BT = jnp.moveaxis(x, 2, 0)
-        return x_BT.reshape(x_BT.shape[0], -1, *x.shape[4:])[:, : self.length]
+
+def _time_axes() -> tuple[str, ...]:
+    return sharding.mesh_axes(("time",), jax.sharding.get_abstract_mesh())
+
+
+def _split(*sizes: int) -> list[str | None]:
+    """The axes of a batch, and of heads, where the mesh divides them; None where it does not."""
+    named = zip(("batch", "heads"), sizes, strict=False)
+    return [None if size % sharding.ways(axis) else axis for axis, size in named]
+
+
+def _mapped(one: Callable[..., Any], given: Any, gives: Any) -> Callable[..., Any]:
+    """`one` on each device; `given` and `gives` are logical axes of its argument and its result.
+
+    Of all axes of the mesh: what is sent along some of them only the compiler gathers first.
+    """
+    into, out_of = (sharding.partition_spec(axes, "blocks") for axes in (given, gives))
+    return jax.shard_map(one, in_specs=into, out_specs=out_of, check_vma=False)
 
 
 def cut_for(length: int, heads: int, block: int | None, chunks: int) -> Cut:
@@ -59,8 +118,9 @@ def cut_for(length: int, heads: int, block: int | None, chunks: int) -> Cut:
         a_query = 4 * length * -(-heads // sharding.ways("heads"))
         block = max(1, min(_MOST, _TILE_BYTES // a_query))
     block = min(block, -(-length // ways))
-    chunks = min(chunks, -(-length // (ways * block)))
-    return Cut(length, chunks, -(-length // (chunks * ways * block)), ways * block)
+    turns = -(-length // (ways * block))
+    chunks = min(chunks, turns)
+    return Cut(length, chunks, -(-turns // chunks), ways * block)
 
 
 class Where(NamedTuple):
@@ -114,12 +174,11 @@ def over(
     if sharding.ways("time") > 1:
         in_turn = sharding.partition_spec((None, None, None, "time"), "queries")
         each = sharding.partition_spec(("time",), "loss")
-        mesh = jax.sharding.get_abstract_mesh()
         loops = jax.shard_map(
             loops,
             in_specs=(in_turn, in_turn, jax.sharding.PartitionSpec()),
             out_specs=(in_turn, each),
-            axis_names=set(sharding.mesh_axes(("time",), mesh)),
+            axis_names=set(_time_axes()),
             check_vma=False,
         )
     out, losses = loops(asked, marks, held)

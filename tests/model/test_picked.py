@@ -15,7 +15,7 @@ from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.pods import hlo
 from tests import traced
 
-LENGTH, BATCH, TOPK = 37, 4, 5
+LENGTH, BATCH, TOPK = 48, 4, 5
 
 
 def draw(seed, *shape):
@@ -24,9 +24,9 @@ def draw(seed, *shape):
 
 def layout():
     """A prompt with two answers and a document after them; padding; and one whole sequence."""
-    segments_T = np.repeat([1, 2, 3, 4, 0], [9, 7, 8, 10, 3])
-    prefixes_T = np.repeat([1, 1, 1, 4, 0], [9, 7, 8, 10, 3])
-    positions_T = np.concatenate([np.arange(16), np.arange(9, 17), np.arange(10), np.zeros(3)])
+    segments_T = np.repeat([1, 2, 3, 4, 0], [9, 7, 8, 21, 3])
+    prefixes_T = np.repeat([1, 1, 1, 4, 0], [9, 7, 8, 21, 3])
+    positions_T = np.concatenate([np.arange(16), np.arange(9, 17), np.arange(21), np.zeros(3)])
     rows = [(positions_T, segments_T, prefixes_T)] * 3
     rows.append((np.arange(LENGTH), np.ones(LENGTH), np.ones(LENGTH)))
     return cache.Layout(*(jnp.asarray(np.stack(x), jnp.int32) for x in zip(*rows, strict=True)))
@@ -78,8 +78,10 @@ def test_it_is_expanded_attention_narrowed_by_the_same_indexer(
 @pytest.mark.parametrize(
     "axes", [dict(data=2, context=4), dict(data=2, tensor=2, context=2), dict(data=4, tensor=2)]
 )
-def test_devices_that_share_a_row_or_the_heads_give_what_one_gives(layer, axes):
+@pytest.mark.parametrize("block", [3, 5])  # blocks that devices hold whole, and others
+def test_devices_that_share_a_row_or_the_heads_give_what_one_gives(layer, axes, block, monkeypatch):
     config, params, x_BTD = layer
+    monkeypatch.setattr(picked, "attend", functools.partial(picked.attend, block=block, chunks=2))
     step = functools.partial(both_ways, config, "sparse")
     wanted = jax.jit(functools.partial(step, picked.never))(params, x_BTD)
     mesh = sharding.make_mesh(sharding.MeshConfig(**axes))
