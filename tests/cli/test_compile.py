@@ -81,6 +81,25 @@ def test_lowering_alone_counts_flops_of_the_whole_model(command, tmp_path):
     assert found["phases"]["training"]["fits"] is None and "not compiled" in out
 
 
+def test_a_row_of_131072_tokens_costs_no_square_of_it(command, tmp_path):
+    to = tmp_path / "result.json"
+    code, out, err = command(
+        f"--config={ROOT / 'configs' / 'deepseek_v32_128k.py'}",
+        "--topology=v5p:2x2x2",
+        "--lower_only",
+        "--programs=gradients",
+        "--config.runtime.mesh.expert=4",
+        "--config.runtime.mesh.context=2",
+        "--config.runtime.sampling=None",
+        f"--json={to}",
+    )
+    assert code == shell.FINISHED, err
+    train = json.loads(to.read_text())["programs"]["gradients"]
+    assert train["executed_over_model"] < 1.7 and train["loops_of_unknown_length"] == []
+    executed, model = train["executed_flops_per_chip"], train["model_flops_per_chip"]
+    assert executed["indexer"] < 1.2 * model["indexer"]  # 9 / 8 of a triangle, picked once
+
+
 def test_a_model_can_be_cut_short_and_a_stage_chosen(command):
     some = ["--topology=v5p:2x2x2", "--lower_only", "--programs=update"]
     small = [
