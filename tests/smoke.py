@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -48,6 +49,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
         if not (workdir / "summary.json").exists():
             (shared / "smoke.log").write_text(run(command(workdir)))
     return workdir
+
+
+def begun(done: pathlib.Path, workdir: pathlib.Path, without: Sequence[str]) -> None:
+    """A copy of the finished run `done` as it was before the stages `without`, its last ones."""
+    shutil.copytree(done, workdir)
+    for stage in without:
+        assert (workdir / "records" / stage).is_dir()
+        for kind in ("records", "checkpoints", "metrics", "tensorboard"):
+            shutil.rmtree(workdir / kind / stage, ignore_errors=True)
+    for name in ("summary.json", "metrics.jsonl"):
+        (workdir / name).unlink()
 
 
 @contextlib.contextmanager

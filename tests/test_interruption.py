@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from configs import smoke as smoke_config
 from tests import smoke
 from tools import check_resume
 
@@ -32,11 +33,13 @@ def expected(smoke_workdir):
     return check_resume.digests(smoke_workdir)
 
 
-def test_a_run_killed_twice_and_asked_to_stop_once_ends_as_if_it_had_not_been(tmp_path, expected):
+def test_a_run_killed_and_asked_to_stop_ends_as_if_it_had_not_been(
+    tmp_path, smoke_workdir, expected
+):
+    """From its first generator on; tools/check_resume.py kills it anywhere."""
     workdir = tmp_path / "stopped"
-    in_cold_start = "checkpoints/sft/steps/[1-9]*"
-    assert stop_when(workdir, in_cold_start, signal.SIGKILL) == -signal.SIGKILL
-    assert not (workdir / "summary.json").exists()
+    stages = smoke_config.get_config().stages
+    smoke.begun(smoke_workdir, workdir, stages[stages.index("generator-1") :])
     after_second_step = "checkpoints/generator-1/steps/2"
     assert stop_when(workdir, after_second_step, signal.SIGKILL) == -signal.SIGKILL
     assert not (workdir / "records" / "generator-1" / "stage.json").exists()

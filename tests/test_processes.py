@@ -1,7 +1,6 @@
 """Several processes are one run: what they answer, learn and write, and how they end."""
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -50,20 +49,9 @@ def made_once(folder, name, number, before=None, without=()):
     with smoke.alone(folder / f"{name}.lock"):
         if not (workdir / "summary.json").exists():
             if before is not None:
-                begun(before, workdir, without)
+                smoke.begun(before, workdir, without)
             cluster.run(training(workdir), number, 4 // number, folder, name)
     return workdir
-
-
-def begun(finished, workdir, without=("verifier-1",)):
-    """A copy of a run as it was before these stages."""
-    shutil.copytree(finished, workdir)
-    for stage in without:
-        for kind in ("records", "checkpoints", "metrics", "tensorboard"):
-            shutil.rmtree(workdir / kind / stage, ignore_errors=True)
-        assert list((finished / "records" / stage).iterdir())
-    for name in ("summary.json", "metrics.jsonl"):
-        (workdir / name).unlink()
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +181,7 @@ def lose(workdir, number, victim, pattern):
 
 def test_a_run_that_lost_either_process_ends_and_its_restart_is_as_if_it_had_not(folder, pair):
     workdir = folder / "lost"
-    begun(pair, workdir)
+    smoke.begun(pair, workdir, ["verifier-1"])
     lose(workdir, 1, victim=1, pattern="records/verifier-1/part-000001.jsonl")
     lose(workdir, 2, victim=0, pattern="checkpoints/verifier-1/steps/2")
     cluster.run(training(workdir), 2, 2, folder, "lost-3")
@@ -213,7 +201,7 @@ def seals(workdir, stage):
 
 def test_one_process_asked_to_stop_stops_all_and_one_alone_may_go_on(folder, alone):
     workdir = folder / "stopped"
-    begun(alone, workdir)
+    smoke.begun(alone, workdir, ["verifier-1"])
     started = cluster.start(training(workdir), 2, 2, folder, "stopped")
     wait_for("records/verifier-1/part-000001.jsonl", workdir, started)
     started.processes[1].send_signal(signal.SIGTERM)
