@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.models import deepseek_v32
+from configs.models import deepseek_v32, tiny_v32
 from mathv2_jax import sharding
-from mathv2_jax.model import attention, cache, dsa, mla, picked
+from mathv2_jax.model import attention, cache, dsa, mla, picked, transformer
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.pods import hlo
 from tests import traced
@@ -140,3 +140,34 @@ def test_no_array_of_a_long_row_is_as_large_as_its_square(layer):
     x_BTD = jax.ShapeDtypeStruct((1, length, config.width), jnp.float32)
     program = jax.make_jaxpr(jax.grad(total, argnums=(0, 1)))(params, x_BTD)
     assert traced.largest(program.jaxpr) < length * length
+
+
+def test_a_whole_model_that_recomputes_its_layers_learns_the_same_on_devices_that_share_rows():
+    own = dict(num_mtp_layers=0, q_latent_width=12, kv_latent_width=12, remat="full")
+    config = ModelConfig(**tiny_v32.model() | own)
+    rng = np.random.default_rng(5)
+    boxed = transformer.boxed_abstract(config)
+    variables = jax.tree.map(
+        lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype),
+        transformer.unboxed(boxed),
+    )
+    tokens_BT = jnp.asarray(rng.integers(0, config.vocab_size, (2, 48)), jnp.int32)
+    where = cache.plain_layout(jnp.asarray([48, 31]), 48)
+
+    def loss(gathers, params):
+        kernels = transformer.Kernels(gathers=gathers)
+        out = transformer.apply(
+            config, {**variables, "params": params}, tokens_BT, where, kernels=kernels
+        )
+        real_BT1 = (where.segments_BT > 0)[..., None]
+        return jnp.sum(jnp.where(real_BT1, jnp.sin(out.hidden_BTD), 0.0))
+
+    wanted = jax.jit(jax.value_and_grad(functools.partial(loss, picked.never)))
+    value, slopes = wanted(variables["params"])
+    mesh = sharding.make_mesh(sharding.MeshConfig(data=2, context=4))
+    split = jax.device_put(variables["params"], sharding.shardings_for(boxed, mesh)["params"])
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.value_and_grad(functools.partial(loss, picked.always)))(split)
+    np.testing.assert_allclose(found[0], value, rtol=1e-5)
+    for got, due in zip(jax.tree.leaves(found[1]), jax.tree.leaves(slopes), strict=True):
+        assert np.linalg.norm(got - due) <= 1e-4 * np.linalg.norm(due)
