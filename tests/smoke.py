@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import pathlib
 import shutil
@@ -58,8 +59,10 @@ def begun(done: pathlib.Path, workdir: pathlib.Path, without: Sequence[str]) -> 
         assert (workdir / "records" / stage).is_dir()
         for kind in ("records", "checkpoints", "metrics", "tensorboard"):
             shutil.rmtree(workdir / kind / stage, ignore_errors=True)
-    for name in ("summary.json", "metrics.jsonl"):
-        (workdir / name).unlink()
+    (workdir / "summary.json").unlink()
+    lines = (workdir / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if json.loads(line)["stage"] not in without]
+    (workdir / "metrics.jsonl").write_bytes(b"".join(kept))
 
 
 @contextlib.contextmanager
