@@ -45,7 +45,9 @@ def on_pod(
     c.tokenizer = dict(directory="give --config.tokenizer.directory")
     limit = dict(max_tokens=answer)
     c.roles = dict(templates="olympiad", generator=limit, verifier=limit, meta_verifier=limit)
-    c.engine = dict(rows=8 * rows, prompt_buckets=(prompt,), answer_buckets=(answer,))
+    c.engine = dict(
+        rows=8 * rows, context=prompt + answer, page=64, chunk=512, chunks=rows, steps=64
+    )
     c.real.max_prompt_tokens = c.real.max_example_tokens = prompt
     for stage in c.stage.values():
         for loop in ("sft", "rl"):

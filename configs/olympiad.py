@@ -47,7 +47,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.update(max_position=PROMPT + ANSWER)
     limit = dict(max_tokens=ANSWER)
     c.roles = dict(templates="olympiad", generator=limit, verifier=limit, meta_verifier=limit)
-    c.engine = dict(rows=8, prompt_buckets=(1024, 2048, PROMPT), answer_buckets=(ANSWER,))
+    c.engine = dict(rows=8, context=PROMPT + ANSWER, page=64, chunk=256, chunks=4)
     drills = ("rule-drills", "source-drills")  # the proof world's
     c.stages = tuple(name for name in c.stages if name not in drills)
     c.stage = {name: _shrunk(c.stage[name].to_dict()) for name in c.stages}

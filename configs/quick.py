@@ -64,7 +64,7 @@ def get_config() -> ml_collections.ConfigDict:
         verifier=dict(max_tokens=56),
         meta_verifier=dict(max_tokens=56),
     )
-    c.engine = dict(rows=128, prompt_buckets=(72, 128), answer_buckets=(56, 80))
+    c.engine = dict(rows=128, context=208)
     rl = dict(groups=16, samples=8, rows=8, row_length=480, optimizer=adam(5e-4, warmup_steps=3))
     drills = dict(steps=400, rows=4, row_length=256, optimizer=adam(3e-3, warmup_steps=30))
     cold = dict(steps=1_000, rows=8, row_length=256, optimizer=adam(2e-3, final_share=0.1))

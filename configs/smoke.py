@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
     c.model.update(width=32, num_layers=2, dense_width=64)
     c.model.update(head_key_width=16, head_rope_width=8, head_value_width=16)
     c.model.update(expert_width=16, num_experts=4)
-    c.engine = dict(rows=32, prompt_buckets=(128,), answer_buckets=(72,))
+    c.engine = dict(rows=32, context=200, chunks=8)
     c.roles.generator.max_tokens = 72
     stage = {name: _shrunk(name, stage) for name, stage in c.stage.to_dict().items()}
     stage["experts-1"] = dict(kind="experts", undecided_from="autolabel-1", num_proofs=8)

@@ -200,7 +200,9 @@ class Request:
 
     `seed` and the sample's index decide the noise, so an answer does not depend on its
     neighbours. Limits count generated tokens. `stop_ids` end a response beside the tokenizer's
-    end token.
+    end token, and so does the token that completes one of the strings in `stop`; either is a part
+    of it. `top_p`, `top_k` and `min_p` leave tokens out (1, 0 and 0: none), each by looking at the
+    whole distribution.
     """
 
     id: str
@@ -210,7 +212,10 @@ class Request:
     max_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
     stop_ids: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
     parameters: str = "policy"
 
 
@@ -218,7 +223,10 @@ class Request:
 class Response:
     """One answer. `logprobs` are under the distribution that was sampled from, per token id.
 
-    `final_text` is None where the role thinks and never closed its thinking.
+    `policy_logprobs` are those without truncation. `experts` [tokens, sparse layers, experts per
+    token] are those that the token before each was sent to, and `kept` the ids that truncation left
+    for each token, None for a token where they were too many to record; both None where they were
+    not asked for. `final_text` is None where the role thinks and never closed its thinking.
     """
 
     request_id: str
@@ -230,6 +238,9 @@ class Response:
     thinking_text: str
     finish: Finish
     parameter_version: str
+    policy_logprobs: tuple[float, ...] = ()
+    experts: Any = dataclasses.field(default=None, compare=False)
+    kept: tuple[tuple[int, ...] | None, ...] | None = None
 
 
 def to_json(record: Any) -> str:

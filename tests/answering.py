@@ -19,7 +19,7 @@ from mathv2_jax import processes, records, sharding
 from mathv2_jax.cli import launch
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
-from mathv2_jax.rollout import decode, engine, replicas
+from mathv2_jax.rollout import decode, engine, replicas, schedule
 from mathv2_jax.text import tokenizer as tokenizer_lib
 
 _FOLDER = flags.DEFINE_string("folder", None, "Where the answers go.")
@@ -55,7 +55,7 @@ def main() -> None:
         )
         for at, most in enumerate((4, 23, 1, 12, 30, 7))
     ]
-    limits = engine.EngineConfig(rows=4, prompt_buckets=(8, 24), answer_buckets=(32,))
+    limits = schedule.EngineConfig(rows=4, context=56, page=4, chunk=8, chunks=4, steps=5)
 
     def make_engine(own: Mesh) -> engine.Engine:
         return engine.Engine(programs, tokenizer, limits, own)

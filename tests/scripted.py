@@ -17,7 +17,7 @@ import numpy as np
 from mathv2_jax import records, roles, sharding
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
-from mathv2_jax.rollout import decode, engine, replicas
+from mathv2_jax.rollout import decode, engine, replicas, schedule
 from mathv2_jax.text import prompts
 from mathv2_jax.text import tokenizer as tokenizer_lib
 from mathv2_jax.world import judge
@@ -28,7 +28,7 @@ _CUES = (PROVE, VERIFY, META)
 _SAID, _AGAIN, _WIDTH = len(_CUES), len(_CUES) + 1, 16
 _NEVER = -60.0
 
-LIMITS = engine.EngineConfig(rows=16, prompt_buckets=(320,), answer_buckets=(4,))
+LIMITS = schedule.EngineConfig(rows=16, context=324, page=32, chunk=64, chunks=8, steps=4)
 Script = Mapping[str, Mapping[str, float]]
 
 _SAMPLING = roles.Sampling(max_tokens=4)
@@ -46,9 +46,11 @@ class Listening(engine.Engine):
         super().__init__(*args, **settings)
         self.asked: list[str] = []
 
-    def generate(self, requests: Sequence[records.Request]) -> list[list[records.Response]]:
+    def generate(
+        self, requests: Sequence[records.Request], on_answer: engine.OnAnswer | None = None
+    ) -> list[list[records.Response]]:
         self.asked += [self.tokenizer.decode(request.prompt) for request in requests]
-        return super().generate(requests)
+        return super().generate(requests, on_answer)
 
 
 def shown(role: roles.Role, **fields: str) -> str:

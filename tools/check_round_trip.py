@@ -43,7 +43,7 @@ SETTINGS = {
     "before": "",
     "after": "",
     "world.num_demonstrations": "200",
-    "engine.prompt_buckets": "(256,)",
+    "engine.context": "384",
     "stage.verifier-0.rl.row_length": "512",
     "stage.verifier-0.rl.steps": "2",
     "stage.verifier-0.rl.auxiliary.balance": "0.01",

@@ -20,7 +20,7 @@ from mathv2_jax.cli import inputs, machine
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.cli import start as start_lib
 from mathv2_jax.model.config import ModelConfig
-from mathv2_jax.rollout import engine
+from mathv2_jax.rollout import schedule
 from mathv2_jax.stages import answer, iterate
 from mathv2_jax.stages import run as run_lib
 from mathv2_jax.text import prompts
@@ -72,7 +72,7 @@ class RunConfig:
     tokenizer: TokenizerConfig
     model: ModelConfig
     roles: roles.RolesConfig
-    engine: engine.EngineConfig
+    engine: schedule.EngineConfig
     stages: tuple[iterate.Stage, ...]
     before: str
     after: str
@@ -119,8 +119,8 @@ class RunConfig:
 
     def _check_lengths(self) -> None:
         """No sequence may be longer than the model's context. Rows of RL hold several of them."""
-        prompt, answer = self.engine.prompt_buckets[-1], self.engine.answer_buckets[-1]
-        longest = {f"engine: buckets of {prompt} and {answer} tokens": prompt + answer}
+        context = self.engine.context
+        longest = {f"engine.context = {context}": context}
         for stage in self.stages:
             sft = getattr(stage, "sft", None)
             if sft is not None:

@@ -61,6 +61,7 @@ def make_kernels(runtime: run_lib.RuntimeConfig, platform: str) -> transformer.K
     return transformer.Kernels(
         attend=attend,
         gathers=gathers,
+        slots=64 if platform == "cpu" else 512,
         experts=choose_experts(runtime.model_kernels, platform),
         exchange=exchange.choose(platform, runtime.expert_buffer),
     )

@@ -25,10 +25,14 @@ MTP_NAMES = ("off", "on", "detached")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernels:
-    """Chosen once per platform: attention, grouped experts, and how tokens reach them."""
+    """Chosen once per platform: attention, grouped experts, and how tokens reach them.
+
+    `slots` of a sampler's pages are attended to together (model/paged.py).
+    """
 
     attend: attention.Attend = attention.attend_densely
     gathers: picked.Gathers = picked.never
+    slots: int = 64
     experts: grouped.Experts = grouped.sorted_blocks
     exchange: exchange_lib.Exchange = exchange_lib.Exchange()
 
@@ -56,7 +60,6 @@ class Signals:
 class Passed(NamedTuple):
     """What a layer gives beside the stream; `alignment` is dsa.alignment's sum, if asked for."""
 
-    latents: cache_lib.LatentPair
     routing: moe.Routing | None
     alignment: Float[Array, "..."] | None
 
@@ -72,32 +75,38 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x_BTD: Float[Array, "B T D"],
-        cached: cache_lib.LayerCache | None,
+        carry: tuple[Float[Array, "B T D"], cache_lib.Pages | None],
+        layer: Int[Array, ""] | None,
         kept_BTA: Int[Array, "B T A"] | None,
         layout: cache_lib.Layout,
-        view: cache_lib.DecodeView | None,
-    ) -> tuple[Float[Array, "B T D"], Passed]:
-        c, alignment = self.config, None
+        view: cache_lib.PageView | None,
+    ) -> tuple[tuple[Float[Array, "B T D"], cache_lib.Pages | None], Passed]:
+        """Over pages, `layer` is its place among them, and they come back with the new tokens."""
+        c, alignment, (x_BTD, pages) = self.config, None, carry
         x_BTD = sharding.constrain(x_BTD, "batch", "time", None)
         kernels = self.kernels
         latent = mla.LatentAttention(
-            c, kernels.attend, self.signals.align, kernels.gathers, name="attention"
+            c,
+            kernels.attend,
+            self.signals.align,
+            kernels.gathers,
+            kernels.slots,
+            name="attention",
         )
         normed_BTD = layers.RMSNorm(c.norm_eps, c.param_dtype, name="attention_norm")(x_BTD)
-        if cached is None or view is None:
-            out_BTD, latents, alignment = latent.expanded(normed_BTD, layout)
+        if pages is None or layer is None or view is None:
+            out_BTD, alignment = latent.expanded(normed_BTD, layout)
         else:
-            out_BTD, latents = latent.absorbed(normed_BTD, layout.positions_BT, cached, view)
+            out_BTD, pages = latent.paged(normed_BTD, layout.positions_BT, pages, layer, view)
         x_BTD = x_BTD + out_BTD
         normed_BTD = layers.RMSNorm(c.norm_eps, c.param_dtype, name="mlp_norm")(x_BTD)
         if not self.sparse:
             out_BTD = layers.GatedMlp(c.dense_width, c.param_dtype, name="mlp")(normed_BTD)
-            return x_BTD + out_BTD, Passed(latents, None, alignment)
+            return (x_BTD + out_BTD, pages), Passed(None, alignment)
         mlp = moe.SparseMlp(c, self.kernels.experts, self.kernels.exchange, name="mlp")
         balanced_BT = layout.segments_BT if self.signals.balance else None
         out_BTD, routing = mlp(normed_BTD, layout.segments_BT > 0, kept_BTA, balanced_BT)
-        return x_BTD + out_BTD, Passed(latents, routing, alignment)
+        return (x_BTD + out_BTD, pages), Passed(routing, alignment)
 
 
 def rematted(config: ModelConfig) -> type[Block]:

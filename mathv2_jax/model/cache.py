@@ -1,10 +1,14 @@
-"""Which token sees which, and what a decoder keeps of prompts and answers: latents and keys."""
+"""Which token sees which, and what a sampler keeps of its sequences: latents and keys, in pages."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from mathv2_jax import sharding
+from mathv2_jax.model.config import ModelConfig
 
 
 class Layout(NamedTuple):
@@ -31,18 +35,30 @@ class LatentPair(NamedTuple):
     index_key: Float[Array, "... W"] | None = None
 
 
-class LayerCache(NamedTuple):
-    """One layer's view while decoding B = P x G rows: P prompts of S slots, N own slots a row."""
+class Pages(NamedTuple):
+    """The cache of some layers: a pool of N pages of Z slots, each with one token's latents.
 
-    prompt: LatentPair  # [P, S, C], [P, S, R]
-    own: LatentPair  # [B, N, C], [B, N, R]
+    `lines` holds a token's kv latent and its rope key side by side (X = C + R), `keys` the
+    indexer's keys where there is one. Page 0 takes what nobody reads. Where a mesh splits rows, N
+    is split alike: each part is a pool of its own, with a page 0.
+    """
+
+    lines_LNZX: Float[Array, "L N Z X"]
+    keys_LNZW: Float[Array, "L N Z W"] | None = None
 
 
-class DecodeView(NamedTuple):
-    """Which cached slots count for the token being decoded; the same for every layer."""
+class PageView(NamedTuple):
+    """Where B rows of T new tokens stand in their pages; the same for every layer.
 
-    prompt_PS: Bool[Array, "P S"]
-    own_N: Bool[Array, "N"]
+    Slot s of a row is slot s % Z of page `table_BM[b, s // Z]`, of the pool of the row's own part.
+    A token sees the slots up to its own, but for those from `shared_B` to `padded_B`: below lies
+    the beginning of a prompt, which other rows may share, and after it what is the row's own.
+    """
+
+    table_BM: Int[Array, "B M"]
+    slots_BT: Int[Array, "B T"]  # of the new tokens; -1: none
+    shared_B: Int[Array, "B"]
+    padded_B: Int[Array, "B"]
 
 
 def visible(layout: Layout) -> Bool[Array, "B T T"]:
@@ -90,3 +106,100 @@ def plain_layout(lengths_B: jax.Array, length: int) -> Layout:
     segments_BT = (steps_T[None, :] < lengths_B[:, None]).astype(jnp.int32)
     positions_BT = jnp.broadcast_to(steps_T[None, :], segments_BT.shape)
     return Layout(positions_BT, segments_BT, segments_BT)
+
+
+def capacity(pages: Pages, view: PageView) -> int:
+    """Slots that a row may have."""
+    return view.table_BM.shape[1] * pages.lines_LNZX.shape[2]
+
+
+def empty_pages(config: ModelConfig, layers: int, number: int, page: int) -> Pages | None:
+    """A pool for `layers` layers; None for none."""
+    if not layers:
+        return None
+    width, dtype = config.kv_latent_width + config.head_rope_width, config.compute_dtype
+    keys = None
+    if config.index_topk:
+        keys = jnp.zeros((layers, number, page, config.index_head_width), dtype)
+    return Pages(jnp.zeros((layers, number, page, width), dtype), keys)
+
+
+def _by_part(
+    one: Callable[..., jax.Array], given: tuple[str, ...], gives: str
+) -> Callable[..., jax.Array]:
+    """`one` on each part of the mesh's rows, with that part's own pool; a layer comes last.
+
+    `given` and `gives` say of its other arguments and of its result which are pools and which rows.
+    """
+    if sharding.ways("batch") == 1:
+        return one
+    axes = {"pool": (None, "batch"), "rows": ("batch",)}
+    into = [sharding.partition_spec(axes[kind], kind) for kind in given]
+    return jax.shard_map(
+        one,
+        in_specs=(*into, jax.sharding.PartitionSpec()),
+        out_specs=sharding.partition_spec(axes[gives], gives),
+        axis_names=set(sharding.LOGICAL_TO_MESH["batch"]),
+        check_vma=False,
+    )
+
+
+def write(pages: Pages, layer: jax.Array, view: PageView, new: LatentPair) -> Pages:
+    """The pages with the new tokens of a layer in their slots."""
+    size = pages.lines_LNZX.shape[2]
+    held_BT = view.slots_BT >= 0
+    slots_BT = jnp.maximum(view.slots_BT, 0)
+    page_BT = jnp.take_along_axis(view.table_BM, slots_BT // size, axis=1)
+    page_BT, place_BT = jnp.where(held_BT, page_BT, 0), slots_BT % size
+
+    def put(pool_LNZX: jax.Array, x_BTX: jax.Array, page_BT: Any, place_BT: Any, layer: Any) -> Any:
+        at = pool_LNZX.at[layer, page_BT, place_BT]
+        return at.set(x_BTX.astype(pool_LNZX.dtype), mode="promise_in_bounds")
+
+    put = _by_part(put, ("pool", "rows", "rows", "rows"), "pool")
+    lines_BTX = jnp.concatenate([new.latent, new.rope_key], axis=-1)
+    keys = pages.keys_LNZW
+    if keys is not None:
+        keys = put(keys, new.index_key, page_BT, place_BT, layer)
+    return Pages(put(pages.lines_LNZX, lines_BTX, page_BT, place_BT, layer), keys)
+
+
+def read(
+    pool_LNZX: Float[Array, "L N Z X"], layer: jax.Array, pages_BM: Int[Array, "B m"]
+) -> Float[Array, "B S X"]:
+    """Whole pages of a layer, one after another: S = m Z."""
+
+    def get(pool_LNZX: jax.Array, pages_BM: jax.Array, layer: jax.Array) -> jax.Array:
+        num_pages = pool_LNZX.shape[1]
+        flat = pool_LNZX.reshape(-1, *pool_LNZX.shape[2:])
+        found = flat.at[layer * num_pages + pages_BM].get(mode="promise_in_bounds")
+        return found.reshape(found.shape[0], -1, found.shape[-1])
+
+    return _by_part(get, ("pool", "rows"), "rows")(pool_LNZX, pages_BM, layer)
+
+
+def read_slots(
+    pool_LNZX: Float[Array, "L N Z X"],
+    layer: jax.Array,
+    table_BM: Int[Array, "B M"],
+    slots_BY: Int[Array, "B ..."],
+) -> Float[Array, "B ... X"]:
+    """What stands in single slots of rows."""
+
+    def get(pool_LNZX: jax.Array, table_BM: Any, slots_BY: Any, layer: jax.Array) -> jax.Array:
+        num_pages, size = pool_LNZX.shape[1:3]
+        flat_BY = slots_BY.reshape(slots_BY.shape[0], -1)
+        pages_BY = jnp.take_along_axis(table_BM, flat_BY // size, axis=1)
+        lines = pool_LNZX.reshape(-1, pool_LNZX.shape[-1])
+        at_BY = (layer * num_pages + pages_BY) * size + flat_BY % size
+        found = lines.at[at_BY].get(mode="promise_in_bounds")
+        return found.reshape(*slots_BY.shape, found.shape[-1])
+
+    return _by_part(get, ("pool", "rows", "rows"), "rows")(pool_LNZX, table_BM, slots_BY, layer)
+
+
+def seen_slots(view: PageView, slots_S: Int[Array, "S"]) -> Bool[Array, "B T S"]:
+    """Which of these slots, of each row, its new tokens see."""
+    slots_1S, slots_11S = slots_S[None], slots_S[None, None]
+    empty_BS = (slots_1S >= view.shared_B[:, None]) & (slots_1S < view.padded_B[:, None])
+    return (slots_11S <= view.slots_BT[:, :, None]) & ~empty_BS[:, None]

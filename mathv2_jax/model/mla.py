@@ -1,14 +1,14 @@
-"""Multi-head latent attention: expanded for training and prefill, absorbed for decoding."""
+"""Multi-head latent attention: of whole rows for training, over pages for sampling."""
 
 import functools
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from mathv2_jax import sharding
-from mathv2_jax.model import attention, dsa, layers, picked, rope
+from mathv2_jax.model import attention, dsa, layers, paged, picked, rope
 from mathv2_jax.model import cache as cache_lib
 from mathv2_jax.model.config import ModelConfig
 
@@ -22,7 +22,8 @@ ALIGN_NAMES = ("off", "dense", "sparse")
 class LatentAttention(nn.Module):
     """MLA of one layer. `attend` is the expanded form's kernel, chosen at construction.
 
-    `gathers` tells which rows' narrowed attention is of picked latents instead.
+    `gathers` tells which rows' narrowed attention is of picked latents instead; of pages, `slots`
+    are attended to together.
 
     With an indexer, attention is narrowed to the tokens that it picks, unless `align` is "dense".
     """
@@ -31,6 +32,7 @@ class LatentAttention(nn.Module):
     attend: attention.Attend
     align: str = "off"
     gathers: picked.Gathers = picked.never
+    slots: int = 64
 
     def setup(self):
         c = self.config
@@ -98,17 +100,19 @@ class LatentAttention(nn.Module):
 
     def expanded(
         self, x_BTD: Float[Array, "B T D"], layout: cache_lib.Layout
-    ) -> tuple[Float[Array, "B T D"], cache_lib.LatentPair, Float[Array, ""] | None]:
-        """Attention over the row itself; the latents that a cache would keep; the alignment.
+    ) -> tuple[Float[Array, "B T D"], Float[Array, ""] | None]:
+        """Attention over the row itself, and the alignment.
 
-        The last is the indexer's loss, a sum over real tokens, or None where `align` is "off".
+        That is the indexer's loss, a sum over real tokens, or None where `align` is "off".
         """
         c = self.config
         q_in_BTQ = self._query_input(x_BTD)
         q_BTHK, q_BTHR = self._queries(q_in_BTQ, layout.positions_BT)
-        latents = self._latents(x_BTD, layout.positions_BT)
         # Where the mesh splits time, latents travel: they are small beside heads.
-        whole = jax.tree.map(lambda x: sharding.constrain(x, "batch", None, None), latents)
+        whole = jax.tree.map(
+            lambda x: sharding.constrain(x, "batch", None, None),
+            self._latents(x_BTD, layout.positions_BT),
+        )
         narrow = self.align != "dense" and 0 < c.index_topk < x_BTD.shape[1]
         index = None
         if self.indexer is not None and (narrow or self.align != "off"):
@@ -120,7 +124,7 @@ class LatentAttention(nn.Module):
             out_BTHU, loss = picked.attend(
                 q_BTHK, q_BTHR, whole, self.kv_b_CHK, layout, self.scale, index
             )
-            return jnp.einsum("BTHU,HUD->BTD", out_BTHU, self.o_HUD), latents, loss
+            return jnp.einsum("BTHU,HUD->BTD", out_BTHU, self.o_HUD), loss
         kv_BSHK = jnp.einsum("BSC,CHK->BSHK", whole.latent, self.kv_b_CHK)
         kv_BSHK = sharding.constrain(kv_BSHK, "batch", None, "heads", "head_width")
         k_BSHK, v_BSHU = jnp.split(kv_BSHK, [c.head_key_width], axis=-1)
@@ -130,76 +134,26 @@ class LatentAttention(nn.Module):
         k_BSHK = jnp.concatenate([k_BSHK, shared_BSHR], axis=-1)
         with jax.named_scope("attend"):
             out_BTHU, loss = self.attend(q_BTHK, k_BSHK, v_BSHU, layout, self.scale, index)
-        return jnp.einsum("BTHU,HUD->BTD", out_BTHU, self.o_HUD), latents, loss
+        return jnp.einsum("BTHU,HUD->BTD", out_BTHU, self.o_HUD), loss
 
-    def absorbed(
+    def paged(
         self,
-        x_B1D: Float[Array, "B 1 D"],
-        positions_B1: Int[Array, "B 1"],
-        cached: cache_lib.LayerCache,
-        view: cache_lib.DecodeView,
-    ) -> tuple[Float[Array, "B 1 D"], cache_lib.LatentPair]:
-        """Attention of one new token a row over its prompt, its own past and itself.
-
-        Works on the latents: the key half of `kv_b` goes into the query, the value half is
-        applied after the weighted sum, so heads are never expanded over the cache.
-        """
-        c, dtype = self.config, x_B1D.dtype
-        q_in_B1Q = self._query_input(x_B1D)
-        q_B1HK, q_B1HR = self._queries(q_in_B1Q, positions_B1)
-        new = self._latents(x_B1D, positions_B1)
-        key_CHK, value_CHU = jnp.split(self.kv_b_CHK, [c.head_key_width], axis=-1)
-        q_BHC = jnp.einsum("BHK,CHK->BHC", q_B1HK[:, 0], key_CHK)
-        q_BHR = q_B1HR[:, 0]
-        num_prompts = cached.prompt.latent.shape[0]
-        q_PGHC = q_BHC.reshape((num_prompts, -1, *q_BHC.shape[1:]))
-        q_PGHR = q_BHR.reshape((num_prompts, -1, *q_BHR.shape[1:]))
-        score_of = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-        prompt_PGHS = score_of("PGHC,PSC->PGHS", q_PGHC, cached.prompt.latent)
-        prompt_PGHS += score_of("PGHR,PSR->PGHS", q_PGHR, cached.prompt.rope_key)
-        own_BHN = score_of("BHC,BNC->BHN", q_BHC, cached.own.latent)
-        own_BHN += score_of("BHR,BNR->BHN", q_BHR, cached.own.rope_key)
-        self_BH1 = score_of("BHC,B1C->BH1", q_BHC, new.latent)
-        self_BH1 += score_of("BHR,B1R->BH1", q_BHR, new.rope_key)
-        prompt_BHS = prompt_PGHS.reshape((*q_BHC.shape[:2], -1))
-        score = jnp.concatenate([prompt_BHS, own_BHN, self_BH1], axis=-1)
-        seen_BX = _seen(view, q_BHC.shape[0])
-        if self.indexer is not None and c.index_topk < seen_BX.shape[-1]:
-            queries = self.indexer.queries(x_B1D, q_in_B1Q, positions_B1)
-            index_B1X = _index_scores(queries, cached, new)
-            seen_BX = dsa.select(index_B1X, seen_BX[:, None], c.index_topk)[:, 0]
-        score = jnp.where(seen_BX[:, None], score * self.scale, layers.MASKED)
-        weight = jax.nn.softmax(score, axis=-1).astype(dtype)
-        slots = prompt_BHS.shape[-1]
-        prompt_BHS, own_BHN, self_BH1 = jnp.split(weight, [slots, weight.shape[-1] - 1], axis=-1)
-        prompt_PGHS = prompt_BHS.reshape(prompt_PGHS.shape)
-        mixed_PGHC = jnp.einsum("PGHS,PSC->PGHC", prompt_PGHS, cached.prompt.latent)
-        mixed_BHC = mixed_PGHC.reshape(q_BHC.shape)
-        mixed_BHC += jnp.einsum("BHN,BNC->BHC", own_BHN, cached.own.latent)
-        mixed_BHC += jnp.einsum("BH1,B1C->BHC", self_BH1, new.latent)
-        out_BHU = jnp.einsum("BHC,CHU->BHU", mixed_BHC, value_CHU)
-        out_BD = jnp.einsum("BHU,HUD->BD", out_BHU, self.o_HUD)
-        return out_BD[:, None], new
-
-
-def _seen(view: cache_lib.DecodeView, num_rows: int) -> Bool[Array, "B X"]:
-    """The slots that count, of a row's prompt, of its own past, and its new token itself."""
-    answers = num_rows // view.prompt_PS.shape[0]
-    own_BN = jnp.broadcast_to(view.own_N[None, :], (num_rows, view.own_N.shape[0]))
-    prompt_BS = jnp.repeat(view.prompt_PS, answers, axis=0)
-    return jnp.concatenate([prompt_BS, own_BN, jnp.ones((num_rows, 1), bool)], axis=1)
-
-
-def _index_scores(
-    queries: dsa.IndexQueries, cached: cache_lib.LayerCache, new: cache_lib.LatentPair
-) -> Float[Array, "B 1 X"]:
-    """The indexer's scores over the slots of `_seen`; prompts are read once for all answers."""
-    prompt_PSW, own_BNW, new_B1W = (x.index_key for x in (cached.prompt, cached.own, new))
-    assert prompt_PSW is not None and own_BNW is not None and new_B1W is not None
-    of_answers = dsa.IndexQueries(
-        *(x.reshape((prompt_PSW.shape[0], -1, *x.shape[2:])) for x in queries)
-    )
-    prompt_PGS = dsa.scores(of_answers, prompt_PSW)
-    prompt_B1S = prompt_PGS.reshape((own_BNW.shape[0], 1, -1))
-    rest = dsa.scores(queries, jnp.concatenate([own_BNW, new_B1W], axis=1))
-    return jnp.concatenate([prompt_B1S, rest], axis=-1)
+        x_BTD: Float[Array, "B T D"],
+        positions_BT: Int[Array, "B T"],
+        pages: cache_lib.Pages,
+        layer: Int[Array, ""],
+        view: cache_lib.PageView,
+    ) -> tuple[Float[Array, "B T D"], cache_lib.Pages]:
+        """Attention of new tokens over their sequences in pages, which hold them afterwards."""
+        c = self.config
+        q_in_BTQ = self._query_input(x_BTD)
+        q_BTHK, q_BTHR = self._queries(q_in_BTQ, positions_BT)
+        pages = cache_lib.write(pages, layer, view, self._latents(x_BTD, positions_BT))
+        index = None
+        if self.indexer is not None and c.index_topk < cache_lib.capacity(pages, view):
+            index = self.indexer.queries(x_BTD, q_in_BTQ, positions_BT)
+        held = paged.Held(pages, layer, view, self.slots)
+        out_BTHU = paged.attend(
+            q_BTHK, q_BTHR, self.kv_b_CHK, held, self.scale, index, c.index_topk
+        )
+        return jnp.einsum("BTHU,HUD->BTD", out_BTHU, self.o_HUD), pages

@@ -26,7 +26,7 @@ from mathv2_jax.model.config import ModelConfig
 class Further(NamedTuple):
     """What the extra layers give, stacked over depths: normed states, and where there is one.
 
-    For drafting, `state_BTD` is before that norm, and `latents` are what a cache keeps.
+    For drafting, `state_BTD` is before that norm, and `pages` hold what it was drafted over.
     """
 
     hidden_BTD: Float[Array, "... B T D"]
@@ -34,7 +34,7 @@ class Further(NamedTuple):
     routing: moe.Routing | None
     alignment: Float[Array, "..."] | None
     state_BTD: Float[Array, "... B T D"]
-    latents: cache_lib.LatentPair
+    pages: cache_lib.Pages | None
 
 
 class Depth(NamedTuple):
@@ -59,8 +59,8 @@ class MtpLayer(nn.Module):
         embedded_BTD: Float[Array, "B T D"],
         layout: cache_lib.Layout,
         sources_BT: Int[Array, "B T"] | None,
-        cached: cache_lib.LayerCache | None = None,
-        view: cache_lib.DecodeView | None = None,
+        pages: cache_lib.Pages | None = None,
+        view: cache_lib.PageView | None = None,
     ) -> tuple[Depth, Further]:
         """`before` is of the row's tokens, or without sources of their predecessors."""
         c = self.config
@@ -89,9 +89,10 @@ class MtpLayer(nn.Module):
         )
         block = block_lib.rematted(c)(c, self.kernels, self.signals, True, name="block")
         joined_BTD = joined_BTE @ project_ED
-        hidden_BTD, passed = block(joined_BTD, cached, None, within, view)
+        layer = None if pages is None else jnp.zeros((), jnp.int32)
+        (hidden_BTD, pages), passed = block((joined_BTD, pages), layer, None, within, view)
         normed_BTD = layers.RMSNorm(c.norm_eps, c.param_dtype, name="final_norm")(hidden_BTD)
-        found = (passed.routing, passed.alignment, hidden_BTD, passed.latents)
+        found = (passed.routing, passed.alignment, hidden_BTD, pages)
         further = Further(normed_BTD, before.real_BT, *found)
         return before._replace(hidden_BTD=hidden_BTD), further
 
@@ -128,18 +129,18 @@ def step(
     layer: MtpLayer,
     variables: dict[str, Any],
     before: Depth,
-    embedded_B1D: Float[Array, "B 1 D"],
-    cached: cache_lib.LayerCache,
-    view: cache_lib.DecodeView,
+    embedded_BTD: Float[Array, "B T D"],
+    pages: cache_lib.Pages,
+    view: cache_lib.PageView,
 ) -> Further:
-    """One depth's state of one new token a row, over its cache: what drafts the token after it.
+    """One depth's states of new tokens, over its own pages: what drafts the token after each.
 
     `variables` are those of the depth alone, without the leading axis. `before` is the depth below
-    (at depth 1 the trunk's normed state) at each token's predecessor, `embedded_B1D` the tokens'
-    embeddings. `view` leaves out the first tokens of a prompt, which have no state at this depth.
+    (at depth 1 the trunk's normed state) at each token's predecessor, `embedded_BTD` the tokens'
+    embeddings. The first tokens of a prompt, which have no state at this depth, have no slot.
     """
-    segments_B1 = before.real_BT.astype(jnp.int32)
-    layout = cache_lib.Layout(before.positions_BT, segments_B1, segments_B1)
-    further = layer.apply(variables, before, embedded_B1D, layout, None, cached, view)[1]
+    segments_BT = before.real_BT.astype(jnp.int32)
+    layout = cache_lib.Layout(before.positions_BT, segments_BT, segments_BT)
+    further = layer.apply(variables, before, embedded_BTD, layout, None, pages, view)[1]
     assert isinstance(further, Further)
     return further

@@ -21,26 +21,25 @@ from mathv2_jax.model.mtp import Further
 Variables = dict[str, Any]
 
 
-class DecodeInputs(NamedTuple):
-    """One decoding step's past: prompts' and rows' latents by kind of layer, and what counts."""
+class Cache(NamedTuple):
+    """The pages of all sequences by kind of layer; None where a model has none of a kind."""
 
-    dense: cache_lib.LayerCache | None
-    sparse: cache_lib.LayerCache | None
-    view: cache_lib.DecodeView
+    dense: cache_lib.Pages | None
+    sparse: cache_lib.Pages | None
 
 
-class Latents(NamedTuple):
-    """New cache entries, stacked over the layers of a kind; None where there is none."""
+class Past(NamedTuple):
+    """What the tokens of a call come after, and where they stand in it."""
 
-    dense: cache_lib.LatentPair | None
-    sparse: cache_lib.LatentPair | None
+    cache: Cache
+    view: cache_lib.PageView
 
 
 class TrunkOutput(NamedTuple):
     """What one pass over tokens gives. Losses are sums over real tokens, where asked for."""
 
     hidden_BTD: Float[Array, "B T D"]
-    latents: Latents
+    cache: Cache
     routing: moe.Routing | None
     alignment_L: Float[Array, "L"] | None = None
     further: Further | None = None
@@ -58,7 +57,7 @@ class Trunk(nn.Module):
         self,
         tokens_BT: Int[Array, "B T"],
         layout: cache_lib.Layout,
-        past: DecodeInputs | None = None,
+        past: Past | None = None,
         kept_LBTA: Int[Array, "L B T A"] | None = None,
         previous_BTW: Int[Array, "B T W"] | None = None,
         sources_BT: Int[Array, "B T"] | None = None,
@@ -81,8 +80,8 @@ class Trunk(nn.Module):
             before_BTWD = embed_VD[previous_BTW]
             x_BTD += jnp.einsum("BTWD,WD->BTD", before_BTWD, taps_WD.astype(x_BTD.dtype))
         embedded_BTD = x_BTD
-        x_BTD, dense = self._stack(x_BTD, layout, past, None, sparse=False)
-        x_BTD, sparse = self._stack(x_BTD, layout, past, kept_LBTA, sparse=True)
+        x_BTD, dense_pages, dense = self._stack(x_BTD, layout, past, None, sparse=False)
+        x_BTD, sparse_pages, sparse = self._stack(x_BTD, layout, past, kept_LBTA, sparse=True)
         hidden_BTD = layers.RMSNorm(c.norm_eps, dtype, name="final_norm")(x_BTD)
         further = None
         if c.num_mtp_layers and (self.signals.mtp != "off" or self.is_initializing()):
@@ -93,7 +92,7 @@ class Trunk(nn.Module):
         alignments = [k.alignment for k in (dense, sparse) if k and k.alignment is not None]
         return TrunkOutput(
             hidden_BTD,
-            Latents(dense and dense.latents, sparse and sparse.latents),
+            Cache(dense_pages, sparse_pages),
             sparse and sparse.routing,
             jnp.concatenate(alignments) if alignments else None,
             further,
@@ -103,22 +102,24 @@ class Trunk(nn.Module):
         self,
         x_BTD: jax.Array,
         layout: cache_lib.Layout,
-        past: DecodeInputs | None,
+        past: Past | None,
         kept_LBTA: jax.Array | None,
         *,
         sparse: bool,
-    ) -> tuple[jax.Array, block.Passed | None]:
+    ) -> tuple[jax.Array, cache_lib.Pages | None, block.Passed | None]:
         c = self.config
         length = c.num_sparse_layers if sparse else c.num_dense_layers
         if not length:
-            return x_BTD, None
-        cached = None
+            return x_BTD, None, None
+        pages, view, layers = None, None, None
         if past is not None:
-            cached = past.sparse if sparse else past.dense
+            pages, view = past.cache[sparse], past.view
+            layers = jnp.arange(length)
         scanned = _scanned(block.rematted(c), c, length, 0, 0)
         name = "sparse" if sparse else "dense"
         stack = scanned(c, self.kernels, self.signals, sparse, name=name)
-        return stack(x_BTD, cached, kept_LBTA, layout, None if past is None else past.view)
+        (x_BTD, pages), passed = stack((x_BTD, pages), layers, kept_LBTA, layout, view)
+        return x_BTD, pages, passed
 
 
 def _scanned(layer: Any, config: ModelConfig, length: int, *first_axes: Any) -> Any:
@@ -133,6 +134,12 @@ def _scanned(layer: Any, config: ModelConfig, length: int, *first_axes: Any) -> 
         unroll=length if config.scan_unroll else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+def empty_cache(config: ModelConfig, number: int, page: int) -> Cache:
+    """Pools of `number` pages of `page` slots."""
+    kinds = (config.num_dense_layers, config.num_sparse_layers)
+    return Cache(*(cache_lib.empty_pages(config, layers, number, page) for layers in kinds))
 
 
 def boxed_abstract(config: ModelConfig, kernels: Kernels | None = None) -> Any:
@@ -165,14 +172,14 @@ def apply(  # noqa: PLR0913 - the one way into the trunk; all but four have defa
     tokens_BT: Int[Array, "B T"],
     layout: cache_lib.Layout,
     *,
-    past: DecodeInputs | None = None,
+    past: Past | None = None,
     kept_LBTA: Int[Array, "L B T A"] | None = None,
     previous_BTW: Int[Array, "B T W"] | None = None,
     sources_BT: Int[Array, "B T"] | None = None,
     kernels: Kernels | None = None,
     signals: Signals | None = None,
 ) -> TrunkOutput:
-    """One pass. With `past`, T is 1 and `layout.positions_BT` are the new tokens' positions.
+    """One pass. With `past` its view says what tokens see, and the cache comes back with them.
 
     `previous_BTW` (cache.previous_tokens) is for models with embedding taps, `sources_BT` (each
     token's predecessor in its row) for the further predictions that `signals` may ask for.

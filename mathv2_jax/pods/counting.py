@@ -120,6 +120,15 @@ def decode_flops(config: ModelConfig, sequences: int, past: int) -> Terms:
     )
 
 
+def prefill_flops(config: ModelConfig, sequences: int, length: int, past: int) -> Terms:
+    """`length` tokens more of each sequence, after `past` earlier ones; no unembedding."""
+    whole, before = (model_flops(config, sequences, n) for n in (past + length, past))
+    terms = {
+        name: value - getattr(before, name) for name, value in dataclasses.asdict(whole).items()
+    }
+    return Terms(**terms | {"unembedding": 0.0})
+
+
 class Executed:
     """FLOPs of matrix products that a traced program runs, by the part of the model they are of.
 

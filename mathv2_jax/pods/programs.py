@@ -12,12 +12,12 @@ from jax.sharding import Mesh
 
 from mathv2_jax import sharding
 from mathv2_jax.data import packing
-from mathv2_jax.model import transformer
+from mathv2_jax.model import cache, transformer
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.pods import counting
 from mathv2_jax.rl import auxiliary as auxiliary_lib
 from mathv2_jax.rl import learner, optimizer
-from mathv2_jax.rollout import decode, engine
+from mathv2_jax.rollout import decode, sampling, schedule, worker
 from mathv2_jax.stages import rl
 
 
@@ -36,7 +36,7 @@ class Program:
     settings: dict[str, Any]
     sequences: int
     length: int
-    past: int = 0  # tokens of the prompt, where it is in a cache
+    past: int = 0  # tokens that are in pages already
     turns: int = 1
     each: tuple["Program", ...] = ()
 
@@ -51,16 +51,16 @@ class Program:
     def model_flops(
         self, model: ModelConfig, auxiliary: auxiliary_lib.AuxiliaryConfig
     ) -> counting.Terms:
-        """Of one call, on all chips; of decoding one step, with half of the answers' slots full."""
+        """Of one call, on all chips; of decoding one step."""
         if self.name in ("update", "hand_over"):
             return counting.model_flops(model, 0, 1)
         if self.name == "decode":
-            return counting.decode_flops(model, self.sequences, self.past + self.length // 2)
+            return counting.decode_flops(model, self.sequences, self.past)
         trained = self.name == "gradients"
         mtp = trained and auxiliary.mtp > 0
         found = counting.model_flops(model, self.sequences, self.length, mtp=mtp)
         if self.name == "prefill":
-            found = dataclasses.replace(found, unembedding=found.unembedding / self.length)
+            return counting.prefill_flops(model, self.sequences, self.length, self.past)
         return found.trained(aligned=auxiliary.indexer > 0) if trained else found
 
     def trace(self) -> Any:
@@ -74,14 +74,14 @@ def of_rl_step(
     model: ModelConfig,
     kernels: transformer.Kernels,
     config: rl.RlConfig,
-    engine_config: engine.EngineConfig,
+    engine_config: schedule.EngineConfig,
     mesh: Mesh,
     sampling: sharding.SamplingConfig | None = None,
 ) -> dict[str, Program]:
     """Gradients, update and log-probabilities of the learner; prefill and decode of an engine; the
     hand-over of parameters to the engines, where they have a layout or dtype of their own.
 
-    Of the engine's shapes the largest, with as many answers a prompt as the stage samples.
+    Sequences of the engine are taken to be half as long as its context allows.
     """
     spread = sharding.make_sampling_mesh(sampling, mesh)
     own = mesh if sampling is None else sharding.replica_mesh(spread, 0)
@@ -91,7 +91,7 @@ def of_rl_step(
     if sampling is not None or sampled != model:
         taken = found["logprobs"].arguments[0]
         found["hand_over"] = _hand_over(taken, sampled, kernels, mesh, spread)
-    return found | _of_engine(sampled, kernels, config.samples, engine_config, own)
+    return found | _of_engine(sampled, kernels, engine_config, own)
 
 
 def _hand_over(
@@ -150,67 +150,68 @@ def _of_learner(
 def _of_engine(
     model: ModelConfig,
     kernels: transformer.Kernels,
-    samples: int,
-    config: engine.EngineConfig,
+    config: schedule.EngineConfig,
     mesh: Mesh,
 ) -> dict[str, Program]:
     programs = decode.Programs(model, kernels)
-    together = min(samples, config.rows)
-    prompts = engine.prompts_per_call(config, together, mesh)
+    sizes = worker.sizes_on(mesh, config)
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+    own = worker.pages_sharding(mesh)
 
     def array(dtype: Any, *shape: int, lies: Any = rows) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=lies)
 
+    ints, floats = functools.partial(array, jnp.int32), functools.partial(array, jnp.float32)
     boxed = transformer.boxed_abstract(model, kernels)
     where = sharding.shardings_for(boxed, mesh)
     variables = sharding.laid_out(transformer.unboxed(boxed), where)
-    bucket, slots = config.prompt_buckets[-1], config.answer_buckets[-1]
-    asked = (variables, array(jnp.int32, prompts, bucket), array(jnp.int32, prompts))
-    with jax.set_mesh(mesh):
-        prefilled = jax.eval_shape(programs.prefill, *asked)
-    batch = sharding.partition_spec((None, "batch"), "latents")
-    stacked = jax.NamedSharding(mesh, batch)
-    prefilled = decode.Prefilled._make(
-        jax.tree.map(lambda x, at=at: sharding.laid_out(x, at), part)
-        for part, at in zip(prefilled, (stacked, rows, rows, rows), strict=True)
+    number = sizes.parts * (sizes.pages_a_part + 1)
+    pages = jax.eval_shape(lambda: transformer.empty_cache(model, number, config.page))
+    pages = jax.tree.map(lambda x: array(x.dtype, *x.shape, lies=own), pages)
+    pieces, length, taps = sizes.chunks, config.chunk, model.embedding_taps
+    chunks = decode.Chunks(
+        tokens_RT=ints(pieces, length),
+        positions_RT=ints(pieces, length),
+        previous_RTW=ints(pieces, length, taps),
+        view=cache.PageView(
+            ints(pieces, config.pages_a_row), ints(pieces, length), ints(pieces), ints(pieces)
+        ),
     )
-    number = prompts * together
-    settings = decode.RowSettings._make(
-        (
-            array(jnp.uint32, number, 2),
-            array(jnp.float32, number),
-            array(jnp.float32, number),
-            array(jnp.int32, number),
-        )
+    b = sizes.rows
+    answers = decode.Rows(
+        token_B=ints(b),
+        previous_BW=ints(b, taps),
+        position_B=ints(b),
+        drawn_B=ints(b),
+        limit_B=ints(b),
+        stops_BX=ints(b, config.most_stops),
+        keys_B2=array(jnp.uint32, b, 2),
+        temperature_B=floats(b),
+        truncation=sampling.Truncation(floats(b), ints(b), floats(b)),
+        table_BM=ints(b, config.pages_a_row),
+        shared_B=ints(b),
+        padded_B=ints(b),
     )
-    answering = (
-        variables,
-        prefilled,
-        array(jnp.int32, prompts),
-        settings,
-        array(jnp.int32, 1, lies=everywhere),
-    )
-    shape = dict(slots=slots, truncate=False)
     return {
         "prefill": Program(
             name="prefill",
             mesh=mesh,
             function=programs.prefill,
-            arguments=asked,
+            arguments=(variables, pages, chunks),
             settings={},
-            sequences=prompts,
-            length=bucket,
+            sequences=pieces,
+            length=length,
+            past=config.context // 2,
         ),
         "decode": Program(
             name="decode",
             mesh=mesh,
             function=programs.decode,
-            arguments=answering,
-            settings=shape,
-            sequences=number,
-            length=slots,
-            past=bucket,
-            turns=slots,
+            arguments=(variables, pages, answers, array(jnp.int32, lies=everywhere)),
+            settings=dict(steps=config.steps),
+            sequences=b,
+            length=config.steps,
+            past=config.context // 2,
+            turns=config.steps,
         ),
     }

@@ -1,7 +1,8 @@
-"""Jitted prefill and decode over fixed shapes: P prompts of S slots, G answers each, N new tokens.
+"""The two compiled programs of an engine: prompts into pages, and rows a number of tokens further.
 
-The answers of a prompt share its prefill and its cached latents. A row's noise is a function of its
-own key and the token's index, so an answer does not depend on what runs beside it.
+Both work on a pool of pages (`model.cache`) that they take over and give back. A row's noise is a
+function of its own key and of how many tokens it has drawn, so an answer does not depend on what
+runs beside it.
 """
 
 import functools
@@ -16,51 +17,76 @@ from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.rollout import sampling
 
 
-class Prefilled(NamedTuple):
-    """What prompts leave behind; `tail_PW` are their last tokens, the last one first."""
+class Chunks(NamedTuple):
+    """R pieces of T tokens of prompts, right-padded; several may be of one prompt, in order.
 
-    latents: transformer.Latents
-    logits_PV: Float[Array, "P V"]
-    head_P3: Float[Array, "P 3"]
-    tail_PW: Int[Array, "P W"]
+    `previous_RTW` are the tokens before each, the nearest first, for models with embedding taps.
+    """
+
+    tokens_RT: Int[Array, "R T"]
+    positions_RT: Int[Array, "R T"]
+    previous_RTW: Int[Array, "R T W"]
+    view: cache.PageView
 
 
-class RowSettings(NamedTuple):
-    """Per row: key data, sampling settings and the limit on new tokens (0: a row not in use)."""
+class Rows(NamedTuple):
+    """B sequences, each about to be fed `token_B`; see PageView for the last three.
 
+    `previous_BW` are the tokens before it, the nearest first. `drawn_B` counts the tokens drawn so
+    far, of `limit_B` at most (0: a row not in use). `stops_BX` are ids that end the row, -1 none.
+    """
+
+    token_B: Int[Array, "B"]
+    previous_BW: Int[Array, "B W"]
+    position_B: Int[Array, "B"]
+    drawn_B: Int[Array, "B"]
+    limit_B: Int[Array, "B"]
+    stops_BX: Int[Array, "B X"]
     keys_B2: UInt32[Array, "B 2"]
     temperature_B: Float[Array, "B"]
-    top_p_B: Float[Array, "B"]
-    limit_B: Int[Array, "B"]
+    truncation: sampling.Truncation
+    table_BM: Int[Array, "B M"]
+    shared_B: Int[Array, "B"]
+    padded_B: Int[Array, "B"]
 
 
-class Decoded(NamedTuple):
-    """Answers, right-padded: `length_B` counts tokens, the ending one included."""
+class Drawn(NamedTuple):
+    """Up to K tokens a row: its first `count_B` are real, the ending one among them.
 
-    tokens_BN: Int[Array, "B N"]
-    logprobs_BN: Float[Array, "B N"]
-    length_B: Int[Array, "B"]
+    `experts_KLBA` are those that the token fed in each step was sent to (L sparse layers), and
+    `kept_BKY` the ids that a truncated row could have drawn, of which there were `num_kept_BK`;
+    both None where not asked for.
+    """
+
+    tokens_BK: Int[Array, "B K"]
+    logprobs_BK: Float[Array, "B K"]
+    policy_logprobs_BK: Float[Array, "B K"]
+    count_B: Int[Array, "B"]
     stopped_B: Bool[Array, "B"]
+    experts_KLBA: Int[Array, "K L B A"] | None
+    kept_BKY: Int[Array, "B K Y"] | None
+    num_kept_BK: Int[Array, "B K"] | None
 
 
 class _Carry(NamedTuple):
     step: Int[Array, ""]
-    decoded: Decoded
-    logits_BV: Float[Array, "B V"]
-    tail_BW: Int[Array, "B W"]
-    dense: cache.LatentPair | None
-    sparse: cache.LatentPair | None
+    cache: transformer.Cache
+    drawn: Drawn
+    token_B: Int[Array, "B"]
+    previous_BW: Int[Array, "B W"]
     done_B: Bool[Array, "B"]
 
 
 class Programs:
-    """Prefill and decode of one model, compiled per shape; engines of one model share them."""
+    """The programs of one model, compiled per shape; engines of one model share them."""
 
     def __init__(self, config: ModelConfig, kernels: transformer.Kernels):
         self.config, self.kernels = config, kernels
-        self.prefill = jax.jit(functools.partial(prefill, config, kernels))
+        self.prefill = jax.jit(functools.partial(prefill, config, kernels), donate_argnums=1)
         self.decode = jax.jit(
-            functools.partial(decode, config, kernels), static_argnames=("slots", "truncate")
+            functools.partial(decode, config, kernels),
+            donate_argnums=1,
+            static_argnames=("steps", "truncate", "experts", "most_kept"),
         )
 
 
@@ -68,133 +94,159 @@ def prefill(
     config: ModelConfig,
     kernels: transformer.Kernels,
     variables: transformer.Variables,
-    prompts_PS: Int[Array, "P S"],
-    lengths_P: Int[Array, "P"],
-) -> Prefilled:
-    """Right-padded prompts to latents, the next token's logits and the verifier head's P(score)."""
-    layout = cache.plain_layout(lengths_P, prompts_PS.shape[1])
-    previous_PSW = cache.previous_tokens(
-        prompts_PS, cache.plain_sources(prompts_PS), config.embedding_taps
-    )
+    pages: transformer.Cache,
+    chunks: Chunks,
+) -> tuple[transformer.Cache, Float[Array, "R 3"], Int[Array, "L R T A"] | None]:
+    """The pages with these tokens; the verifier head's P(score) after each chunk's last token.
+
+    And the experts that the tokens were sent to, None in a model without.
+    """
+    real_RT = (chunks.view.slots_BT >= 0).astype(jnp.int32)
+    layout = cache.Layout(chunks.positions_RT, real_RT, real_RT)
     out = transformer.apply(
-        config, variables, prompts_PS, layout, previous_BTW=previous_PSW, kernels=kernels
+        config,
+        variables,
+        chunks.tokens_RT,
+        layout,
+        past=transformer.Past(pages, chunks.view),
+        previous_BTW=chunks.previous_RTW,
+        kernels=kernels,
     )
-    last_P1 = jnp.maximum(lengths_P - 1, 0)[:, None, None]
-    hidden_P1D = jnp.take_along_axis(out.hidden_BTD, last_P1, axis=1)
+    last_R = jnp.maximum(jnp.sum(real_RT, axis=1) - 1, 0)
+    hidden_RD = jnp.take_along_axis(out.hidden_BTD, last_R[:, None, None], axis=1)[:, 0]
     params = variables["params"]
-    head_P3 = heads.score_logits(
-        hidden_P1D[:, 0], params["verifier_head_kernel"], params["verifier_head_bias"]
+    head_R3 = heads.score_logits(
+        hidden_RD, params["verifier_head_kernel"], params["verifier_head_bias"]
     )
-    logits_PV = heads.logits(hidden_P1D, params["unembed"])[:, 0]
-    back_PW = lengths_P[:, None] - 1 - jnp.arange(config.embedding_taps)[None, :]
-    tail_PW = jnp.take_along_axis(prompts_PS, jnp.maximum(back_PW, 0), axis=1)
-    return Prefilled(out.latents, logits_PV, jax.nn.softmax(head_P3, axis=-1), tail_PW)
-
-
-def _empty(prompt: cache.LatentPair | None, rows: int, slots: int) -> cache.LatentPair | None:
-    if prompt is None:
-        return None
-    return jax.tree.map(
-        lambda x: jnp.zeros((x.shape[0], rows, slots, x.shape[-1]), x.dtype), prompt
-    )
-
-
-def _layer_caches(
-    prompt: cache.LatentPair | None, own: cache.LatentPair | None
-) -> cache.LayerCache | None:
-    return None if prompt is None or own is None else cache.LayerCache(prompt, own)
-
-
-def _write(own: cache.LatentPair | None, new: cache.LatentPair | None, at: jax.Array) -> Any:
-    def put(old: jax.Array, fresh: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, fresh, at, axis=2)
-
-    return jax.tree.map(put, own, new)
+    experts = None if out.routing is None else out.routing.experts_BTA
+    return out.cache, jax.nn.softmax(head_R3, axis=-1), experts
 
 
 def decode(
     config: ModelConfig,
     kernels: transformer.Kernels,
     variables: transformer.Variables,
-    prefilled: Prefilled,
-    lengths_P: Int[Array, "P"],
-    rows: RowSettings,
-    stop_ids_X: Int[Array, "X"],
+    pages: transformer.Cache,
+    rows: Rows,
+    least: Int[Array, ""],
     *,
-    slots: int,
-    truncate: bool,
-) -> Decoded:
-    """Answer every prompt B / P times, up to `slots` tokens, until every row has ended.
+    steps: int,
+    truncate: bool = False,
+    experts: bool = False,
+    most_kept: int = 0,
+) -> tuple[transformer.Cache, Drawn]:
+    """Up to `steps` tokens for every row that is not done, while at least `least` are not.
 
-    A row ends with one of `stop_ids_X` (kept as its last token) or at its limit.
+    A row is done with one of its stop ids (kept as its last token) or at its limit. `truncate`
+    False promises that no row is truncated; `most_kept` > 0 records what truncation kept.
     """
-    num_rows, num_prompts = rows.limit_B.shape[0], lengths_P.shape[0]
-    answers = num_rows // num_prompts
-    some = prefilled.latents.sparse if prefilled.latents.dense is None else prefilled.latents.dense
-    assert some is not None, "a model has layers"
-    prompt_PS = jnp.arange(some.latent.shape[2])[None, :] < lengths_P[:, None]
-    start_B = jnp.repeat(lengths_P, answers)
+    num_rows = rows.token_B.shape[0]
     keys_B = jax.random.wrap_key_data(rows.keys_B2)
     ones_B1 = jnp.ones((num_rows, 1), jnp.int32)
+    num_sparse = config.num_sparse_layers if experts else 0
 
-    def unfinished(carry: _Carry) -> jax.Array:
-        return (carry.step < slots) & ~jnp.all(carry.done_B)
+    def going(carry: _Carry) -> jax.Array:
+        left = jnp.sum(~carry.done_B)
+        return (carry.step < steps) & (left >= jnp.maximum(least, 1))
 
     def advance(carry: _Carry) -> _Carry:
-        step, decoded, done_B = carry.step, carry.decoded, carry.done_B
-        noise_B = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, step)))(keys_B)
-        drawn = sampling.sample(
-            carry.logits_BV, noise_B, rows.temperature_B, rows.top_p_B, truncate=truncate
+        step, done_B = carry.step, carry.done_B
+        position_B = rows.position_B + step
+        slot_B = rows.padded_B + position_B - rows.shared_B
+        view = cache.PageView(
+            rows.table_BM,
+            jnp.where(done_B, -1, slot_B)[:, None],
+            rows.shared_B,
+            rows.padded_B,
         )
-        token_B = jnp.where(done_B, 0, drawn.token_B)
-        logprob_B = jnp.where(done_B, 0.0, drawn.logprob_B)
-        ends_B = (token_B[:, None] == stop_ids_X[None, :]).any(axis=1) & ~done_B
-        put = jax.lax.dynamic_update_slice_in_dim
-        decoded = Decoded(
-            put(decoded.tokens_BN, token_B[:, None], step, axis=1),
-            put(decoded.logprobs_BN, logprob_B[:, None], step, axis=1),
-            decoded.length_B + jnp.where(done_B, 0, 1),
-            decoded.stopped_B | ends_B,
-        )
-        past = transformer.DecodeInputs(
-            _layer_caches(prefilled.latents.dense, carry.dense),
-            _layer_caches(prefilled.latents.sparse, carry.sparse),
-            cache.DecodeView(prompt_PS, jnp.arange(slots) < step),
-        )
-        layout = cache.Layout((start_B + step)[:, None], ones_B1, ones_B1)
         out = transformer.apply(
             config,
             variables,
-            token_B[:, None],
-            layout,
-            past=past,
-            previous_BTW=carry.tail_BW[:, None],
+            carry.token_B[:, None],
+            cache.Layout(position_B[:, None], ones_B1, ones_B1),
+            past=transformer.Past(carry.cache, view),
+            previous_BTW=carry.previous_BW[:, None],
             kernels=kernels,
         )
-        tail_BW = jnp.concatenate([token_B[:, None], carry.tail_BW], axis=1)
+        logits_BV = heads.logits(out.hidden_BTD, variables["params"]["unembed"])[:, 0]
+        number_B = rows.drawn_B + step
+        noise_B = jax.vmap(lambda k, n: jax.random.uniform(jax.random.fold_in(k, n)))(
+            keys_B, number_B
+        )
+        rules = rows.truncation if truncate else None
+        found = sampling.sample(logits_BV, noise_B, rows.temperature_B, rules)
+        token_B = jnp.where(done_B, 0, found.token_B)
+        ends_B = (token_B[:, None] == rows.stops_BX).any(axis=1) & ~done_B
+        drawn = _noted(carry.drawn, step, done_B, token_B, ends_B, found, out)
+        previous_BW = jnp.concatenate([carry.token_B[:, None], carry.previous_BW], axis=1)
         return _Carry(
             step + 1,
-            decoded,
-            heads.logits(out.hidden_BTD, variables["params"]["unembed"])[:, 0],
-            tail_BW[:, : config.embedding_taps],
-            _write(carry.dense, out.latents.dense, step),
-            _write(carry.sparse, out.latents.sparse, step),
-            done_B | ends_B | (decoded.length_B >= rows.limit_B),
+            out.cache,
+            drawn,
+            token_B,
+            previous_BW[:, : config.embedding_taps],
+            done_B | ends_B | (number_B + 1 >= rows.limit_B),
         )
 
-    empty = Decoded(
-        jnp.zeros((num_rows, slots), jnp.int32),
-        jnp.zeros((num_rows, slots), jnp.float32),
-        jnp.zeros((num_rows,), jnp.int32),
-        jnp.zeros((num_rows,), bool),
+    def table(dtype: Any, *more: int) -> jax.Array:
+        return jnp.zeros((num_rows, steps, *more), dtype)
+
+    kept = truncate and most_kept > 0
+    start = Drawn(
+        tokens_BK=table(jnp.int32),
+        logprobs_BK=table(jnp.float32),
+        policy_logprobs_BK=table(jnp.float32),
+        count_B=jnp.zeros((num_rows,), jnp.int32),
+        stopped_B=jnp.zeros((num_rows,), bool),
+        experts_KLBA=jnp.zeros((steps, num_sparse, num_rows, config.experts_per_token), jnp.int32)
+        if num_sparse
+        else None,
+        kept_BKY=table(jnp.int32, most_kept) if kept else None,
+        num_kept_BK=table(jnp.int32) if kept else None,
     )
     carry = _Carry(
         jnp.zeros((), jnp.int32),
-        empty,
-        jnp.repeat(prefilled.logits_PV, answers, axis=0),
-        jnp.repeat(prefilled.tail_PW, answers, axis=0),
-        _empty(prefilled.latents.dense, num_rows, slots),
-        _empty(prefilled.latents.sparse, num_rows, slots),
-        rows.limit_B <= 0,
+        pages,
+        start,
+        rows.token_B,
+        rows.previous_BW,
+        rows.drawn_B >= rows.limit_B,
     )
-    return jax.lax.while_loop(unfinished, advance, carry).decoded
+    found = jax.lax.while_loop(going, advance, carry)
+    return found.cache, found.drawn
+
+
+def _noted(
+    drawn: Drawn,
+    step: jax.Array,
+    done_B: jax.Array,
+    token_B: jax.Array,
+    ends_B: jax.Array,
+    found: sampling.Sampled,
+    out: transformer.TrunkOutput,
+) -> Drawn:
+    """What was drawn up to and with this step."""
+    put = jax.lax.dynamic_update_slice_in_dim
+
+    def noted(old_BK: jax.Array, new_B: jax.Array) -> jax.Array:
+        new_B = jnp.where(done_B.reshape(-1, *(1,) * (new_B.ndim - 1)), 0, new_B)
+        return put(old_BK, new_B[:, None].astype(old_BK.dtype), step, axis=1)
+
+    drawn = drawn._replace(
+        tokens_BK=noted(drawn.tokens_BK, token_B),
+        logprobs_BK=noted(drawn.logprobs_BK, found.logprob_B),
+        policy_logprobs_BK=noted(drawn.policy_logprobs_BK, found.policy_logprob_B),
+        count_B=drawn.count_B + jnp.where(done_B, 0, 1),
+        stopped_B=drawn.stopped_B | ends_B,
+    )
+    if drawn.experts_KLBA is not None and out.routing is not None:
+        sent_LBA = out.routing.experts_BTA[:, :, 0]
+        drawn = drawn._replace(experts_KLBA=put(drawn.experts_KLBA, sent_LBA[None], step, axis=0))
+    if drawn.kept_BKY is not None and drawn.num_kept_BK is not None and found.kept_BV is not None:
+        most = drawn.kept_BKY.shape[-1]
+        ids_BY, number_B = sampling.kept_ids(found.kept_BV, most)
+        drawn = drawn._replace(
+            kept_BKY=noted(drawn.kept_BKY, ids_BY),
+            num_kept_BK=noted(drawn.num_kept_BK, number_B),
+        )
+    return drawn

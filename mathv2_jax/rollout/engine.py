@@ -1,275 +1,214 @@
-"""The engine: requests in, responses out, over compiled prefill and decode programs.
+"""The engine: requests in, responses out, by continuous batching over pages.
 
-An engine is bound to one parameter set. Requests are grouped by compiled shape (prompt bucket,
-answers a prompt, answer bucket, truncation, stop ids) in their order, so which program answers a
-request, and when it stops, depends on that request alone.
+An engine is bound to one parameter set. A fixed number of rows is decoded together, some tokens at
+a time; in between, rows that are done make room for answers that wait. Prompts are computed into
+pages first, which all answers to them share, and all prompts that begin alike. Which programs are
+compiled, and what an answer's tokens are, depends on no other request.
 """
 
+import collections
 import dataclasses
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
 
-import jax
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from mathv2_jax import records, sharding
 from mathv2_jax.model import transformer
-from mathv2_jax.rollout import decode
+from mathv2_jax.rollout import decode, schedule, worker
 from mathv2_jax.text import tokenizer as tokenizer_lib
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineConfig:
-    """Compiled shapes: answers decoded together, and the lengths that prompts and answers are
-    padded to. A prompt or limit longer than the last bucket is lost, that request alone.
-
-    `param_dtype` is that of the parameters that sample; empty: the model's own. Another is a
-    sampler that is not the trainer to the last bit: watch the metric `ratio`.
-    """
-
-    param_dtype: str = ""
-    rows: int = 128
-    prompt_buckets: tuple[int, ...] = (64, 128)
-    answer_buckets: tuple[int, ...] = (32, 64)
-
-    def __post_init__(self):
-        if self.param_dtype not in ("", "float32", "bfloat16"):
-            raise ValueError(
-                f"engine.param_dtype = {self.param_dtype!r}: must be float32, bfloat16 or empty"
-            )
-        if self.rows < 1:
-            raise ValueError(f"engine.rows = {self.rows}: must be at least 1")
-        for name in ("prompt_buckets", "answer_buckets"):
-            sizes = getattr(self, name)
-            if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
-                raise ValueError(f"engine.{name} = {sizes}: must be positive and ascending")
+OnAnswer = Callable[[int, records.Response], None]  # (the request's place, an answer to it)
 
 
-def _bucket(size: int, buckets: Sequence[int]) -> int | None:
-    return next((b for b in buckets if size <= b), None)
+@dataclasses.dataclass
+class Stats:
+    """What an engine has done since it was made, and how well its rows were used."""
 
+    prompt_tokens: int = 0  # of prompts, once for each request
+    computed_tokens: int = 0  # those of them that were in no page yet
+    answer_tokens: int = 0
+    steps: int = 0
+    row_steps: int = 0  # of all rows, in use or not
+    restarted: int = 0  # answers that gave up their pages to older ones, to begin again
 
-def prompts_per_call(config: EngineConfig, together: int, mesh: Mesh) -> int:
-    """Prompts of one compiled call, each answered `together` times: a multiple of rows' ways."""
-    ways = sharding.batch_ways(mesh)
-    return max(1, config.rows // together // ways) * ways
-
-
-def row_key(seed: int, index: int) -> np.ndarray:
-    """Key data (two uint32) of one answer, a function of the request's seed and its index."""
-    return np.random.SeedSequence([seed, index]).generate_state(2)
-
-
-class _Shape(NamedTuple):
-    """What requests that are answered in one call have in common."""
-
-    prompt: int
-    together: int
-    slots: int
-    truncate: bool
-    stop_ids: tuple[int, ...]
+    @property
+    def row_use(self) -> float:
+        """Share of the decoded rows that drew a token that counts."""
+        return self.answer_tokens / self.row_steps if self.row_steps else 0.0
 
 
 class Engine:
     """Answers requests with the variables last given to `load`; see the module's text.
 
-    `think` says whether answers begin inside thinking, which decides `final_text`.
+    `think` says whether answers begin inside thinking, which decides `final_text`. `experts` and
+    `kept` say whether answers carry the experts that their tokens were sent to, and what truncation
+    left of each token's distribution.
     """
 
     def __init__(
         self,
         programs: decode.Programs,
         tokenizer: tokenizer_lib.Tokenizer,
-        engine_config: EngineConfig,
+        engine_config: schedule.EngineConfig,
         mesh: Mesh,
         *,
         think: bool = False,
+        experts: bool = False,
+        kept: bool = False,
     ):
         self.tokenizer, self.limits = tokenizer, engine_config
         self.mesh, self.think = mesh, think
-        self.num_prompt_tokens = 0
-        self.num_answer_tokens = 0
-        boxed = transformer.boxed_abstract(programs.config, programs.kernels)
-        self.abstract = transformer.unboxed(boxed)
-        self.shardings = sharding.shardings_for(boxed, mesh)
-        self._variables: transformer.Variables | None = None
+        self.stats = Stats()
+        self._experts = experts and programs.config.num_sparse_layers > 0
+        self._kept = kept
+        self._worker = worker.Worker(programs, engine_config, mesh, tokenizer.pad_id)
+        self.abstract, self.shardings = self._worker.abstract, self._worker.shardings
+        sizes = self._worker.sizes
+        self.pools = tuple(
+            schedule.Pool(sizes.pages_a_part, engine_config.page) for _ in range(sizes.parts)
+        )
         self._version = ""
-        self._programs = programs
         self._cancelled: set[str] = set()
 
     def load(self, variables: transformer.Variables, version: str) -> None:
         """Answer with these variables from now on; `version` is written into every response.
 
-        They are JAX arrays on the devices of the engine's mesh, however they lie there.
+        They are JAX arrays on the devices of the engine's mesh, however they lie there. What pages
+        hold of prompts is of the variables before, and counts no more.
         """
-        self._variables = jax.device_put(variables, self.shardings)
+        self._worker.load(variables)
         self._version = version
+        for pool in self.pools:
+            pool.forget()
 
     def unload(self) -> None:
-        """Let go of the variables."""
-        self._variables = None
+        """Let go of the variables and of the pages."""
+        self._worker.unload()
+        for pool in self.pools:
+            pool.forget()
 
     def cancel(self, request_id: str) -> None:
-        """Leave a request's answers, in the `generate` that goes on or in the next, where they have
-        not begun; an id that is in neither is forgotten.
+        """Leave a request's answers, in the `generate` that goes on or in the next, where they are
+        not complete; an id that is in neither is forgotten.
 
         From any thread, in any one process of the engine's mesh.
         """
         self._cancelled.add(request_id)
 
-    def generate(self, requests: Sequence[records.Request]) -> list[list[records.Response]]:
+    def generate(
+        self, requests: Sequence[records.Request], on_answer: OnAnswer | None = None
+    ) -> list[list[records.Response]]:
         """`num_samples` responses for each request, in the requests' order.
 
-        ValueError before the first `load`. A request that no bucket holds comes back LOST, one that
-        was cancelled in time CANCELLED.
+        `on_answer` is told of each when it is complete. ValueError before the first `load`. A
+        request that does not fit comes back LOST, one that was cancelled in time CANCELLED.
         """
-        answers: list[list[records.Response]] = [[] for _ in requests]
-        shapes: dict[_Shape, list[int]] = {}
-        for at, request in enumerate(requests):
-            prompt = _bucket(len(request.prompt), self.limits.prompt_buckets)
-            slots = _bucket(request.max_tokens, self.limits.answer_buckets)
-            if not request.prompt or prompt is None or slots is None or request.max_tokens < 1:
-                logging.warning(
-                    "request %s is lost: a prompt of %d tokens with up to %d new ones; the "
-                    "buckets are %s and %s",
-                    request.id,
-                    len(request.prompt),
-                    request.max_tokens,
-                    self.limits.prompt_buckets,
-                    self.limits.answer_buckets,
-                )
-                answers[at] = [
-                    self._unanswered(request, i, records.Finish.LOST)
-                    for i in range(request.num_samples)
-                ]
-                continue
-            together = min(request.num_samples, self.limits.rows)
-            stop_ids = tuple(sorted({*self.tokenizer.stop_ids, *request.stop_ids}))
-            shape = _Shape(prompt, together, slots, request.top_p < 1.0, stop_ids)
-            shapes.setdefault(shape, []).append(at)
-        for shape, places in shapes.items():
-            jobs = [
-                (at, first)
-                for at in places
-                for first in range(0, requests[at].num_samples, shape.together)
-            ]
-            per_call = self._prompts_per_call(shape.together)
-            for begin in range(0, len(jobs), per_call):
-                chunk = jobs[begin : begin + per_call]
-                asked = [(requests[at], first) for at, first in chunk]
-                for (at, _), found in zip(chunk, self._run(asked, shape), strict=True):
-                    answers[at].extend(found)
-        self._cancelled.clear()  # an id that nobody asked about is not kept for ever
-        return answers
+        found: dict[tuple[int, int], records.Response] = {}
+
+        def done(place: int, response: records.Response) -> None:
+            found[place, response.index] = response
+            if on_answer is not None:
+                on_answer(place, response)
+
+        waiting = collections.deque[tuple[int, int]]()
+        for place, request in enumerate(requests):
+            complaint = self._complaint(request)
+            if complaint:
+                logging.warning("request %s is lost: %s", request.id, complaint)
+            for index in range(request.num_samples):
+                if complaint:
+                    done(place, self._unanswered(request, index, records.Finish.LOST))
+                else:
+                    waiting.append((place, index))
+        if waiting and not self._worker.loaded:
+            raise ValueError("this engine has no variables yet: call load before the first request")
+        rows = _Rows(self, requests, waiting, done)
+        try:
+            while rows.going():
+                rows.turn()
+        finally:
+            rows.leave()
+            self._cancelled.clear()  # an id that nobody asked about is not kept for ever
+        return [[found[p, i] for i in range(r.num_samples)] for p, r in enumerate(requests)]
 
     def first_opinions(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """The verifier head's P(0), P(0.5), P(1) at the end of each prompt: [prompts, 3].
 
-        ValueError names a prompt that no bucket holds.
+        ValueError names a prompt that is empty or does not fit.
         """
-        opinions = np.zeros((len(prompts), 3), np.float32)
-        shapes: dict[int, list[int]] = {}
         for at, prompt in enumerate(prompts):
-            bucket = _bucket(len(prompt), self.limits.prompt_buckets)
-            if bucket is None:
+            if not 1 <= len(prompt) <= self.limits.context:
                 raise ValueError(
-                    f"prompt {at} has {len(prompt)} tokens: the longest bucket is "
-                    f"{self.limits.prompt_buckets[-1]}"
+                    f"prompt {at} has {len(prompt)} tokens: it must have 1 to engine.context = "
+                    f"{self.limits.context}"
                 )
-            shapes.setdefault(bucket, []).append(at)
-        per_call = self._prompts_per_call(1)
-        for bucket, places in shapes.items():
-            for begin in range(0, len(places), per_call):
-                chunk = places[begin : begin + per_call]
-                ids, lengths = self._pad([prompts[at] for at in chunk], bucket, per_call)
-                found = self._call_prefill(ids, lengths).head_P3
-                opinions[chunk] = sharding.on_host(found)[: len(chunk)]
+        opinions = np.zeros((len(prompts), 3), np.float32)
+        left = collections.deque(enumerate(prompts))
+        while left:
+            held: dict[int, tuple[schedule.Pool, list[int], int]] = {}
+            queues: list[list[schedule.Piece]] = [[] for _ in self.pools]
+            while left:
+                at, prompt = left[0]
+                part = at % len(self.pools)
+                pages = self.pools[part].take_all(-(-len(prompt) // self.limits.page))
+                if pages is None:
+                    break
+                left.popleft()
+                held[id(pages)] = (self.pools[part], pages, at)
+                queues[part] += schedule.pieces(prompt, pages, 0, self.limits.chunk)
+            for piece, found_3 in self._compute(queues):
+                if piece.end == len(piece.prompt):
+                    opinions[held[id(piece.pages)][2]] = found_3
+            for pool, pages, _ in held.values():
+                pool.give_all(pages)
         return opinions
 
-    def _prompts_per_call(self, together: int) -> int:
-        return prompts_per_call(self.limits, together, self.mesh)
-
-    def _pad(
-        self, prompts: Sequence[Sequence[int]], bucket: int, number: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        ids = np.full((number, bucket), self.tokenizer.pad_id, np.int32)
-        lengths = np.ones((number,), np.int32)
-        for row, prompt in enumerate(prompts):
-            ids[row, : len(prompt)] = prompt
-            lengths[row] = len(prompt)
-        return ids, lengths
-
-    def _call_prefill(self, ids: np.ndarray, lengths: np.ndarray) -> decode.Prefilled:
-        if self._variables is None:
-            raise ValueError("this engine has no variables yet: call load before the first request")
-        rows = sharding.batch_sharding(self.mesh)
-        with sharding.computing(self.mesh):
-            return self._programs.prefill(
-                self._variables, sharding.put(ids, rows), sharding.put(lengths, rows)
+    def _complaint(self, request: records.Request) -> str:
+        """Why a request cannot be answered; empty where it can."""
+        prompt, new, most = len(request.prompt), request.max_tokens, self.limits.context
+        if not prompt or new < 1:
+            return f"a prompt of {prompt} tokens with up to {new} new ones: both must be positive"
+        if prompt + new > most:
+            return (
+                f"a prompt of {prompt} tokens with up to {new} new ones does not fit "
+                f"engine.context = {most}"
             )
+        stop_ids = self._stop_ids(request)
+        if len(stop_ids) > self.limits.most_stops:
+            return f"{len(stop_ids)} stop ids, engine.most_stops = {self.limits.most_stops}"
+        return ""
 
-    def _run(
-        self, jobs: Sequence[tuple[records.Request, int]], shape: _Shape
-    ) -> list[list[records.Response]]:
-        """One compiled call; `jobs` are requests with the index of their first answer.
+    def _stop_ids(self, request: records.Request) -> tuple[int, ...]:
+        return tuple(sorted({*self.tokenizer.stop_ids, *request.stop_ids}))
 
-        Which of them are cancelled the processes of the mesh agree on before it.
-        """
-        wanted = [range(first, min(first + shape.together, r.num_samples)) for r, first in jobs]
-        flags = np.array([request.id in self._cancelled for request, _ in jobs])
-        cancelled = sharding.any_of(flags, self.mesh)
-        left = records.Finish.CANCELLED
-        if cancelled.all():
-            return [
-                [self._unanswered(request, i, left) for i in indices]
-                for (request, _), indices in zip(jobs, wanted, strict=True)
-            ]
-        together, number = shape.together, self._prompts_per_call(shape.together)
-        ids, lengths = self._pad([r.prompt for r, _ in jobs], shape.prompt, number)
-        rows, everywhere = sharding.batch_sharding(self.mesh), sharding.replicated(self.mesh)
-        settings = _settings(jobs, cancelled, number, together, rows)
-        prefilled = self._call_prefill(ids, lengths)
-        with sharding.computing(self.mesh):
-            decoded = self._programs.decode(
-                self._variables,
-                prefilled,
-                sharding.put(lengths, rows),
-                settings,
-                sharding.put(np.asarray(shape.stop_ids, np.int32), everywhere),
-                slots=shape.slots,
-                truncate=shape.truncate,
-            )
-        host = sharding.on_host(decoded)
-        found: list[list[records.Response]] = []
-        for place, ((request, first), indices) in enumerate(zip(jobs, wanted, strict=True)):
-            if cancelled[place]:
-                found.append([self._unanswered(request, i, left) for i in indices])
-                continue
-            self.num_prompt_tokens += len(request.prompt)
-            row = place * together - first
-            found.append([self._response(request, i, host, row + i) for i in indices])
+    def _compute(
+        self, queues: Sequence[Sequence[schedule.Piece]]
+    ) -> list[tuple[schedule.Piece, np.ndarray]]:
+        found = list(self._worker.compute(queues))
+        self.stats.computed_tokens += sum(piece.end - piece.begin for piece, _ in found)
         return found
 
     def _response(
-        self, request: records.Request, index: int, decoded: Any, row: int
+        self, answer: worker.Answer, finish: records.Finish
     ) -> records.Response:
-        length = int(decoded.length_B[row])
-        token_ids = tuple(int(t) for t in decoded.tokens_BN[row, :length])
-        self.num_answer_tokens += length
-        stopped = bool(decoded.stopped_B[row])
+        token_ids = tuple(answer.tokens)
+        self.stats.answer_tokens += len(token_ids)
         thinking, final = self.tokenizer.split_thinking(token_ids, think=self.think)
         return records.Response(
-            request_id=request.id,
-            index=index,
+            request_id=answer.request.id,
+            index=answer.index,
             token_ids=token_ids,
-            logprobs=tuple(float(x) for x in decoded.logprobs_BN[row, :length]),
+            logprobs=tuple(answer.logprobs),
+            policy_logprobs=tuple(answer.policy_logprobs),
             text=self.tokenizer.decode(token_ids),
             final_text=None if final is None else self.tokenizer.decode(final),
             thinking_text=self.tokenizer.decode(thinking),
-            finish=records.Finish.STOP if stopped else records.Finish.LENGTH,
+            finish=finish,
             parameter_version=self._version,
+            experts=np.stack(answer.experts).astype(np.int16) if answer.experts else None,
+            kept=tuple(answer.kept) if answer.kept else None,
         )
 
     def _unanswered(
@@ -288,21 +227,211 @@ class Engine:
         )
 
 
-def _settings(
-    jobs: Sequence[tuple[records.Request, int]],
-    cancelled: np.ndarray,
-    number: int,
-    together: int,
-    rows: NamedSharding,
-) -> decode.RowSettings:
-    keys = np.zeros((number, together, 2), np.uint32)
-    temperature = np.ones((number, together), np.float32)
-    top_p = np.ones((number, together), np.float32)
-    limit = np.zeros((number, together), np.int32)
-    for place, (request, first) in enumerate(jobs):
-        temperature[place], top_p[place] = request.temperature, request.top_p
-        for i in range(min(together, request.num_samples - first)):
-            keys[place, i] = row_key(request.seed, first + i)
-            limit[place, i] = 0 if cancelled[place] else request.max_tokens
-    flat = (keys.reshape(-1, 2), temperature.reshape(-1), top_p.reshape(-1), limit.reshape(-1))
-    return decode.RowSettings(*(sharding.put(x, rows) for x in flat))
+class _Rows:
+    """The rows during one `generate`: who is in them, and who waits."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        requests: Sequence[records.Request],
+        waiting: collections.deque[tuple[int, int]],
+        done: OnAnswer,
+    ):
+        self._engine, self._requests, self._waiting, self._done = engine, requests, waiting, done
+        self._worker, self._limits = engine._worker, engine.limits
+        sizes = self._worker.sizes
+        self._rows: list[worker.Answer | None] = [None] * sizes.rows
+        self._room = max(1, sizes.rows // 8)  # rows that are filled again together
+        self._begun: set[int] = set()  # requests whose prompt was counted
+
+    def going(self) -> bool:
+        """Whether anything is left to do."""
+        return bool(self._waiting) or any(self._rows)
+
+    def turn(self) -> None:
+        """Fill free rows, draw some tokens, and let go of what is complete."""
+        self._leave_cancelled()
+        if not self.going():
+            return
+        active = sum(a is not None for a in self._rows)
+        if self._waiting and len(self._rows) - active >= min(self._room, len(self._waiting)):
+            self._admit()
+        self._make_room()
+        active = sum(a is not None for a in self._rows)
+        least = max(1, active - self._room + 1) if self._waiting else 1
+        drawn = self._worker.advance(
+            self._rows, least, experts=self._engine._experts, kept=self._engine._kept
+        )
+        steps = int(drawn.count_B.max())
+        self._engine.stats.steps += steps
+        self._engine.stats.row_steps += steps * len(self._rows)
+        for row, answer in enumerate(self._rows):
+            if answer is not None:
+                self._take_over(row, answer, drawn)
+
+    def leave(self) -> None:
+        """Give all pages back."""
+        for row, answer in enumerate(self._rows):
+            if answer is not None:
+                self._release(row, answer)
+
+    def _release(self, row: int, answer: worker.Answer) -> None:
+        pool = self._engine.pools[answer.part]
+        pool.give_all(answer.own)
+        pool.release(answer.lease)
+        self._rows[row] = None
+
+    def _leave_cancelled(self) -> None:
+        flags = np.array([r.id in self._engine._cancelled for r in self._requests])
+        flags = sharding.any_of(flags, self._engine.mesh)
+        if not flags.any():
+            return
+        left = records.Finish.CANCELLED
+        for row, answer in enumerate(self._rows):
+            if answer is not None and flags[answer.place]:
+                self._release(row, answer)
+                found = self._engine._unanswered(answer.request, answer.index, left)
+                self._done(answer.place, found)
+        kept = collections.deque[tuple[int, int]]()
+        for place, index in self._waiting:
+            if flags[place]:
+                self._done(place, self._engine._unanswered(self._requests[place], index, left))
+            else:
+                kept.append((place, index))
+        self._waiting = kept
+
+    def _admit(self) -> None:
+        """Answers that wait into free rows, in order, and their prompts into pages."""
+        queues: list[list[schedule.Piece]] = [[] for _ in self._engine.pools]
+        while self._waiting:
+            place, index = self._waiting[0]
+            row = self._free_row(self._requests[place])
+            answer = None if row is None else self._begin(place, index, row)
+            if row is None or answer is None:
+                break
+            self._waiting.popleft()
+            self._rows[row] = answer
+            prompt = self._requests[place].prompt[: answer.lease.length]
+            queues[answer.part] += schedule.pieces(
+                prompt, answer.lease.pages, answer.lease.start, self._limits.chunk
+            )
+            if place not in self._begun:
+                self._begun.add(place)
+                self._engine.stats.prompt_tokens += len(self._requests[place].prompt)
+        if any(queues):
+            self._engine._compute(queues)
+
+    def _free_row(self, request: records.Request) -> int | None:
+        """A free row: in a part that has the request's prompt, else where most rows are free."""
+        each = self._worker.sizes.rows_a_part
+        free = [
+            [row for row in range(p * each, (p + 1) * each) if self._rows[row] is None]
+            for p in range(len(self._engine.pools))
+        ]
+        counts = [
+            (pool.has(request.prompt[:-1]), len(rows))
+            for pool, rows in zip(self._engine.pools, free, strict=True)
+        ]
+        candidates = [p for p, rows in enumerate(free) if rows]
+        if not candidates:
+            return None
+        return free[max(candidates, key=lambda p: (counts[p], -p))][0]
+
+    def _begin(self, place: int, index: int, row: int) -> worker.Answer | None:
+        """The answer with its prompt's pages; None where these are not to be had now.
+
+        An answer that is let in leaves pages for every row of its part to go on for one turn.
+        """
+        request = self._requests[place]
+        part = row // self._worker.sizes.rows_a_part
+        pool, size, steps = self._engine.pools[part], self._limits.page, self._limits.steps
+        lease = pool.lease(request.prompt[:-1])
+        if lease is None:
+            return None
+        answer = worker.Answer(
+            place=place,
+            index=index,
+            request=request,
+            stop_ids=self._engine._stop_ids(request),
+            part=part,
+            lease=lease,
+            key=worker.row_key(request.seed, index),
+        )
+        others = [a for a in self._rows if a is not None and a.part == part]
+        wanted = sum(
+            a.pages_at(len(a.tokens) + steps, size) - len(a.own) for a in (*others, answer)
+        )
+        if pool.available < wanted and others:
+            pool.undo(lease)
+            return None
+        return answer
+
+    def _make_room(self) -> None:
+        """Pages for the tokens of a turn; where there are none, the youngest answers give way."""
+        size, steps = self._limits.page, self._limits.steps
+        for answer in [a for a in self._rows if a is not None]:
+            pool = self._engine.pools[answer.part]
+            while answer in self._rows:
+                wanted = answer.pages_at(len(answer.tokens) + steps, size) - len(answer.own)
+                pages = pool.take_all(wanted)
+                if pages is not None:
+                    answer.own += pages
+                    break
+                self._put_back(answer.part)
+
+    def _put_back(self, part: int) -> None:
+        """The last request's last answer of a part waits again, and will begin again."""
+        row, youngest = max(
+            ((row, a) for row, a in enumerate(self._rows) if a is not None and a.part == part),
+            key=lambda pair: (pair[1].place, pair[1].index),
+        )
+        self._release(row, youngest)
+        self._waiting.appendleft((youngest.place, youngest.index))
+        self._engine.stats.restarted += 1
+
+    def _take_over(self, row: int, answer: worker.Answer, drawn: decode.Drawn) -> None:
+        """What a row drew; the answer leaves it where that completes it."""
+        count, first = int(drawn.count_B[row]), len(answer.tokens)
+        answer.tokens += drawn.tokens_BK[row, :count].tolist()
+        answer.logprobs += drawn.logprobs_BK[row, :count].tolist()
+        answer.policy_logprobs += drawn.policy_logprobs_BK[row, :count].tolist()
+        if drawn.experts_KLBA is not None:
+            answer.experts += list(drawn.experts_KLBA[:count, :, row])
+        if self._engine._kept and answer.truncated:
+            answer.kept += _kept(drawn, row, count)
+        stopped = bool(drawn.stopped_B[row])
+        cut = self._cut(answer, first)
+        if cut is not None:
+            stopped = True
+            for name in ("tokens", "logprobs", "policy_logprobs", "experts", "kept"):
+                del getattr(answer, name)[cut:]
+        if stopped or len(answer.tokens) >= answer.request.max_tokens:
+            self._release(row, answer)
+            finish = records.Finish.STOP if stopped else records.Finish.LENGTH
+            self._done(answer.place, self._engine._response(answer, finish))
+
+    def _cut(self, answer: worker.Answer, first: int) -> int | None:
+        """How many tokens the answer has up to the one that completes a stop string, if any does.
+
+        Tokens before `first` were looked at.
+        """
+        if not answer.request.stop:
+            return None
+        back = max(map(len, answer.request.stop)) + 8  # tokens, of a character at least, or bytes
+        for end in range(first + 1, len(answer.tokens) + 1):
+            text = self._engine.tokenizer.decode(answer.tokens[max(0, end - back) : end])
+            if any(stop in text for stop in answer.request.stop):
+                return end
+        return None
+
+
+def _kept(drawn: decode.Drawn, row: int, count: int) -> list[tuple[int, ...] | None]:
+    """The ids that truncation kept for each token; None where there were more than are recorded."""
+    assert drawn.kept_BKY is not None and drawn.num_kept_BK is not None
+    most = drawn.kept_BKY.shape[-1]
+    return [
+        tuple(ids[:number].tolist()) if number <= most else None
+        for ids, number in zip(
+            drawn.kept_BKY[row, :count], drawn.num_kept_BK[row, :count], strict=True
+        )
+    ]

@@ -256,16 +256,15 @@ def task_stream(run: run_lib.Run, stage: RlStage) -> grain.MapDataset:
                 key = f"{name}:{source}"
                 found[key] = tasks_lib.verifier_tasks(role, run.tokenizer, labelled[source])
                 weights[key] = weight * share
-    longest = run.engine_config.prompt_buckets[-1]
     for name, items in found.items():
         room = [
-            len(t.prompt) <= longest
-            and len(t.prompt) + t.role.sampling.max_tokens <= stage.rl.row_length
+            len(t.prompt) + t.role.sampling.max_tokens
+            <= min(run.engine_config.context, stage.rl.row_length)
             for t in items
         ]
         limit = (
-            f"prompts of {longest} tokens (engine.prompt_buckets) and, answered at full length, "
-            f"rows of {stage.rl.row_length} (row_length)"
+            "with its prompt and an answer at full length, both engine.context = "
+            f"{run.engine_config.context} and row_length = {stage.rl.row_length}"
         )
         steps.report_left_out(f"{stage.name}/{name}", room.count(False), len(items), limit)
         found[name] = [t for t, fits in zip(items, room, strict=True) if fits]

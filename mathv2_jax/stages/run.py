@@ -18,7 +18,7 @@ from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.rl import learner as learner_lib
 from mathv2_jax.rl import placement as placement_lib
-from mathv2_jax.rollout import decode, engine, replicas
+from mathv2_jax.rollout import decode, engine, replicas, schedule
 from mathv2_jax.stages import groups
 from mathv2_jax.text import tokenizer as tokenizer_lib
 
@@ -82,7 +82,7 @@ class Run:
     tokenizer: tokenizer_lib.Tokenizer
     roles: roles.Roles
     mesh: Mesh
-    engine_config: engine.EngineConfig
+    engine_config: schedule.EngineConfig
     runtime: RuntimeConfig
     router_bias_rate: float
     should_stop: Callable[[], bool] = lambda: False

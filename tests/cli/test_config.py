@@ -55,13 +55,13 @@ def test_an_override_reaches_a_nested_field_and_one_that_the_file_leaves_unset()
     config = smoke(
         ("world.dials.two_premises", "0.5"),
         ("stage.verifier-0.rl.grpo.kl_coefficient", "0.25"),
-        ("engine.prompt_buckets", "(64, 128)"),
+        ("world.dials.depth", "(1, 4)"),
         ("router_bias_rate", "0"),
     )
     (stage,) = [s for s in config.stages if s.name == "verifier-0"]
     assert config.world.dials.two_premises == 0.5
     assert stage.rl.grpo.kl_coefficient == 0.25
-    assert config.engine.prompt_buckets == (64, 128)
+    assert config.world.dials.depth == (1, 4)
     assert config.router_bias_rate == 0.0 and isinstance(config.router_bias_rate, float)
 
 
@@ -142,12 +142,12 @@ def test_the_models_vocabulary_is_the_tokenizers():
         ("seed", "True", r"config\.seed must be of type int, it is True"),
         ("seed", "1.0", r"config\.seed must be of type int, it is 1.0"),
         ("router_bias_rate", "True", r"config\.router_bias_rate must be of type float"),
-        ("engine.prompt_buckets", "64", r"config\.engine\.prompt_buckets must be a sequence"),
+        ("world.dials.depth", "3", r"config\.world\.dials\.depth must be a sequence"),
         ("world.dials.depth", "(1, 2, 3)", r"config\.world\.dials\.depth must have 2 entries"),
         (
-            "engine.prompt_buckets",
-            "(64, 'a')",
-            r"config\.engine\.prompt_buckets must be of type int",
+            "world.dials.depth",
+            "(1, 'a')",
+            r"config\.world\.dials\.depth must be of type int",
         ),
         ("stage.meta.mixture", "3", r"config\.stage\.meta\.mixture must be a mapping"),
         ("model", "3", r"config\.model must hold the fields of ModelConfig"),

@@ -143,7 +143,7 @@ def test_the_config_runs_the_stages_of_quick_at_4096_tokens_or_more() -> None:
     drills = ("rule-drills", "source-drills")  # exercises of the proof world
     shared = [(s.name, type(s)) for s in quick.stages if s.name not in drills]
     assert [(s.name, type(s)) for s in config.stages] == shared
-    assert config.engine.prompt_buckets[-1] >= 4096
+    assert config.engine.context >= 4096
     for stage in config.stages:
         loop = getattr(stage, "rl", None) or getattr(stage, "sft", None)
         assert loop is None or loop.row_length >= 4096

@@ -72,7 +72,7 @@ def test_a_name_that_no_entry_has_is_answered_with_the_nearest(capsys):
 def test_printed_commands_are_quoted_for_a_shell_and_follow_the_order_of_the_sweep(
     write_sweep, tmp_path, capsys
 ):
-    data = "config.engine.prompt_buckets=(64, 96)"
+    data = "config.world.dials.depth=(1, 3)"
     path = write_sweep({"b": [data], "a": ["config.seed=7"], "c": []})
     workdir = tmp_path / "two words"
     flags = [f"--sweep={path}", f"--workdir={workdir}", "--only=a,b", "--print"]

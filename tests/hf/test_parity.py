@@ -100,9 +100,21 @@ def test_logits_are_those_of_the_reference(name, side, record_property):
 PROMPTS, NEW = (12, 3, 7, 1, 9), 64
 
 
+class _NoText:
+    """What an engine needs of a tokenizer where nobody reads what it writes, and nothing stops."""
+
+    pad_id, stop_ids = 0, ()
+
+    def split_thinking(self, ids, *, think):
+        return (), ids
+
+    def decode(self, ids):
+        return ""
+
+
 @pytest.mark.parametrize("name", ["v3-full", "v32-k-below"])
 def test_greedy_generations_of_64_tokens_are_those_of_the_reference(name, record_property):
-    """Ours prefills right-padded prompts and decodes in the absorbed form; theirs pads left."""
+    """Ours is an engine, of pages, that decodes in the absorbed form; theirs pads left."""
     config, _ = SETTINGS[name]
     model, variables, _ = models(name)
     lengths_P, slots = np.array(PROMPTS), max(PROMPTS)
@@ -123,26 +135,26 @@ def test_greedy_generations_of_64_tokens_are_those_of_the_reference(name, record
     found = f"{name}, greedy: smallest margin between the two best tokens {margin:.1e}"
     record_property("parity", found)
 
-    programs = decode.Programs(config, transformer.Kernels())
-    prefilled = programs.prefill(variables, jnp.asarray(tokens_PS), jnp.asarray(lengths_P))
-    rows = decode.RowSettings(
-        keys_B2=jnp.zeros((len(PROMPTS), 2), jnp.uint32),
-        temperature_B=jnp.zeros((len(PROMPTS),)),
-        top_p_B=jnp.ones((len(PROMPTS),)),
-        limit_B=jnp.full((len(PROMPTS),), NEW),
+    limits = schedule.EngineConfig(rows=8, context=80, page=8, chunk=8, chunks=4)
+    mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+    own = engine.Engine(
+        decode.Programs(config, transformer.Kernels()), _NoText(), limits, mesh
     )
-    stops_X = jnp.asarray([-1])
-    decoded = programs.decode(
-        variables,
-        prefilled,
-        jnp.asarray(lengths_P),
-        rows,
-        stops_X,
-        slots=NEW,
-        truncate=False,
-    )
+    own.load(jax.tree.map(jnp.asarray, variables), "drawn")
+    asked = [
+        records.Request(
+            id=str(row),
+            prompt=tuple(tokens_PS[row, :length].tolist()),
+            num_samples=1,
+            seed=0,
+            max_tokens=NEW,
+            temperature=0.0,
+        )
+        for row, length in enumerate(PROMPTS)
+    ]
+    decoded_BN = np.array([response.token_ids for (response,) in own.generate(asked)])
     wanted_BN = out.sequences[:, slots:].numpy()
-    np.testing.assert_array_equal(decoded.tokens_BN, wanted_BN, err_msg=found)
+    np.testing.assert_array_equal(decoded_BN, wanted_BN, err_msg=found)
 
 
 def test_a_near_tie_is_found_and_listed():

@@ -70,10 +70,10 @@ def test_expanded_attention_follows_its_equations(model):
     segments = jnp.asarray([[1, 1, 1, 2, 2, 3, 3, 0]])
     prefixes = jnp.asarray([[1, 1, 1, 1, 1, 3, 3, 0]])
     layout = cache.Layout(jnp.asarray([[0, 1, 2, 3, 4, 0, 1, 0]]), segments, prefixes)
-    got, latents, _ = expanded(model, x_BTD, layout)
+    got, _ = expanded(model, x_BTD, layout)
     _, variables = layer_of(model)
     seen_TS = np.asarray(cache.visible(layout))[0]
-    wanted, latent, rope_key = slowly(
+    wanted, _, _ = slowly(
         model.config,
         variables["params"],
         np.asarray(x_BTD[0], np.float64),
@@ -81,15 +81,16 @@ def test_expanded_attention_follows_its_equations(model):
         seen_TS,
     )
     np.testing.assert_allclose(got[0], wanted, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(latents.latent[0], latent, rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(latents.rope_key[0], rope_key, rtol=1e-4, atol=1e-5)
 
 
-def test_absorbed_attention_token_by_token_equals_expanded(model):
+def test_attention_over_pages_equals_expanded_attention_of_the_whole_row(model):
+    """Prompts in two pieces, in pages in any order that their answers share; then token by token.
+
+    What no token may see is filled with numbers that would be noticed.
+    """
     c, (module, variables) = model.config, layer_of(model)
-    num_rows, slots = len(PROMPTS) * ANSWERS, max(PROMPTS)
-    lengths_P = np.asarray(PROMPTS)
-    lengths_B = np.repeat(lengths_P, ANSWERS)
+    num_rows, slots, page = len(PROMPTS) * ANSWERS, max(PROMPTS), 2
+    lengths_B = np.repeat(np.asarray(PROMPTS), ANSWERS)
     prompt_PSD = draw(1, len(PROMPTS), slots, c.width)
     answer_BND = draw(2, num_rows, STEPS, c.width)
     rows = [
@@ -97,29 +98,42 @@ def test_absorbed_attention_token_by_token_equals_expanded(model):
         for b, n in enumerate(lengths_B)
     ]
     layout = cache.plain_layout(jnp.asarray(lengths_B + STEPS), slots + STEPS)
-    wanted, wanted_latents, _ = expanded(model, jnp.stack(rows), layout)
+    wanted, _ = expanded(model, jnp.stack(rows), layout)
 
-    prompts = cache.plain_layout(jnp.asarray(lengths_P), slots)
-    _, prompt, _ = expanded(model, prompt_PSD, prompts)
-    prompt_PS = prompts.segments_BT > 0
-    # What does not count is filled with numbers that would be noticed.
-    prompt = jax.tree.map(lambda a: jnp.where(prompt_PS[:, :, None], a, 50.0), prompt)
-    own = jax.tree.map(lambda a: jnp.full((num_rows, STEPS, a.shape[-1]), -50.0), prompt)
-    absorbed = jax.jit(functools.partial(module.apply, method="absorbed"))
-    for step in range(STEPS):
-        at = jnp.asarray(lengths_B + step)[:, None]
-        view = cache.DecodeView(prompt_PS, jnp.arange(STEPS) < step)
-        cached = cache.LayerCache(prompt, own)
-        got, new = absorbed(variables, answer_BND[:, step : step + 1], at, cached, view)
-        here = at[:, :, None]
-        np.testing.assert_allclose(
-            got, jnp.take_along_axis(wanted, here, axis=1), rtol=1e-4, atol=1e-5
-        )
-        for fresh, whole in zip(*map(jax.tree.leaves, (new, wanted_latents)), strict=True):
+    pages_of = [-(-n // page) for n in PROMPTS]
+    number = 1 + sum(pages_of) + num_rows * STEPS // page
+    free = list(np.random.default_rng(5).permutation(np.arange(1, number)))
+    prompt_pages = [[free.pop() for _ in range(n)] for n in pages_of]
+    tables_PM = np.zeros((len(PROMPTS), max(pages_of)), np.int32)
+    table_BM = np.zeros((num_rows, max(pages_of) + STEPS // page), np.int32)
+    for p, own in enumerate(prompt_pages):
+        tables_PM[p, : len(own)] = own
+    for b in range(num_rows):
+        own = prompt_pages[b // ANSWERS] + [free.pop() for _ in range(STEPS // page)]
+        table_BM[b, : len(own)] = own
+    pages = jax.tree.map(lambda x: x + 50.0, cache.empty_pages(c, 2, number, page))
+    run = jax.jit(functools.partial(module.apply, method="paged"))
+    layer, none_P = jnp.int32(1), jnp.zeros(len(PROMPTS), jnp.int32)
+    for begin, end in ((0, 2), (2, slots)):
+        at_PT = np.broadcast_to(np.arange(begin, end), (len(PROMPTS), end - begin))
+        slots_PT = np.where(at_PT < np.asarray(PROMPTS)[:, None], at_PT, -1)
+        view = cache.PageView(tables_PM, jnp.asarray(slots_PT), none_P, none_P)
+        got, pages = run(variables, prompt_PSD[:, begin:end], at_PT, pages, layer, view)
+        for p, n in enumerate(PROMPTS):
+            here = slice(begin, min(end, n))
             np.testing.assert_allclose(
-                fresh, jnp.take_along_axis(whole, here, axis=1), rtol=1e-4, atol=1e-5
+                got[p, : here.stop - begin], wanted[p * ANSWERS, here], rtol=1e-4, atol=1e-5
             )
-        own = jax.tree.map(lambda old, fresh, n=step: old.at[:, n].set(fresh[:, 0]), own, new)
+    shared_B = jnp.asarray(lengths_B)
+    padded_B = -(-shared_B // page) * page
+    for step in range(STEPS):
+        at_B1 = jnp.asarray(lengths_B + step)[:, None]
+        view = cache.PageView(table_BM, (padded_B + step)[:, None], shared_B, padded_B)
+        got, pages = run(variables, answer_BND[:, step : step + 1], at_B1, pages, layer, view)
+        there = jnp.take_along_axis(wanted, at_B1[:, :, None], axis=1)
+        np.testing.assert_allclose(got, there, rtol=1e-4, atol=1e-5)
+    for pool in jax.tree.leaves(pages):
+        assert bool(jnp.all(pool[0] == 50.0))  # another layer's
 
 
 def test_scores_stay_float32_where_the_stream_is_bfloat16():

@@ -64,7 +64,7 @@ def test_each_depth_joins_a_state_with_the_next_embedding_and_runs_a_block(spars
             "params": p["block"],
             "router": jax.tree.map(lambda x, k=depth: x[k], router),
         }
-        (state_1TD, _) = module.apply(variables, x_BTD, None, None, layout, None)
+        (state_1TD, _), _ = module.apply(variables, (x_BTD, None), None, None, layout, None)
         state_TD = state_1TD[0]
         got_TD = out.further.hidden_BTD[depth, 0, depth + 1 :]
         np.testing.assert_allclose(got_TD, norm("final_norm", state_TD), rtol=2e-3, atol=2e-4)
@@ -149,32 +149,36 @@ def test_a_depth_over_its_cache_gives_the_states_of_the_whole_pass(sparse_model,
         kind: jax.tree.map(lambda x: x[at], sparse_model.variables[kind]["mtp"])
         for kind in ("params", "router")
     }
-    latents = jax.tree.map(lambda x: x[at], out.further.latents)
-    seen_PS = jnp.broadcast_to(jnp.arange(prompt) >= depth, (2, prompt))
-    assert bool(jnp.all(seen_PS == out.further.real_BT[at, :, :prompt]))
-    own = jax.tree.map(lambda x: jnp.zeros_like(x[:, prompt:]), latents)
+    pages = cache.empty_pages(c, 1, 1 + 2 * LENGTH, 1)
+    table_BM = 1 + jnp.arange(2 * LENGTH).reshape(2, LENGTH)
+    none_B = jnp.zeros(2, jnp.int32)
 
-    @jax.jit
-    def step(own, here, token_B1, below_B1D):
-        positions_B1 = jnp.full((2, 1), here - depth)
-        before = mtp.Depth(below_B1D, positions_B1, jnp.ones((2, 1), bool))
-        embedded_B1D = sparse_model.variables["params"]["embed"][token_B1]
-        cached = cache.LayerCache(jax.tree.map(lambda x: x[:, :prompt], latents), own)
-        view = cache.DecodeView(seen_PS, jnp.arange(LENGTH - prompt) < here - prompt)
-        return mtp.step(layer, variables, before, embedded_B1D, cached, view)
+    @functools.partial(jax.jit, static_argnums=2)
+    def step(pages, here, length, below_BtD):
+        at_t = here + jnp.arange(length)
+        positions_Bt = jnp.broadcast_to(at_t - depth, (2, length))
+        real_Bt = positions_Bt >= 0
+        before = mtp.Depth(below_BtD, jnp.maximum(positions_Bt, 0), real_Bt)
+        tokens_Bt = jax.lax.dynamic_slice_in_dim(tokens_BT, here, length, axis=1)
+        embedded_BtD = sparse_model.variables["params"]["embed"][tokens_Bt]
+        view = cache.PageView(table_BM, positions_Bt, none_B, none_B)
+        return mtp.step(layer, variables, before, embedded_BtD, pages, view)
 
-    for here in range(prompt, LENGTH):
-        got = step(
-            own, jnp.int32(here), tokens_BT[:, here : here + 1], below_BTD[:, here - 1 : here]
-        )
+    assert bool(jnp.all(out.further.real_BT[at, :, :prompt] == (jnp.arange(prompt) >= depth)[None]))
+    begin = 0
+    for length in (prompt, *(1,) * (LENGTH - prompt)):
+        # The state below at each token's predecessor; the first token has none.
+        below_BtD = jnp.pad(below_BTD, ((0, 0), (1, 0), (0, 0)))[:, begin : begin + length]
+        got = step(pages, jnp.int32(begin), length, below_BtD)
+        pages, first = got.pages, max(begin, depth)
         for one, whole in (
             (got.hidden_BTD, out.further.hidden_BTD),
             (got.state_BTD, out.further.state_BTD),
         ):
-            np.testing.assert_allclose(one[:, 0], whole[at, :, here], rtol=2e-3, atol=2e-4)
-        own = jax.tree.map(
-            lambda old, new, i=here - prompt: old.at[:, i].set(new[:, 0]), own, got.latents
-        )
-    wanted = jax.tree.map(lambda x: x[:, prompt:], latents)
-    for one, whole in zip(*map(jax.tree.leaves, (own, wanted)), strict=True):
-        np.testing.assert_allclose(one, whole, rtol=2e-3, atol=2e-4)
+            np.testing.assert_allclose(
+                one[:, first - begin :],
+                whole[at, :, first : begin + length],
+                rtol=2e-3,
+                atol=2e-4,
+            )
+        begin += length

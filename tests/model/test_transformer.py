@@ -189,9 +189,9 @@ def previous_of_next(rows_tokens, lengths_B, taps):
     return np.take_along_axis(rows_tokens, back, axis=1)
 
 
-def test_cached_decoding_token_by_token_equals_one_forward(model):
-    """Three prompts, two answers each, taught token by token on the prompts' latents."""
-    c, answers, steps = model.config, 2, 4
+def test_decoding_over_pages_token_by_token_equals_one_forward(model):
+    """Three prompts, two answers each, taught token by token on the prompts' pages."""
+    c, answers, steps, page = model.config, 2, 4, 2
     prompts, lengths_P = draw_tokens(5, 7, 1, 4), np.array([7, 1, 4])
     lengths_B = np.repeat(lengths_P, answers)
     answer_BN = np.stack(draw_tokens(6, *[steps] * (ROWS * answers)))
@@ -201,47 +201,56 @@ def test_cached_decoding_token_by_token_equals_one_forward(model):
     wanted_ids = np.concatenate([h.routing.experts_BTA for h in halves], axis=1)
     tokens_BT = np.stack([np.pad(r, (0, LENGTH - len(r))) for r in full_rows])
 
-    prompt = run(model, alone(*prompts)).latents
-    prompt_PS = jnp.arange(LENGTH)[None, :] < jnp.asarray(lengths_P)[:, None]
-
-    def room(latents):
-        return jax.tree.map(
-            lambda x: jnp.full((x.shape[0], len(full_rows), steps, x.shape[-1]), 9.0), latents
-        )
+    most = -(-max(lengths_P) // page)
+    own = steps // page
+    table_BM = np.zeros((6, most + own), np.int32)
+    number = 1
+    for b, n in enumerate(lengths_B):
+        held, first = -(-n // page), b % answers == 0
+        shared = range(number, number + held) if first else table_BM[b - 1, :held]
+        number += held * first
+        table_BM[b, : held + own] = [*shared, *range(number, number + own)]
+        number += own
+    pages = jax.tree.map(lambda x: x + 9.0, transformer.empty_cache(c, int(number), page))
 
     @jax.jit
-    def decode(token_B1, at_B1, previous_B1W, own, step):
-        past = transformer.DecodeInputs(
-            cache.LayerCache(prompt.dense, own.dense),
-            cache.LayerCache(prompt.sparse, own.sparse),
-            cache.DecodeView(prompt_PS, jnp.arange(steps) < step),
-        )
-        ones_B1 = jnp.ones_like(token_B1)
+    def over(pages, tokens_BT, at_BT, previous_BTW, view):
+        ones_BT = jnp.ones_like(tokens_BT)
         out = transformer.apply(
             c,
             model.variables,
-            token_B1,
-            cache.Layout(at_B1, ones_B1, ones_B1),
-            past=past,
-            previous_BTW=previous_B1W,
+            tokens_BT,
+            cache.Layout(at_BT, ones_BT, ones_BT),
+            past=transformer.Past(pages, view),
+            previous_BTW=previous_BTW,
         )
-        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
-        own = jax.tree.map(lambda old, new: write(old, new, step), own, out.latents)
-        return out.hidden_BTD[:, 0], out.routing, own
+        return out.hidden_BTD, out.routing, out.cache
 
-    own = transformer.Latents(room(prompt.dense), room(prompt.sparse))
+    first, at_PT = slice(0, None, answers), np.broadcast_to(np.arange(7), (3, 7))
+    slots_PT = np.where(at_PT < lengths_P[:, None], at_PT, -1)
+    previous = [previous_of_next(tokens_BT[first], at_P, c.embedding_taps) for at_P in at_PT.T]
+    none_P = jnp.zeros(3, jnp.int32)
+    view = cache.PageView(table_BM[first], jnp.asarray(slots_PT), none_P, none_P)
+    got, _, pages = over(
+        pages, jnp.asarray(tokens_BT[first, :7]), at_PT, jnp.stack(previous, axis=1), view
+    )
+    real_PT = slots_PT >= 0
+    assert_close(got[real_PT], wanted_BTD[first, :7][real_PT])
+    shared_B = jnp.asarray(lengths_B)
+    padded_B = -(-shared_B // page) * page
     for step in range(steps):
         at_B1 = (lengths_B + step)[:, None]
         previous = previous_of_next(tokens_BT, lengths_B + step, c.embedding_taps)
-        got_BD, routing, own = decode(
+        view = cache.PageView(table_BM, (padded_B + step)[:, None], shared_B, padded_B)
+        got, routing, pages = over(
+            pages,
             jnp.asarray(np.take_along_axis(tokens_BT, at_B1, 1)),
             jnp.asarray(at_B1),
             jnp.asarray(previous)[:, None],
-            own,
-            jnp.asarray(step),
+            view,
         )
         wanted_BD = np.take_along_axis(wanted_BTD, at_B1[..., None], 1)[:, 0]
-        assert_close(got_BD, wanted_BD)
+        assert_close(got[:, 0], wanted_BD)
         here = np.take_along_axis(wanted_ids, at_B1[None, :, :, None], 2)
         np.testing.assert_array_equal(routing.experts_BTA, here)
         assert routing.load_E.sum() == 6 * c.experts_per_token * c.num_sparse_layers
@@ -373,7 +382,8 @@ def test_bfloat16_compute_keeps_parameters_gradients_and_logits_in_float32(full)
 
     _, (out, found) = jax.jit(loss)(full.variables["params"])
     assert out.hidden_BTD.dtype == jnp.bfloat16
-    assert {x.dtype for x in jax.tree.leaves(out.latents)} == {jnp.dtype(jnp.bfloat16)}
+    pages = transformer.empty_cache(config, 2, 2)
+    assert {x.dtype for x in jax.tree.leaves(pages)} == {jnp.dtype(jnp.bfloat16)}
     assert out.routing.load_E.dtype == found.logprob_BT.dtype == found.entropy_BT.dtype == "float32"
     grads, _ = jax.eval_shape(jax.grad(loss, has_aux=True), full.variables["params"])
     assert {x.dtype for x in jax.tree.leaves(grads)} == {jnp.dtype(jnp.float32)}

@@ -14,7 +14,7 @@ from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.pods import chips, phases, programs
 from mathv2_jax.rl import grpo, learner, optimizer, placement
-from mathv2_jax.rollout import engine
+from mathv2_jax.rollout import schedule
 from mathv2_jax.stages import rl
 
 MODEL = ModelConfig(
@@ -27,7 +27,7 @@ CONFIG = rl.RlConfig(
     samples=4,
     optimizer=optimizer.OptimizerConfig(learning_rate=1e-2),
 )
-ENGINE = engine.EngineConfig(rows=8, prompt_buckets=(4, 8), answer_buckets=(2, 6))
+ENGINE = schedule.EngineConfig(rows=30, context=14, page=4, chunk=8, chunks=2, steps=6)
 RATE = 1e-2
 
 
@@ -74,10 +74,10 @@ def test_a_step_by_the_programs_compiled_ahead_is_the_learners_own(made, mesh):
         np.testing.assert_array_equal(one, other)
 
 
-def test_the_engines_programs_are_of_its_largest_shape(made, mesh):
+def test_the_engines_programs_are_of_its_config_rounded_up_to_the_meshs_ways(made):
     prefill, decode = made["prefill"], made["decode"]
-    assert (prefill.sequences, prefill.length) == (8, 8)  # 8 / 4 prompts, a multiple of 8 ways
-    assert (decode.sequences, decode.length, decode.past) == (32, 6, 8)
+    assert (prefill.sequences, prefill.length) == (8, 8)
+    assert (decode.sequences, decode.turns, decode.past) == (32, 6, 7)
     for program in (prefill, decode):
         assert program.trace().lower().compile().memory_analysis() is not None
 

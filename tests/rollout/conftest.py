@@ -11,7 +11,7 @@ import pytest
 from mathv2_jax import sharding
 from mathv2_jax.model import cache, transformer
 from mathv2_jax.model.config import ModelConfig
-from mathv2_jax.rollout import decode, engine
+from mathv2_jax.rollout import decode, engine, schedule
 from mathv2_jax.text import tokenizer as tokenizer_lib
 
 LINES = ["Prove that 1 + 1 = 2.", "The proof is complete and rigorous.", "A gap at step 3."]
@@ -77,7 +77,7 @@ def programs(config) -> decode.Programs:
 @pytest.fixture(scope="session")
 def make_engine(programs, tokenizer, mesh, variables) -> Callable[..., engine.Engine]:
     """An engine of eight rows, loaded with `given` variables or those of the session."""
-    limits = engine.EngineConfig(rows=8, prompt_buckets=(8, 12), answer_buckets=(6, 10))
+    limits = schedule.EngineConfig(rows=8, context=22, page=4, chunk=4, chunks=4, steps=4)
 
     def make(given: Any = variables, version: str = "sft@3", **settings: Any) -> engine.Engine:
         made = engine.Engine(programs, tokenizer, limits, mesh, **settings)

@@ -8,6 +8,7 @@ from mathv2_jax.data import packing
 from mathv2_jax.rl import learner as learner_lib
 from mathv2_jax.rl import optimizer as optimizer_lib
 from mathv2_jax.rollout import engine as engine_lib
+from mathv2_jax.rollout import schedule
 
 SHORT = (3, 40, 41, 42, 7)
 SHORTEST = (3,)  # shorter than the embedding taps
@@ -176,14 +177,14 @@ def test_the_end_token_is_part_of_the_answer_and_of_its_log_probabilities(
 @pytest.mark.parametrize(
     "hopeless",
     [
-        request("lost", prompt=tuple(range(20, 33)), num_samples=2),
+        request("lost", prompt=tuple(range(20, 37)), num_samples=2),
         request("lost", prompt=(), num_samples=2),
-        request("lost", max_tokens=11, num_samples=2),
+        request("lost", max_tokens=18, num_samples=2),
         request("lost", max_tokens=0, num_samples=2),
     ],
     ids=["prompt_too_long", "no_prompt", "limit_too_long", "no_limit"],
 )
-def test_a_request_that_no_bucket_holds_is_lost_and_no_other(engine, together, hopeless):
+def test_a_request_that_does_not_fit_is_lost_and_no_other(engine, together, hopeless):
     before, lost, after = engine.generate([MIXED[0], hopeless, MIXED[5]])
     assert said(before) == said(together[0]) and said(after) == said(together[5])
     assert [(r.index, r.finish, r.token_ids, r.final_text) for r in lost] == [
@@ -192,7 +193,7 @@ def test_a_request_that_no_bucket_holds_is_lost_and_no_other(engine, together, h
 
 
 def test_an_engine_without_variables_says_what_to_call(programs, tokenizer, mesh):
-    empty = engine_lib.Engine(programs, tokenizer, engine_lib.EngineConfig(), mesh)
+    empty = engine_lib.Engine(programs, tokenizer, schedule.EngineConfig(), mesh)
     with pytest.raises(ValueError, match="call load before the first request"):
         empty.generate([request()])
 
@@ -228,9 +229,9 @@ def test_first_opinions_are_the_head_on_a_plain_passes_last_state(engine, states
     assert np.ptp(opinions_N3, axis=0).min() > 0.01
 
 
-def test_an_opinion_on_a_prompt_that_no_bucket_holds_is_an_error(engine):
-    with pytest.raises(ValueError, match="prompt 1 has 13 tokens: the longest bucket is 12"):
-        engine.first_opinions([SHORT, range(13)])
+def test_an_opinion_on_a_prompt_that_does_not_fit_is_an_error(engine):
+    with pytest.raises(ValueError, match="prompt 1 has 23 tokens: it must have 1 to engine.context = 22"):
+        engine.first_opinions([SHORT, range(23)])
 
 
 # Thinking.
@@ -265,15 +266,16 @@ def test_thinking_and_final_text_part_at_the_end_of_thinking(
     ("fields", "message"),
     [
         (dict(rows=0), "engine.rows = 0: must be at least 1"),
-        (dict(prompt_buckets=()), r"prompt_buckets = \(\): must be positive and ascending"),
-        (dict(answer_buckets=(8, 8)), r"answer_buckets = \(8, 8\): must be positive"),
-        (dict(answer_buckets=(0, 8)), r"answer_buckets = \(0, 8\): must be positive"),
-        (dict(prompt_buckets=(16, 8)), r"prompt_buckets = \(16, 8\): must be positive"),
+        (dict(page=0), "engine.page = 0: must be at least 1"),
+        (dict(steps=-1), "engine.steps = -1: must be at least 1"),
+        (dict(context=1), "engine.context = 1: must hold a prompt and an answer"),
+        (dict(context=32, page=16, pages=2), "engine.pages = 2: a row of engine.context = 32"),
+        (dict(param_dtype="half"), "engine.param_dtype = 'half': must be float32"),
     ],
 )
 def test_a_bad_setting_is_named_with_its_rule(fields, message):
     with pytest.raises(ValueError, match=message):
-        engine_lib.EngineConfig(**fields)
+        schedule.EngineConfig(**fields)
 
 
 def test_a_cancelled_request_is_left_and_the_others_are_answered_as_ever(make_engine, together):
@@ -293,4 +295,4 @@ def test_a_call_whose_requests_are_all_cancelled_does_not_run(make_engine):
     engine.cancel("a")
     found = engine.generate([request("a")])
     assert [r.finish for r in found[0]] == [records.Finish.CANCELLED] * 3
-    assert engine.num_prompt_tokens == 0
+    assert engine.stats.prompt_tokens == engine.stats.steps == 0

@@ -9,7 +9,7 @@ PROBABILITIES = np.array([0.05, 0.4, 0.02, 0.2, 0.3, 0.03])
 LOGITS_V = np.log(PROBABILITIES) + 3.0
 CHI_SQUARE_5 = 20.5  # exceeded with probability 0.001 by five degrees of freedom
 
-_sample = jax.jit(sampling.sample, static_argnames="truncate")
+_sample = jax.jit(sampling.sample)
 
 
 def sample(uniform_B, temperature=1.0, top_p=1.0, logits_V=LOGITS_V, truncate=None):
@@ -19,8 +19,18 @@ def sample(uniform_B, temperature=1.0, top_p=1.0, logits_V=LOGITS_V, truncate=No
     logits_BV = np.broadcast_to(np.float32(logits_V), (rows, len(logits_V)))
     if truncate is None:
         truncate = bool(np.min(settings[1]) < 1.0)
-    found = _sample(logits_BV, np.float32(uniform_B), *settings, truncate=truncate)
+    rules = sampling.Truncation(settings[1], np.zeros(rows, np.int32), np.zeros(rows, np.float32))
+    found = _sample(logits_BV, np.float32(uniform_B), settings[0], rules if truncate else None)
     return np.asarray(found.token_B), np.asarray(found.logprob_B)
+
+
+def _none(rows):
+    return np.zeros(rows, np.int32), np.zeros(rows, np.float32)
+
+
+def kept_by(top_p=1.0, top_k=0, min_p=0.0):
+    rules = sampling.Truncation(jnp.float32([top_p]), jnp.int32([top_k]), jnp.float32([min_p]))
+    return set(np.flatnonzero(sampling.kept(jnp.float32(LOGITS_V)[None], rules)[0]))
 
 
 def tempered(temperature):
@@ -65,8 +75,45 @@ def test_log_probabilities_are_those_of_the_tempered_distribution(temperature):
     ],
 )
 def test_top_p_keeps_the_fewest_likeliest_tokens_that_reach_its_mass(top_p, kept):
-    keep_BV = sampling.kept_by_top_p(jnp.float32(LOGITS_V)[None], jnp.float32([top_p]))
-    assert set(np.flatnonzero(keep_BV[0])) == kept
+    assert kept_by(top_p=top_p) == kept
+
+
+@pytest.mark.parametrize(
+    ("rules", "kept"),
+    [
+        (dict(top_k=2), {1, 4}),
+        (dict(top_k=9), {0, 1, 2, 3, 4, 5}),
+        (dict(min_p=0.5), {1, 3, 4}),
+        (dict(min_p=0.51), {1, 4}),
+        (dict(min_p=1.0), {1}),
+        (dict(top_p=0.71, top_k=2), {1, 4}),
+        (dict(top_p=0.41, top_k=3, min_p=0.1), {1, 4}),
+        (dict(), {0, 1, 2, 3, 4, 5}),
+    ],
+    ids=str,
+)
+def test_what_is_kept_passes_every_rule_on_the_whole_distribution(rules, kept):
+    assert kept_by(**rules) == kept
+
+
+def test_log_probabilities_of_the_policy_are_those_without_truncation():
+    rows = len(GRID)
+    rules = sampling.Truncation(np.full(rows, 0.71, np.float32), *_none(rows))
+    logits_BV = np.broadcast_to(np.float32(LOGITS_V), (rows, 6))
+    found = _sample(logits_BV, np.float32(GRID), np.ones(rows, np.float32), rules)
+    np.testing.assert_allclose(
+        found.policy_logprob_B, np.log(PROBABILITIES)[np.asarray(found.token_B)], atol=1e-5
+    )
+    np.testing.assert_allclose(
+        found.logprob_B - found.policy_logprob_B, -np.log(0.9), atol=1e-5
+    )  # of the kept mass
+
+
+def test_kept_ids_are_listed_in_order_up_to_the_most_and_counted_beyond():
+    kept_BV = np.array([[0, 1, 0, 1, 1, 0], [0, 0, 0, 0, 0, 1], [1, 1, 1, 1, 1, 1]], bool)
+    ids_BY, number_B = sampling.kept_ids(jnp.asarray(kept_BV), 3)
+    assert ids_BY.tolist() == [[1, 3, 4], [5, -1, -1], [0, 1, 2]]
+    assert number_B.tolist() == [3, 1, 6]
 
 
 @pytest.mark.parametrize("top_p", [0.69, 0.85])

@@ -1,0 +1,263 @@
+"""What an engine has on its devices: variables, pages, and calls of the two compiled programs."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mathv2_jax import records, sharding
+from mathv2_jax.model import cache as cache_lib
+from mathv2_jax.model import transformer
+from mathv2_jax.rollout import decode, sampling, schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """An engine's rows, pieces of prompts and pages on a mesh, which splits all of them `parts`
+    ways: each part of the rows has pages of its own.
+    """
+
+    parts: int
+    rows: int
+    chunks: int
+    pages_a_part: int  # without the one that nobody reads
+
+    @property
+    def rows_a_part(self) -> int:
+        """Rows that share pages."""
+        return self.rows // self.parts
+
+    @property
+    def chunks_a_part(self) -> int:
+        """Pieces of prompts of one part that are computed together."""
+        return self.chunks // self.parts
+
+
+def sizes_on(mesh: Mesh, config: schedule.EngineConfig) -> Sizes:
+    """What the config asks for, rounded up to multiples of the mesh's parts."""
+    parts = sharding.batch_ways(mesh)
+    rows = -(-config.rows // parts)
+    pages = rows * config.pages_a_row
+    if config.pages:
+        pages = max(-(-config.pages // parts), config.pages_a_row)
+    return Sizes(parts, rows * parts, -(-config.chunks // parts) * parts, pages)
+
+
+def row_key(seed: int, index: int) -> np.ndarray:
+    """Key data (two uint32) of one answer, a function of the request's seed and its index."""
+    return np.random.SeedSequence([seed, index]).generate_state(2)
+
+
+@dataclasses.dataclass(eq=False)
+class Answer:
+    """One answer in a row: the pages that it holds, of its prompt and its own, and what it drew.
+
+    `experts` and `kept` are by token, as far as they were asked for; the first experts are those of
+    the prompt's last token.
+    """
+
+    place: int
+    index: int
+    request: records.Request
+    stop_ids: Sequence[int]
+    part: int
+    lease: schedule.Lease
+    key: np.ndarray
+    own: list[int] = dataclasses.field(default_factory=list)
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    policy_logprobs: list[float] = dataclasses.field(default_factory=list)
+    experts: list[np.ndarray] = dataclasses.field(default_factory=list)
+    kept: list[tuple[int, ...] | None] = dataclasses.field(default_factory=list)
+
+    def pages_at(self, drawn: int, size: int) -> int:
+        """Pages of its own that it needs to draw so many tokens: the last is never fed."""
+        return -(-min(drawn, self.request.max_tokens) // size)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether its request leaves tokens out."""
+        asked = self.request
+        return asked.top_p < 1.0 or asked.top_k > 0 or asked.min_p > 0.0
+
+
+class Worker:
+    """Variables and a cache on a mesh. Both are lazy: nothing is there before `load`."""
+
+    def __init__(
+        self, programs: decode.Programs, config: schedule.EngineConfig, mesh: Mesh, pad_id: int
+    ):
+        self.config, self.mesh, self.sizes = config, mesh, sizes_on(mesh, config)
+        boxed = transformer.boxed_abstract(programs.config, programs.kernels)
+        self.abstract = transformer.unboxed(boxed)
+        self.shardings = sharding.shardings_for(boxed, mesh)
+        self.programs = programs
+        self._pad_id = pad_id
+        self._variables: transformer.Variables | None = None
+        self._cache: transformer.Cache | None = None
+
+    def load(self, variables: transformer.Variables) -> None:
+        """Compute with these, which are JAX arrays on the mesh's devices, however they lie."""
+        self._variables = None  # there need not be room for both
+        self._variables = jax.device_put(variables, self.shardings)
+
+    def unload(self) -> None:
+        """Let go of variables and pages."""
+        self._variables = self._cache = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether there are variables."""
+        return self._variables is not None
+
+    @contextlib.contextmanager
+    def _in_use(self) -> Iterator[tuple[transformer.Variables, transformer.Cache]]:
+        """The variables and the pages, which the block gives back."""
+        if self._variables is None:
+            raise ValueError("this engine has no variables yet: call load before the first request")
+        pages = self._cache or self._empty()
+        self._cache = None  # the program takes it over
+        with sharding.computing(self.mesh):
+            yield self._variables, pages
+
+    def _empty(self) -> transformer.Cache:
+        sizes = self.sizes
+        number = sizes.parts * (sizes.pages_a_part + 1)
+        make = jax.jit(
+            lambda: transformer.empty_cache(self.programs.config, number, self.config.page),
+            out_shardings=pages_sharding(self.mesh),
+        )
+        return make()
+
+    def compute(
+        self, queues: Sequence[Sequence[schedule.Piece]]
+    ) -> Iterator[tuple[schedule.Piece, np.ndarray]]:
+        """Pieces of prompts into their pages, by part of the rows and in their order.
+
+        Gives each with the verifier head's P(score) after its last token.
+        """
+        each = self.sizes.chunks_a_part
+        for begin in range(0, max(map(len, queues)), each):
+            now = [queue[begin : begin + each] for queue in queues]
+            with self._in_use() as (variables, pages):
+                self._cache, head, _ = self.programs.prefill(variables, pages, self._chunks(now))
+            head_R3 = sharding.on_host(head)
+            for part, queue in enumerate(now):
+                for row, piece in enumerate(queue, part * each):
+                    yield piece, head_R3[row]
+
+    def _chunks(self, now: Sequence[Sequence[schedule.Piece]]) -> decode.Chunks:
+        config, taps = self.config, self.programs.config.embedding_taps
+        shape = (self.sizes.chunks, config.chunk)
+        tokens = np.full(shape, self._pad_id, np.int32)
+        positions, slots = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+        previous = np.zeros((*shape, taps), np.int32)
+        table = np.zeros((shape[0], config.pages_a_row), np.int32)
+        for part, queue in enumerate(now):
+            for row, piece in enumerate(queue, part * self.sizes.chunks_a_part):
+                size = piece.end - piece.begin
+                tokens[row, :size] = piece.prompt[piece.begin : piece.end]
+                positions[row, :size] = slots[row, :size] = np.arange(piece.begin, piece.end)
+                previous[row, :size] = [
+                    before(piece.prompt, at, taps) for at in range(piece.begin, piece.end)
+                ]
+                table[row, : len(piece.pages)] = piece.pages
+        none = np.zeros((shape[0],), np.int32)
+        chunks = decode.Chunks(
+            tokens, positions, previous, cache_lib.PageView(table, slots, none, none)
+        )
+        return sharding.put(chunks, sharding.batch_sharding(self.mesh))
+
+    def advance(
+        self,
+        answers: Sequence[Answer | None],
+        least: int,
+        *,
+        experts: bool = False,
+        kept: bool = False,
+    ) -> decode.Drawn:
+        """Some tokens for the answers in the rows, as NumPy arrays; see decode.decode."""
+        rows = sharding.put(self._rows(answers), sharding.batch_sharding(self.mesh))
+        asked = sharding.put(np.int32(least), sharding.replicated(self.mesh))
+        with self._in_use() as (variables, pages):
+            self._cache, drawn = self.programs.decode(
+                variables,
+                pages,
+                rows,
+                asked,
+                steps=self.config.steps,
+                truncate=any(a is not None and a.truncated for a in answers),
+                experts=experts,
+                most_kept=self.config.most_kept if kept else 0,
+            )
+        return sharding.on_host(drawn)
+
+    def _rows(self, answers: Sequence[Answer | None]) -> decode.Rows:
+        config, taps, number = self.config, self.programs.config.embedding_taps, len(answers)
+        ints = {name: np.zeros((number,), np.int32) for name in _INTS}
+        previous = np.zeros((number, taps), np.int32)
+        stops = np.full((number, config.most_stops), -1, np.int32)
+        keys, temperature = np.zeros((number, 2), np.uint32), np.ones((number,), np.float32)
+        top_p, min_p = np.ones((number,), np.float32), np.zeros((number,), np.float32)
+        table = np.zeros((number, config.pages_a_row), np.int32)
+        for row, answer in enumerate(answers):
+            if answer is None:
+                continue
+            asked, drawn, shared = answer.request, len(answer.tokens), answer.lease.length
+            own_begin = len(answer.lease.nodes)
+            values = dict(
+                token=answer.tokens[-1] if drawn else asked.prompt[-1],
+                position=shared + drawn,
+                drawn=drawn,
+                limit=asked.max_tokens,
+                top_k=asked.top_k,
+                shared=shared,
+                padded=own_begin * config.page,
+            )
+            for name, value in values.items():
+                ints[name][row] = value
+            previous[row] = _before_drawn(asked.prompt, answer.tokens, taps)
+            stops[row, : len(answer.stop_ids)] = answer.stop_ids
+            keys[row], temperature[row] = answer.key, asked.temperature
+            top_p[row], min_p[row] = asked.top_p, asked.min_p
+            table[row, :own_begin] = answer.lease.pages
+            table[row, own_begin : own_begin + len(answer.own)] = answer.own
+        return decode.Rows(
+            token_B=ints["token"],
+            previous_BW=previous,
+            position_B=ints["position"],
+            drawn_B=ints["drawn"],
+            limit_B=ints["limit"],
+            stops_BX=stops,
+            keys_B2=keys,
+            temperature_B=temperature,
+            truncation=sampling.Truncation(top_p, ints["top_k"], min_p),
+            table_BM=table,
+            shared_B=ints["shared"],
+            padded_B=ints["padded"],
+        )
+
+
+_INTS = ("token", "position", "drawn", "limit", "top_k", "shared", "padded")
+
+
+def pages_sharding(mesh: Mesh) -> NamedSharding:
+    """How pages lie: each part of the rows has its own."""
+    rows = sharding.batch_sharding(mesh)
+    return NamedSharding(mesh, PartitionSpec(None, *rows.spec))
+
+
+def before(prompt: Sequence[int], at: int, taps: int) -> list[int]:
+    """The `taps` tokens before the one at `at`, the nearest first; a first token is its own."""
+    return [prompt[max(at - 1 - back, 0)] for back in range(taps)]
+
+
+def _before_drawn(prompt: Sequence[int], drawn: Sequence[int], taps: int) -> list[int]:
+    """Those before the token that is fed next: the last drawn one, or the prompt's last."""
+    ending = (*prompt, *drawn) if len(drawn) <= taps else drawn
+    if len(drawn) <= taps:
+        return before(ending, len(ending) - 1, taps)
+    return [drawn[-2 - back] for back in range(taps)]
