@@ -159,7 +159,7 @@ def write(pages: Pages, layer: jax.Array, view: PageView, new: LatentPair) -> Pa
     put = _by_part(put, ("pool", "rows", "rows", "rows"), "pool")
     lines_BTX = jnp.concatenate([new.latent, new.rope_key], axis=-1)
     keys = pages.keys_LNZW
-    if keys is not None:
+    if keys is not None and new.index_key is not None:
         keys = put(keys, new.index_key, page_BT, place_BT, layer)
     return Pages(put(pages.lines_LNZX, lines_BTX, page_BT, place_BT, layer), keys)
 

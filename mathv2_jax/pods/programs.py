@@ -158,7 +158,7 @@ def _of_engine(
     rows, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
     own = worker.pages_sharding(mesh)
 
-    def array(dtype: Any, *shape: int, lies: Any = rows) -> jax.ShapeDtypeStruct:
+    def array(dtype: Any, *shape: int, lies: Any = rows) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=lies)
 
     ints, floats = functools.partial(array, jnp.int32), functools.partial(array, jnp.float32)

@@ -190,9 +190,7 @@ class Engine:
         self.stats.computed_tokens += sum(piece.end - piece.begin for piece, _ in found)
         return found
 
-    def _response(
-        self, answer: worker.Answer, finish: records.Finish
-    ) -> records.Response:
+    def _response(self, answer: worker.Answer, finish: records.Finish) -> records.Response:
         token_ids = tuple(answer.tokens)
         self.stats.answer_tokens += len(token_ids)
         thinking, final = self.tokenizer.split_thinking(token_ids, think=self.think)

@@ -75,10 +75,8 @@ def sample(
     return Sampled(token_B, own_B, policy_B, kept_BV)
 
 
-def kept_ids(
-    kept_BV: Bool[Array, "B V"], most: int
-) -> tuple[Int[Array, "B Y"], Int[Array, "B"]]:
-    """The ids of kept tokens in ascending order, at most `most`, -1 after them; and their number."""
+def kept_ids(kept_BV: Bool[Array, "B V"], most: int) -> tuple[Int[Array, "B Y"], Int[Array, "B"]]:
+    """The ids of kept tokens, ascending, at most `most` and -1 after them; and their number."""
     place_BV = jnp.cumsum(kept_BV, axis=-1) - 1
     number_B = place_BV[:, -1] + 1
     wanted_Y = jnp.arange(most)

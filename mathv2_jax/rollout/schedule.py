@@ -203,9 +203,7 @@ class Piece:
     end: int
 
 
-def pieces(
-    prompt: Sequence[int], pages: Sequence[int], start: int, length: int
-) -> Iterator[Piece]:
+def pieces(prompt: Sequence[int], pages: Sequence[int], start: int, length: int) -> Iterator[Piece]:
     """The prompt from slot `start` on, at most `length` tokens a piece."""
     for begin in range(start, len(prompt), length):
         yield Piece(prompt, pages, begin, min(begin + length, len(prompt)))

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -166,10 +167,9 @@ class Worker:
                 ]
                 table[row, : len(piece.pages)] = piece.pages
         none = np.zeros((shape[0],), np.int32)
-        chunks = decode.Chunks(
-            tokens, positions, previous, cache_lib.PageView(table, slots, none, none)
-        )
-        return sharding.put(chunks, sharding.batch_sharding(self.mesh))
+        arrays = (tokens, positions, previous, (table, slots, none, none))
+        found = sharding.put(arrays, sharding.batch_sharding(self.mesh))
+        return decode.Chunks(*found[:3], view=cache_lib.PageView(*found[3]))
 
     def advance(
         self,
@@ -180,7 +180,7 @@ class Worker:
         kept: bool = False,
     ) -> decode.Drawn:
         """Some tokens for the answers in the rows, as NumPy arrays; see decode.decode."""
-        rows = sharding.put(self._rows(answers), sharding.batch_sharding(self.mesh))
+        rows = self._rows(answers)
         asked = sharding.put(np.int32(least), sharding.replicated(self.mesh))
         with self._in_use() as (variables, pages):
             self._cache, drawn = self.programs.decode(
@@ -225,7 +225,7 @@ class Worker:
             top_p[row], min_p[row] = asked.top_p, asked.min_p
             table[row, :own_begin] = answer.lease.pages
             table[row, own_begin : own_begin + len(answer.own)] = answer.own
-        return decode.Rows(
+        arrays: dict[str, Any] = dict(
             token_B=ints["token"],
             previous_BW=previous,
             position_B=ints["position"],
@@ -234,11 +234,14 @@ class Worker:
             stops_BX=stops,
             keys_B2=keys,
             temperature_B=temperature,
-            truncation=sampling.Truncation(top_p, ints["top_k"], min_p),
+            truncation=(top_p, ints["top_k"], min_p),
             table_BM=table,
             shared_B=ints["shared"],
             padded_B=ints["padded"],
         )
+        found = sharding.put(arrays, sharding.batch_sharding(self.mesh))
+        truncation = sampling.Truncation(*found.pop("truncation"))
+        return decode.Rows(**found, truncation=truncation)
 
 
 _INTS = ("token", "position", "drawn", "limit", "top_k", "shared", "padded")

@@ -15,9 +15,10 @@ import pytest
 import torch
 
 from configs.models import tiny_v3, tiny_v32
+from mathv2_jax import records, sharding
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
-from mathv2_jax.rollout import decode
+from mathv2_jax.rollout import decode, engine, schedule
 from tests.hf import parity
 
 LENGTH = 24
@@ -137,9 +138,7 @@ def test_greedy_generations_of_64_tokens_are_those_of_the_reference(name, record
 
     limits = schedule.EngineConfig(rows=8, context=80, page=8, chunk=8, chunks=4)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    own = engine.Engine(
-        decode.Programs(config, transformer.Kernels()), _NoText(), limits, mesh
-    )
+    own = engine.Engine(decode.Programs(config, transformer.Kernels()), _NoText(), limits, mesh)
     own.load(jax.tree.map(jnp.asarray, variables), "drawn")
     asked = [
         records.Request(

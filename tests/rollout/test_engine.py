@@ -230,7 +230,9 @@ def test_first_opinions_are_the_head_on_a_plain_passes_last_state(engine, states
 
 
 def test_an_opinion_on_a_prompt_that_does_not_fit_is_an_error(engine):
-    with pytest.raises(ValueError, match="prompt 1 has 23 tokens: it must have 1 to engine.context = 22"):
+    with pytest.raises(
+        ValueError, match="prompt 1 has 23 tokens: it must have 1 to engine.context = 22"
+    ):
         engine.first_opinions([SHORT, range(23)])
 
 
