@@ -35,6 +35,10 @@ class Terms:
         """Their sum."""
         return sum(dataclasses.asdict(self).values())
 
+    def scaled(self, times: float) -> "Terms":
+        """So many passes."""
+        return Terms(**{name: times * value for name, value in dataclasses.asdict(self).items()})
+
     def trained(self, *, aligned: bool) -> "Terms":
         """A forward and a backward pass; an indexer without a loss has no backward pass."""
         once = ("indexer_projections", "indexer") if not aligned else ()
@@ -133,11 +137,13 @@ class Executed:
     """FLOPs of matrix products that a traced program runs, by the part of the model they are of.
 
     Loops count by their lengths. `whole` is of all devices together: what is within `shard_map`
-    runs on each device of the axes that it maps. `unknown` names loops without a fixed length,
-    counted once.
+    runs on each device of the axes that it maps. A sampler's two loops without a fixed length count
+    as often as is said: `turns` is of the loop over tokens, `blocks` of those over pages within.
+    `unknown` names other such loops, counted once, and kernels that do not say what they cost.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, turns: float = 1.0, blocks: float = 1.0) -> None:
+        self.turns, self.blocks = turns, blocks
         self.whole: dict[str, float] = collections.defaultdict(float)
         self.unknown: list[str] = []
 
@@ -146,9 +152,9 @@ class Executed:
         return {name: self.whole[name] / chips for name in sorted(self.whole)}
 
 
-def executed(program: Any) -> Executed:
-    """Counts `program`, a jaxpr, closed or not."""
-    found = Executed()
+def executed(program: Any, turns: float = 1.0, blocks: float = 1.0) -> Executed:
+    """Counts `program`, a jaxpr, closed or not; see Executed."""
+    found = Executed(turns, blocks)
     _count(getattr(program, "jaxpr", program), 1.0, "", found)
     return found
 
@@ -165,7 +171,13 @@ def _count(jaxpr: Any, times: float, scope: str, found: Executed) -> None:
         inner_times = times
         if name == "scan":
             inner_times *= equation.params["length"]
-        elif name in ("while", "pallas_call"):  # such a kernel does not say what it costs
+        elif name == "while":
+            over_pages = not _PAGED.isdisjoint(_names(where))
+            loops = found.blocks if over_pages else found.turns
+            inner_times *= loops
+            if loops == 1.0:
+                found.unknown.append(where)
+        elif name == "pallas_call":  # one that does not say what it costs
             found.unknown.append(where)
         elif name == "shard_map":
             sizes = equation.params["mesh"].shape
@@ -216,11 +228,16 @@ _PARTS = (
     ("dense", "dense_layers"),
 )
 EXPERTS, OTHER = "routed_experts", "other"
+_PAGED = {"attend", "index"}
 
 
 def _part(where: str) -> str:
     """`where` are names of scopes like `jvp(Trunk)/sparse/attention.indexer/...`."""
-    names = set(re.split(r"[^A-Za-z0-9_]+", where))
+    names = _names(where)
     if "mtp" in names:
         return "attention" if "attend" in names else "further_layers"
     return next((part for word, part in _PARTS if word in names), OTHER)
+
+
+def _names(where: str) -> set[str]:
+    return set(re.split(r"[^A-Za-z0-9_]+", where))

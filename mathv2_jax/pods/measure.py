@@ -39,7 +39,7 @@ def measured(
         return _in_turn([alike(one) for one in program.each])
     mesh = program.mesh
     traced = program.trace()
-    executed = counting.executed(traced.jaxpr)
+    executed = counting.executed(traced.jaxpr, program.turns, program.blocks)
     parts = executed.per_chip(mesh.size)
     of_model = program.model_flops(model, auxiliary)
     ways = mesh.shape["expert"]

@@ -25,8 +25,8 @@ from mathv2_jax.stages import rl
 class Program:
     """A compiled function and what it is called on; `sequences` of `length` tokens pass through.
 
-    Its arguments are read `turns` times. `each` are the calls that it consists of, where they are
-    several.
+    It loops `turns` times, and reads its arguments in each; over pages in so many `blocks`. `each`
+    are the calls that it consists of, where they are several.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Program:
     length: int
     past: int = 0  # tokens that are in pages already
     turns: int = 1
+    blocks: float = 1.0
     each: tuple["Program", ...] = ()
 
     def argument_bytes(self, *places: int) -> int:
@@ -51,11 +52,12 @@ class Program:
     def model_flops(
         self, model: ModelConfig, auxiliary: auxiliary_lib.AuxiliaryConfig
     ) -> counting.Terms:
-        """Of one call, on all chips; of decoding one step."""
+        """Of one call, on all chips."""
         if self.name in ("update", "hand_over"):
             return counting.model_flops(model, 0, 1)
         if self.name == "decode":
-            return counting.decode_flops(model, self.sequences, self.past)
+            once = counting.decode_flops(model, self.sequences, self.past)
+            return once.scaled(self.turns)
         trained = self.name == "gradients"
         mtp = trained and auxiliary.mtp > 0
         found = counting.model_flops(model, self.sequences, self.length, mtp=mtp)
@@ -202,6 +204,7 @@ def _of_engine(
             sequences=pieces,
             length=length,
             past=config.context // 2,
+            blocks=(config.context / 2 + length) / kernels.slots,
         ),
         "decode": Program(
             name="decode",
@@ -213,5 +216,6 @@ def _of_engine(
             length=config.steps,
             past=config.context // 2,
             turns=config.steps,
+            blocks=config.context / 2 / kernels.slots,
         ),
     }
