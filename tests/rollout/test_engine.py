@@ -298,3 +298,127 @@ def test_a_call_whose_requests_are_all_cancelled_does_not_run(make_engine):
     found = engine.generate([request("a")])
     assert [r.finish for r in found[0]] == [records.Finish.CANCELLED] * 3
     assert engine.stats.prompt_tokens == engine.stats.steps == 0
+
+
+# Continuous batching over pages.
+
+
+def exactly(responses):
+    return [(r.index, r.token_ids, r.logprobs, r.finish) for r in responses]
+
+
+def test_answers_are_the_same_to_the_last_bit_whatever_runs_beside_them(make_engine):
+    """In rows that are filled again, with prompts that share pages."""
+    prompts = [LONG[:n] for n in (9, 7, 9, 2, 8, 6, 9, 4)]
+    asked = [
+        request(str(at), prompt, num_samples=1 + at % 5, seed=at, max_tokens=1 + (7 * at) % 12)
+        for at, prompt in enumerate(prompts)
+    ]
+    together = make_engine()
+    found = together.generate(asked)
+    assert together.stats.computed_tokens < 0.5 * together.stats.prompt_tokens
+    assert together.stats.row_use > 0.6
+    for one, wanted in zip(asked, found, strict=True):
+        (alone,) = make_engine().generate([one])
+        assert exactly(alone) == exactly(wanted)
+
+
+def test_answers_of_a_prompt_share_its_pages_and_all_pages_come_back(make_engine):
+    engine = make_engine()
+    (pool,) = engine.pools
+    engine.generate([request("a", LONG, num_samples=8, max_tokens=10)])
+    assert engine.stats.computed_tokens == len(LONG) - 1
+    assert pool.kept == 2 and pool.available == pool.number
+    engine.generate([request("b", LONG[:5], num_samples=2, max_tokens=10)])
+    assert engine.stats.computed_tokens == len(LONG) - 1  # it begins alike, to a page's end
+
+
+def test_pages_hold_nothing_of_the_variables_before(make_engine, variables):
+    engine = make_engine()
+    asked = [request("a", LONG, num_samples=2)]
+    engine.generate(asked)
+    other = {**variables, "params": {**variables["params"]}}
+    other["params"]["embed"] = 0.5 * other["params"]["embed"]
+    engine.load(other, "rl@1")
+    assert engine.pools[0].kept == 0
+    assert exactly(engine.generate(asked)[0]) == exactly(make_engine(other).generate(asked)[0])
+
+
+def test_with_too_few_pages_the_youngest_answers_begin_again_and_none_differs(
+    programs, tokenizer, mesh, variables
+):
+    asked = [
+        request(str(at), (3, 30 + at, 40, 41, 42), num_samples=3, seed=at, max_tokens=12)
+        for at in range(4)
+    ]
+    found = {}
+    for pages in (0, 9):
+        limits = schedule.EngineConfig(
+            rows=8, context=22, page=4, pages=pages, chunk=4, chunks=4, steps=4
+        )
+        engine = engine_lib.Engine(programs, tokenizer, limits, mesh)
+        engine.load(variables, "sft@3")
+        found[pages] = [exactly(r) for r in engine.generate(asked)]
+        assert (engine.stats.restarted > 0) == (pages == 9)
+        assert all(pool.available == pool.number for pool in engine.pools)
+    assert found[0] == found[9]
+
+
+def test_an_answer_ends_with_the_token_that_completes_a_stop_string(engine, tokenizer, together):
+    whole = together[5][0]
+    text = tokenizer.decode(whole.token_ids[:3])
+    stop = text[-2:]
+    (found,) = engine.generate([request("f", seed=6, num_samples=1, stop=("never", stop))])
+    (response,) = found
+    assert response.finish is records.Finish.STOP and stop in response.text
+    assert response.token_ids == whole.token_ids[: len(response.token_ids)]
+    assert stop not in tokenizer.decode(response.token_ids[:-1])
+    assert len(response.logprobs) == len(response.policy_logprobs) == len(response.token_ids)
+
+
+def test_answers_are_told_of_as_they_are_complete(engine, together):
+    told = []
+    engine.generate(MIXED, lambda place, response: told.append((place, response)))
+    assert sorted((p, r.index) for p, r in told) == [
+        (p, i) for p, found in enumerate(together) for i in range(len(found))
+    ]
+
+
+def test_a_request_that_is_cancelled_while_it_is_answered_is_left(make_engine):
+    engine = make_engine()
+    asked = [request("a", max_tokens=2, num_samples=1), request("b", max_tokens=17, num_samples=2)]
+    found = engine.generate(asked, lambda place, _: engine.cancel("b"))
+    assert [r.finish for r in found[0]] == [records.Finish.LENGTH]
+    assert [(r.finish, r.token_ids) for r in found[1]] == [(records.Finish.CANCELLED, ())] * 2
+    assert all(pool.available == pool.number for pool in engine.pools)
+
+
+def test_experts_and_kept_sets_are_recorded_where_they_are_asked_for(
+    programs, tokenizer, mesh, variables, config, forward
+):
+    limits = schedule.EngineConfig(
+        rows=8, context=22, page=4, chunk=4, chunks=4, steps=4, most_kept=40
+    )
+    engine = engine_lib.Engine(programs, tokenizer, limits, mesh, experts=True, kept=True)
+    engine.load(variables, "sft@3")
+    (found,) = engine.generate([request(top_p=0.4, seed=9)])
+    for response in found:
+        length = len(response.token_ids)
+        assert response.experts.shape == (length, config.num_sparse_layers, 2)
+        logits_TV = forward([*SHORT, *response.token_ids])[len(SHORT) - 1 :]
+        for token, ids, logprob, policy, logits_V in zip(
+            response.token_ids,
+            response.kept,
+            response.logprobs,
+            response.policy_logprobs,
+            logits_TV,
+            strict=False,
+        ):
+            share_V = np.exp(logits_V - logits_V.max())
+            share_V /= share_V.sum()
+            assert policy == pytest.approx(np.log(share_V[token]), abs=1e-4)
+            if ids is None:
+                continue
+            assert token in ids and share_V[list(ids)].sum() >= 0.4 - 1e-4
+            assert logprob == pytest.approx(policy - np.log(share_V[list(ids)].sum()), abs=1e-4)
+    assert any(ids is not None for r in found for ids in r.kept)
