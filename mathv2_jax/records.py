@@ -239,7 +239,7 @@ class Response:
     finish: Finish
     parameter_version: str
     policy_logprobs: tuple[float, ...] = ()
-    experts: Any = dataclasses.field(default=None, compare=False)
+    experts: tuple[tuple[tuple[int, ...], ...], ...] | None = None
     kept: tuple[tuple[int, ...] | None, ...] | None = None
 
 

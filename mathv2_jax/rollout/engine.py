@@ -205,7 +205,7 @@ class Engine:
             thinking_text=self.tokenizer.decode(thinking),
             finish=finish,
             parameter_version=self._version,
-            experts=np.stack(answer.experts).astype(np.int16) if answer.experts else None,
+            experts=tuple(answer.experts) if answer.experts else None,
             kept=tuple(answer.kept) if answer.kept else None,
         )
 
@@ -394,7 +394,8 @@ class _Rows:
         answer.logprobs += drawn.logprobs_BK[row, :count].tolist()
         answer.policy_logprobs += drawn.policy_logprobs_BK[row, :count].tolist()
         if drawn.experts_KLBA is not None:
-            answer.experts += list(drawn.experts_KLBA[:count, :, row])
+            sent_KLA = drawn.experts_KLBA[:count, :, row].tolist()
+            answer.experts += [tuple(map(tuple, sent_LA)) for sent_LA in sent_KLA]
         if self._engine._kept and answer.truncated:
             answer.kept += _kept(drawn, row, count)
         stopped = bool(drawn.stopped_B[row])

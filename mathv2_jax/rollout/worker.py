@@ -71,7 +71,7 @@ class Answer:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     policy_logprobs: list[float] = dataclasses.field(default_factory=list)
-    experts: list[np.ndarray] = dataclasses.field(default_factory=list)
+    experts: list[tuple[tuple[int, ...], ...]] = dataclasses.field(default_factory=list)
     kept: list[tuple[int, ...] | None] = dataclasses.field(default_factory=list)
 
     def pages_at(self, drawn: int, size: int) -> int:
@@ -97,6 +97,11 @@ class Worker:
         self.shardings = sharding.shardings_for(boxed, mesh)
         self.programs = programs
         self._pad_id = pad_id
+        number = self.sizes.parts * (self.sizes.pages_a_part + 1)
+        self._empty = jax.jit(
+            lambda: transformer.empty_cache(programs.config, number, config.page),
+            out_shardings=pages_sharding(mesh),
+        )
         self._variables: transformer.Variables | None = None
         self._cache: transformer.Cache | None = None
 
@@ -123,15 +128,6 @@ class Worker:
         self._cache = None  # the program takes it over
         with sharding.computing(self.mesh):
             yield self._variables, pages
-
-    def _empty(self) -> transformer.Cache:
-        sizes = self.sizes
-        number = sizes.parts * (sizes.pages_a_part + 1)
-        make = jax.jit(
-            lambda: transformer.empty_cache(self.programs.config, number, self.config.page),
-            out_shardings=pages_sharding(self.mesh),
-        )
-        return make()
 
     def compute(
         self, queues: Sequence[Sequence[schedule.Piece]]

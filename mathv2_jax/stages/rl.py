@@ -263,8 +263,8 @@ def task_stream(run: run_lib.Run, stage: RlStage) -> grain.MapDataset:
             for t in items
         ]
         limit = (
-            "with its prompt and an answer at full length, both engine.context = "
-            f"{run.engine_config.context} and row_length = {stage.rl.row_length}"
+            "engine.context and row_length with an answer at full length: engine.context = "
+            f"{run.engine_config.context}, row_length = {stage.rl.row_length}"
         )
         steps.report_left_out(f"{stage.name}/{name}", room.count(False), len(items), limit)
         found[name] = [t for t, fits in zip(items, room, strict=True) if fits]

@@ -80,7 +80,7 @@ def test_auxiliary_losses_are_fields_of_a_stage_that_the_model_must_have_the_par
 
 @pytest.mark.parametrize(
     ("longest", "said"),
-    [(199, r"engine: buckets of 128 and 72 tokens"), (255, r"sft\.row_length = 256")],
+    [(199, r"engine.context = 200"), (255, r"sft\.row_length = 256")],
 )
 def test_no_sequence_is_longer_than_the_models_context(longest, said):
     with pytest.raises(ValueError, match=rf"{said}.*max_position = {longest}"):

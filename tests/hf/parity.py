@@ -235,6 +235,6 @@ def our_logits_with_picks(
 
         module = block.Block(config, block.Kernels(attend=attend), block.Signals(), sparse)
         kept_BTA = kept_LBTA[at] if sparse else None
-        x_BTD, _ = module.apply(own, x_BTD, None, kept_BTA, layout, None)
+        (x_BTD, _), _ = module.apply(own, (x_BTD, None), None, kept_BTA, layout, None)
     norm = layers.RMSNorm(config.norm_eps, config.param_dtype)
     return heads.logits(norm.apply({"params": params["final_norm"]}, x_BTD), params["unembed"])

@@ -18,7 +18,7 @@ from configs.models import tiny_v3, tiny_v32
 from mathv2_jax import records, sharding
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
-from mathv2_jax.rollout import decode, engine, schedule
+from mathv2_jax.rollout import decode, schedule, worker
 from tests.hf import parity
 
 LENGTH = 24
@@ -101,21 +101,9 @@ def test_logits_are_those_of_the_reference(name, side, record_property):
 PROMPTS, NEW = (12, 3, 7, 1, 9), 64
 
 
-class _NoText:
-    """What an engine needs of a tokenizer where nobody reads what it writes, and nothing stops."""
-
-    pad_id, stop_ids = 0, ()
-
-    def split_thinking(self, ids, *, think):
-        return (), ids
-
-    def decode(self, ids):
-        return ""
-
-
 @pytest.mark.parametrize("name", ["v3-full", "v32-k-below"])
 def test_greedy_generations_of_64_tokens_are_those_of_the_reference(name, record_property):
-    """Ours is an engine, of pages, that decodes in the absorbed form; theirs pads left."""
+    """Ours reads prompts in pieces into pages, and decodes absorbed; theirs pads left."""
     config, _ = SETTINGS[name]
     model, variables, _ = models(name)
     lengths_P, slots = np.array(PROMPTS), max(PROMPTS)
@@ -136,22 +124,23 @@ def test_greedy_generations_of_64_tokens_are_those_of_the_reference(name, record
     found = f"{name}, greedy: smallest margin between the two best tokens {margin:.1e}"
     record_property("parity", found)
 
-    limits = schedule.EngineConfig(rows=8, context=80, page=8, chunk=8, chunks=4)
+    limits = schedule.EngineConfig(rows=5, context=80, page=8, chunk=8, chunks=4, steps=NEW)
     mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
-    own = engine.Engine(decode.Programs(config, transformer.Kernels()), _NoText(), limits, mesh)
-    own.load(jax.tree.map(jnp.asarray, variables), "drawn")
-    asked = [
-        records.Request(
-            id=str(row),
-            prompt=tuple(tokens_PS[row, :length].tolist()),
-            num_samples=1,
-            seed=0,
-            max_tokens=NEW,
-            temperature=0.0,
+    programs = decode.Programs(config, transformer.Kernels())
+    own = worker.Worker(programs, limits, mesh, pad_id=0)
+    own.load(jax.tree.map(jnp.asarray, variables))
+    pool, answers, pieces = schedule.Pool(60, limits.page), [], []
+    for row, length in enumerate(PROMPTS):
+        prompt = tuple(tokens_PS[row, :length].tolist())
+        asked = records.Request(
+            id=str(row), prompt=prompt, num_samples=1, seed=0, max_tokens=NEW, temperature=0.0
         )
-        for row, length in enumerate(PROMPTS)
-    ]
-    decoded_BN = np.array([response.token_ids for (response,) in own.generate(asked)])
+        lease = pool.lease(prompt[:-1])
+        pieces += schedule.pieces(prompt[:-1], lease.pages, lease.start, limits.chunk)
+        answers.append(worker.Answer(row, 0, asked, (), 0, lease, worker.row_key(0, 0)))
+        answers[-1].own = pool.take_all(NEW // limits.page)
+    list(own.compute([pieces]))
+    decoded_BN = own.advance(answers, 1).tokens_BK
     wanted_BN = out.sequences[:, slots:].numpy()
     np.testing.assert_array_equal(decoded_BN, wanted_BN, err_msg=found)
 

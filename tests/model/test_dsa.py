@@ -138,10 +138,10 @@ def test_attention_is_dense_attention_over_the_selected(attention, topk):
         return attention_lib.mixed(q, k, v, kept_BTS, scale), None
 
     without = dataclasses.replace(config, index_topk=0, index_heads=0, index_head_width=0)
-    wanted_BTD, _, _ = expanded(without, params, x_BTD, attend=attend)
-    got_BTD, _, _ = expanded(dataclasses.replace(config, index_topk=topk), params, x_BTD)
+    wanted_BTD, _ = expanded(without, params, x_BTD, attend=attend)
+    got_BTD, _ = expanded(dataclasses.replace(config, index_topk=topk), params, x_BTD)
     np.testing.assert_allclose(got_BTD, wanted_BTD, rtol=1e-5, atol=1e-6)
-    dense_BTD, _, _ = expanded(without, params, x_BTD)
+    dense_BTD, _ = expanded(without, params, x_BTD)
     assert np.abs(got_BTD - dense_BTD).max() > 0.01
 
 
@@ -175,7 +175,7 @@ def test_alignment_is_the_divergence_from_attention_summed_over_heads(attention,
         return attention_lib.attend_densely(q, k, v, layout, scale, index)
 
     module = mla.LatentAttention(config, attend, align)
-    _, _, got = module.apply({"params": params}, x_BTD, layout(), method="expanded")
+    _, got = module.apply({"params": params}, x_BTD, layout(), method="expanded")
     ((q, k, scale),) = asked
     p_BTS = np.zeros(kept_BTS.shape)
     for h in range(config.num_heads):
@@ -194,7 +194,7 @@ def test_the_alignment_trains_the_indexer_alone_and_nothing_else_does(attention,
     @functools.partial(jax.jit, static_argnums=2)
     def slopes(params, x_BTD, which):
         def loss(params, x_BTD):
-            out_BTD, _, aligned = expanded(config, params, x_BTD, align)
+            out_BTD, aligned = expanded(config, params, x_BTD, align)
             return aligned if which == "alignment" else jnp.sum(out_BTD**2)
 
         return jax.grad(loss, argnums=(0, 1))(params, x_BTD)
@@ -215,7 +215,7 @@ def test_the_alignments_gradient_is_its_slope(attention, align):
 
     @jax.jit
     def loss(indexer):
-        return expanded(config, {**params, "indexer": indexer}, x_BTD, align)[2]
+        return expanded(config, {**params, "indexer": indexer}, x_BTD, align)[1]
 
     gradient = jax.grad(loss)(params["indexer"])
     for seed in range(3):
@@ -238,7 +238,7 @@ def test_warm_up_brings_the_indexer_to_attentions_favourites(attention):
     @jax.jit
     def step(indexer):
         def loss(indexer):
-            return expanded(config, {**params, "indexer": indexer}, x_BTD, "dense")[2]
+            return expanded(config, {**params, "indexer": indexer}, x_BTD, "dense")[1]
 
         value, slope = jax.value_and_grad(loss)(indexer)
         return value, jax.tree.map(lambda x, g: x - 0.02 * g, indexer, slope)

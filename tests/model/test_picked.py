@@ -46,7 +46,7 @@ def both_ways(config, align, gathers, params, x_BTD):
     mix_BTD, real_BT = draw(1, *x_BTD.shape), layout().segments_BT > 0
 
     def total(params, x_BTD):
-        out_BTD, _, loss = module.apply({"params": params}, x_BTD, layout(), method="expanded")
+        out_BTD, loss = module.apply({"params": params}, x_BTD, layout(), method="expanded")
         out_BTD = jnp.where(real_BT[..., None], out_BTD, 0.0)
         return jnp.sum(out_BTD * mix_BTD) + (0.0 if loss is None else loss), (out_BTD, loss)
 
@@ -134,7 +134,7 @@ def test_no_array_of_a_long_row_is_as_large_as_its_square(layer):
     where = cache.plain_layout(jnp.full((1,), length), length)
 
     def total(params, x_BTD):
-        out_BTD, _, loss = module.apply({"params": params}, x_BTD, where, method="expanded")
+        out_BTD, loss = module.apply({"params": params}, x_BTD, where, method="expanded")
         return jnp.sum(out_BTD) + loss
 
     x_BTD = jax.ShapeDtypeStruct((1, length, config.width), jnp.float32)

@@ -404,7 +404,7 @@ def test_experts_and_kept_sets_are_recorded_where_they_are_asked_for(
     (found,) = engine.generate([request(top_p=0.4, seed=9)])
     for response in found:
         length = len(response.token_ids)
-        assert response.experts.shape == (length, config.num_sparse_layers, 2)
+        assert np.shape(response.experts) == (length, config.num_sparse_layers, 2)
         logits_TV = forward([*SHORT, *response.token_ids])[len(SHORT) - 1 :]
         for token, ids, logprob, policy, logits_V in zip(
             response.token_ids,

@@ -187,8 +187,8 @@ def test_tasks_that_no_row_holds_are_left_out_and_none_left_is_an_error(make_run
     short = stage(mixture={"verifier": 1.0}, rl=config(row_length=100))
     tasks = rl.task_stream(run, short)
     assert {tasks[n].target for n in range(6)} == {"s"}
-    assert "1 of 2 items do not fit prompts of" in caplog.text
-    with pytest.raises(ValueError, match=r"none of 2 items fits .*rows of 5 \(row_length\)"):
+    assert "1 of 2 items do not fit engine.context and row_length" in caplog.text
+    with pytest.raises(ValueError, match=r"none of 2 items fits .*row_length = 5"):
         rl.task_stream(run, stage(mixture={"verifier": 1.0}, rl=config(row_length=5)))
 
 
