@@ -27,9 +27,12 @@ compile() {
     return
   fi
   say "$name: $*"
-  # 1: something does not fit, which is a result.
-  "$VENV_PYTHON" -m mathv2_jax.cli.compile --json="$here/$name.json" "$@" || code=$?
+  "$VENV_PYTHON" -m mathv2_jax.cli.compile --json="runs/pods/$name.json" "$@" || code=$?
+  # 1: something does not fit, which is a result; so is a crash, but before the last figures.
   ((code <= 1)) || die "$name: mathv2-compile ended with $code"
+  "$VENV_PYTHON" -c 'import json, sys; sys.exit(not json.load(open(sys.argv[1]))["phases"])' \
+    "runs/pods/$name.json" || die "$name: mathv2-compile ended before all was compiled"
+  mv "runs/pods/$name.json" "$here/$name.json"
   echo "$stamp" >"runs/pods/$name.stamp"
 }
 

@@ -120,7 +120,7 @@ def compiled(
     devices = _devices(topology)
     mesh = machine.make_mesh(config.runtime.mesh, config.stages, devices)
     stage, model = _stage(config, _STAGE.value), _cut(config.model, _MAX_LAYERS.value)
-    kernels = machine.make_kernels(config.runtime, mesh.devices.flat[0].platform)
+    kernels = machine.make_kernels(config.runtime, mesh.devices.flat[0].platform, model)
     runtime = config.runtime
     made = programs.of_rl_step(model, kernels, stage.rl, config.engine, mesh, runtime.sampling)
     wanted = made if _PROGRAMS.value is None else _PROGRAMS.value.split(",")

@@ -125,6 +125,12 @@ class RunConfig:
             sft = getattr(stage, "sft", None)
             if sft is not None:
                 longest[f"stage.{stage.name}.sft.row_length = {sft.row_length}"] = sft.row_length
+        for name, sampling in self.roles.sampling.items():
+            if sampling.max_tokens >= context:
+                raise ValueError(
+                    f"config.roles.{name}.max_tokens = {sampling.max_tokens} leaves no room for a "
+                    f"prompt in config.engine.context = {context}: lower it, or raise that"
+                )
         for said, length in longest.items():
             if length > self.model.max_position:
                 raise ValueError(

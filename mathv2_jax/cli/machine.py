@@ -43,10 +43,15 @@ def share_of_peak(
     return flops / (seconds * chip.bf16_flops * number)
 
 
-def choose_experts(name: str, platform: str) -> grouped.Experts:
-    """The experts' product by its name; `auto` is the quickest on JAX's `platform`."""
+def choose_experts(name: str, platform: str, model: ModelConfig) -> grouped.Experts:
+    """The experts' product by its name; `auto` is the quickest on JAX's `platform`.
+
+    The kernels for TPUs take widths that are multiples of a tile's; `ragged` takes all.
+    """
     if name == AUTO:
-        return {"cpu": grouped.sorted_blocks, "tpu": grouped.megablox}.get(platform, grouped.ragged)
+        if platform == "tpu" and not (model.width % 128 or model.expert_width % 128):
+            return grouped.megablox
+        return grouped.sorted_blocks if platform == "cpu" else grouped.ragged
     if name == "megablox" and platform != "tpu":
         raise ValueError(
             f"config.runtime.model_kernels = {name!r} is of kernels for TPUs, and the platform is "
@@ -55,14 +60,16 @@ def choose_experts(name: str, platform: str) -> grouped.Experts:
     return EXPERTS[name]
 
 
-def make_kernels(runtime: run_lib.RuntimeConfig, platform: str) -> transformer.Kernels:
-    """The kernels that `runtime` names, or that suit JAX's `platform`."""
+def make_kernels(
+    runtime: run_lib.RuntimeConfig, platform: str, model: ModelConfig
+) -> transformer.Kernels:
+    """The kernels that `runtime` names, or that suit JAX's `platform` and the model."""
     attend, gathers = ATTENTION[runtime.attention]
     return transformer.Kernels(
         attend=attend,
         gathers=gathers,
         slots=64 if platform == "cpu" else 512,
-        experts=choose_experts(runtime.model_kernels, platform),
+        experts=choose_experts(runtime.model_kernels, platform, model),
         exchange=exchange.choose(platform, runtime.expert_buffer),
     )
 

@@ -284,7 +284,7 @@ def make_run(
     model = config.model
     if not config.tokenizer.directory:  # a trained vocabulary may be smaller than asked for
         model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
-    kernels = machine.make_kernels(config.runtime, jax.default_backend())
+    kernels = machine.make_kernels(config.runtime, jax.default_backend(), config.model)
     mesh = mesh or machine.make_mesh(config.runtime.mesh, config.stages)
     run = run_lib.Run(
         workdir=workdir,

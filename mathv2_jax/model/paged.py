@@ -1,8 +1,8 @@
 """Attention of new tokens over the pages of their sequences, theirs among them.
 
-A sequence's slots are gone through in blocks of a fixed size, so what a token gets is a function of
-its sequence alone, to the last bit: neither of the other rows, nor of how long they are, nor of how
-its own tokens were cut into calls.
+A sequence's slots are gone through in blocks of a fixed size. So in calls of one shape what a token
+gets is a function of its sequence alone, to the last bit: not of the other rows, not of how long they
+are, not of where its own tokens were cut into calls.
 """
 
 import functools
@@ -16,7 +16,6 @@ from jaxtyping import Array, Float
 from mathv2_jax.model import cache as cache_lib
 from mathv2_jax.model import dsa, layers
 
-BLOCK = 64
 _PICKING = 32  # queries at once, each with a copy of what it picks
 
 _scores = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

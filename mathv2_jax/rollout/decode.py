@@ -96,11 +96,8 @@ def prefill(
     variables: transformer.Variables,
     pages: transformer.Cache,
     chunks: Chunks,
-) -> tuple[transformer.Cache, Float[Array, "R 3"], Int[Array, "L R T A"] | None]:
-    """The pages with these tokens; the verifier head's P(score) after each chunk's last token.
-
-    And the experts that the tokens were sent to, None in a model without.
-    """
+) -> tuple[transformer.Cache, Float[Array, "R 3"]]:
+    """The pages with these tokens; the verifier head's P(score) after each chunk's last token."""
     real_RT = (chunks.view.slots_BT >= 0).astype(jnp.int32)
     layout = cache.Layout(chunks.positions_RT, real_RT, real_RT)
     out = transformer.apply(
@@ -118,8 +115,7 @@ def prefill(
     head_R3 = heads.score_logits(
         hidden_RD, params["verifier_head_kernel"], params["verifier_head_bias"]
     )
-    experts = None if out.routing is None else out.routing.experts_BTA
-    return out.cache, jax.nn.softmax(head_R3, axis=-1), experts
+    return out.cache, jax.nn.softmax(head_R3, axis=-1)
 
 
 def decode(  # noqa: PLR0913 - the last four choose what is compiled

@@ -122,8 +122,6 @@ class Engine:
                     done(place, self._unanswered(request, index, records.Finish.LOST))
                 else:
                     waiting.append((place, index))
-        if waiting and not self._worker.loaded:
-            raise ValueError("this engine has no variables yet: call load before the first request")
         rows = _Rows(self, requests, waiting, done)
         try:
             while rows.going():
@@ -170,6 +168,8 @@ class Engine:
         prompt, new, most = len(request.prompt), request.max_tokens, self.limits.context
         if not prompt or new < 1:
             return f"a prompt of {prompt} tokens with up to {new} new ones: both must be positive"
+        if not all(request.stop):
+            return "an empty stop string would end every answer before it begins"
         if prompt + new > most:
             return (
                 f"a prompt of {prompt} tokens with up to {new} new ones does not fit "
@@ -416,7 +416,7 @@ class _Rows:
         """
         if not answer.request.stop:
             return None
-        back = max(map(len, answer.request.stop)) + 8  # tokens, of a character at least, or bytes
+        back = max(len(s.encode()) for s in answer.request.stop) + 8  # tokens, of a byte at least
         for end in range(first + 1, len(answer.tokens) + 1):
             text = self._engine.tokenizer.decode(answer.tokens[max(0, end - back) : end])
             if any(stop in text for stop in answer.request.stop):

@@ -107,17 +107,12 @@ class Worker:
 
     def load(self, variables: transformer.Variables) -> None:
         """Compute with these, which are JAX arrays on the mesh's devices, however they lie."""
-        self._variables = None  # there need not be room for both
+        self.unload()  # there need not be room for both
         self._variables = jax.device_put(variables, self.shardings)
 
     def unload(self) -> None:
         """Let go of variables and pages."""
         self._variables = self._cache = None
-
-    @property
-    def loaded(self) -> bool:
-        """Whether there are variables."""
-        return self._variables is not None
 
     @contextlib.contextmanager
     def _in_use(self) -> Iterator[tuple[transformer.Variables, transformer.Cache]]:
@@ -140,7 +135,7 @@ class Worker:
         for begin in range(0, max(map(len, queues)), each):
             now = [queue[begin : begin + each] for queue in queues]
             with self._in_use() as (variables, pages):
-                self._cache, head, _ = self.programs.prefill(variables, pages, self._chunks(now))
+                self._cache, head = self.programs.prefill(variables, pages, self._chunks(now))
             head_R3 = sharding.on_host(head)
             for part, queue in enumerate(now):
                 for row, piece in enumerate(queue, part * each):

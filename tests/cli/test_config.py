@@ -1,6 +1,7 @@
 """From config files to dataclasses, and what may change when a run goes on."""
 
 import copy
+import dataclasses
 import pathlib
 import shutil
 
@@ -86,6 +87,12 @@ def test_no_sequence_is_longer_than_the_models_context(longest, said):
     with pytest.raises(ValueError, match=rf"{said}.*max_position = {longest}"):
         smoke(("model.max_position", str(longest)))
     assert smoke(("model.max_position", "256")).model.max_position == 256
+
+
+def test_every_role_leaves_room_for_a_prompt():
+    message = r"roles\.generator\.max_tokens = 200 leaves no room .*engine\.context = 200"
+    with pytest.raises(ValueError, match=message):
+        smoke(("roles.generator.max_tokens", "200"))
 
 
 def test_a_part_of_the_recipe_is_an_override():
@@ -251,12 +258,15 @@ def test_stages_change_behind_the_last_that_has_begun_and_nowhere_else():
 
 
 def test_on_cpus_experts_are_sorted_into_blocks_and_elsewhere_the_platforms_own_product_is_used():
-    assert machine.choose_experts("auto", "cpu") is grouped.sorted_blocks
-    assert machine.choose_experts("auto", "gpu") is grouped.ragged
-    assert machine.choose_experts("auto", "tpu") is grouped.megablox
+    small = smoke().model
+    wide = dataclasses.replace(small, width=256, expert_width=128)
+    assert machine.choose_experts("auto", "cpu", wide) is grouped.sorted_blocks
+    assert machine.choose_experts("auto", "gpu", wide) is grouped.ragged
+    assert machine.choose_experts("auto", "tpu", wide) is grouped.megablox
+    assert machine.choose_experts("auto", "tpu", small) is grouped.ragged  # no whole tiles
     with pytest.raises(ValueError, match="'megablox' is of kernels for TPUs.*is 'cpu'"):
-        machine.choose_experts("megablox", "cpu")
-    assert machine.choose_experts("every_expert", "cpu") is grouped.every_expert
+        machine.choose_experts("megablox", "cpu", wide)
+    assert machine.choose_experts("every_expert", "cpu", wide) is grouped.every_expert
 
 
 def test_an_identity_is_plain_data_that_says_each_stages_kind():
