@@ -1,8 +1,8 @@
 """Attention of new tokens over the pages of their sequences, theirs among them.
 
 A sequence's slots are gone through in blocks of a fixed size. So in calls of one shape what a token
-gets is a function of its sequence alone, to the last bit: not of the other rows, not of how long they
-are, not of where its own tokens were cut into calls.
+gets is a function of its sequence alone, to the last bit: not of the other rows, nor of how long
+they are, nor of where its own tokens were cut into calls.
 """
 
 import functools
