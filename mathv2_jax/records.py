@@ -4,6 +4,7 @@ Symbols of the paper (arXiv 2511.22570): X is a `Problem`, Y a `Proof`, V an `An
 content hashes, so the same text has the same id in every run; nothing here holds a clock.
 """
 
+import base64
 import dataclasses
 import enum
 import hashlib
@@ -13,6 +14,8 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
+
+import numpy as np
 
 T = TypeVar("T")
 
@@ -219,13 +222,35 @@ class Request:
     parameters: str = "policy"
 
 
+@dataclasses.dataclass(frozen=True)
+class Ints:
+    """An array of small integers as a value: its shape, and its entries as int16 in base64."""
+
+    shape: tuple[int, ...]
+    data: str
+
+    @classmethod
+    def of(cls, array: np.ndarray) -> "Ints":
+        """That of an array; ValueError where an entry does not fit int16."""
+        small = np.asarray(array).astype("<i2")
+        if not np.array_equal(small, array):
+            raise ValueError(f"entries from {np.min(array)} to {np.max(array)} do not fit int16")
+        return cls(small.shape, base64.b64encode(small.tobytes()).decode("ascii"))
+
+    def array(self) -> np.ndarray:
+        """The entries as int32; ValueError where they are not as many as the shape says."""
+        flat = np.frombuffer(base64.b64decode(self.data), "<i2").astype(np.int32)
+        return flat.reshape(self.shape)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Response:
     """One answer. `logprobs` are under the distribution that was sampled from, per token id.
 
     `policy_logprobs` are those without truncation. `experts` [tokens, sparse layers, experts per
-    token] are those that the token before each was sent to, and `kept` the ids that truncation left
-    for each token, None for a token where they were too many to record; both None where they were
+    token] are those that the token before each was sent to, and `prompt_experts` [tokens of the
+    prompt but the last, ...] those of the prompt. `kept` are the ids that truncation left for each
+    token, None for a token where they were too many to record. All three are None where they were
     not asked for. `final_text` is None where the role thinks and never closed its thinking.
     """
 
@@ -239,7 +264,8 @@ class Response:
     finish: Finish
     parameter_version: str
     policy_logprobs: tuple[float, ...] = ()
-    experts: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    experts: Ints | None = None
+    prompt_experts: Ints | None = None
     kept: tuple[tuple[int, ...] | None, ...] | None = None
 
 

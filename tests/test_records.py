@@ -51,6 +51,7 @@ def values(hint):
 
 def built(kind, fields):
     nested = {"label": records.Label, "origin": records.Origin}
+    nested |= dict.fromkeys(("experts", "prompt_experts"), records.Ints)
     return kind(
         **{
             name: built(nested[name], value)

@@ -82,7 +82,11 @@ class Programs:
 
     def __init__(self, config: ModelConfig, kernels: transformer.Kernels):
         self.config, self.kernels = config, kernels
-        self.prefill = jax.jit(functools.partial(prefill, config, kernels), donate_argnums=1)
+        self.prefill = jax.jit(
+            functools.partial(prefill, config, kernels),
+            donate_argnums=1,
+            static_argnames=("experts",),
+        )
         self.decode = jax.jit(
             functools.partial(decode, config, kernels),
             donate_argnums=1,
@@ -96,8 +100,12 @@ def prefill(
     variables: transformer.Variables,
     pages: transformer.Cache,
     chunks: Chunks,
-) -> tuple[transformer.Cache, Float[Array, "R 3"]]:
-    """The pages with these tokens; the verifier head's P(score) after each chunk's last token."""
+    *,
+    experts: bool = False,
+) -> tuple[transformer.Cache, Float[Array, "R 3"], Int[Array, "L R T A"] | None]:
+    """The pages with these tokens; the verifier head's P(score) after each chunk's last token; and,
+    where asked for, the experts that each token was sent to.
+    """
     real_RT = (chunks.view.slots_BT >= 0).astype(jnp.int32)
     layout = cache.Layout(chunks.positions_RT, real_RT, real_RT)
     out = transformer.apply(
@@ -115,7 +123,8 @@ def prefill(
     head_R3 = heads.score_logits(
         hidden_RD, params["verifier_head_kernel"], params["verifier_head_bias"]
     )
-    return out.cache, jax.nn.softmax(head_R3, axis=-1)
+    sent = out.routing.experts_BTA if experts and out.routing is not None else None
+    return out.cache, jax.nn.softmax(head_R3, axis=-1), sent
 
 
 def decode(  # noqa: PLR0913 - the last four choose what is compiled

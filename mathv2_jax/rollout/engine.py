@@ -8,7 +8,7 @@ compiled, and what an answer's tokens are, depends on no other request.
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 from absl import logging
@@ -42,9 +42,7 @@ class Stats:
 class Engine:
     """Answers requests with the variables last given to `load`; see the module's text.
 
-    `think` says whether answers begin inside thinking, which decides `final_text`. `experts` and
-    `kept` say whether answers carry the experts that their tokens were sent to, and what truncation
-    left of each token's distribution.
+    `think` says whether answers begin inside thinking, which decides `final_text`.
     """
 
     def __init__(
@@ -55,14 +53,10 @@ class Engine:
         mesh: Mesh,
         *,
         think: bool = False,
-        experts: bool = False,
-        kept: bool = False,
     ):
         self.tokenizer, self.limits = tokenizer, engine_config
         self.mesh, self.think = mesh, think
         self.stats = Stats()
-        self._experts = experts and programs.config.num_sparse_layers > 0
-        self._kept = kept
         self._worker = worker.Worker(programs, engine_config, mesh, tokenizer.pad_id)
         self.abstract, self.shardings = self._worker.abstract, self._worker.shardings
         sizes = self._worker.sizes
@@ -71,6 +65,9 @@ class Engine:
         )
         self._version = ""
         self._cancelled: set[str] = set()
+        self._recorded = False
+        # Where prompts' tokens were sent, by page: [slots, layers, a token's] of what is computed.
+        self._sent: list[dict[int, np.ndarray]] = [{} for _ in self.pools]
 
     def load(self, variables: transformer.Variables, version: str) -> None:
         """Answer with these variables from now on; `version` is written into every response.
@@ -80,14 +77,17 @@ class Engine:
         """
         self._worker.load(variables)
         self._version = version
-        for pool in self.pools:
-            pool.forget()
+        self._forget()
 
     def unload(self) -> None:
         """Let go of the variables and of the pages."""
         self._worker.unload()
-        for pool in self.pools:
+        self._forget()
+
+    def _forget(self) -> None:
+        for pool, sent in zip(self.pools, self._sent, strict=True):
             pool.forget()
+            sent.clear()
 
     def cancel(self, request_id: str) -> None:
         """Leave a request's answers, in the `generate` that goes on or in the next, where they are
@@ -98,13 +98,26 @@ class Engine:
         self._cancelled.add(request_id)
 
     def generate(
-        self, requests: Sequence[records.Request], on_answer: OnAnswer | None = None
+        self,
+        requests: Sequence[records.Request],
+        on_answer: OnAnswer | None = None,
+        *,
+        experts: bool = False,
+        kept: bool = False,
+        answered: Collection[tuple[int, int]] = (),
     ) -> list[list[records.Response]]:
         """`num_samples` responses for each request, in the requests' order.
 
         `on_answer` is told of each when it is complete. ValueError before the first `load`. A
         request that does not fit comes back LOST, one that was cancelled in time CANCELLED.
+        `experts` and `kept` ask for the experts that tokens were sent to, and for what truncation
+        left of each token's distribution; asking for experts on and off between two loads computes
+        prompts again. `answered` are (place, index) that are answered already and left out.
         """
+        experts = experts and self._worker.programs.config.num_sparse_layers > 0
+        if experts != self._recorded:
+            self._forget()
+            self._recorded = experts
         found: dict[tuple[int, int], records.Response] = {}
 
         def done(place: int, response: records.Response) -> None:
@@ -118,18 +131,23 @@ class Engine:
             if complaint:
                 logging.warning("request %s is lost: %s", request.id, complaint)
             for index in range(request.num_samples):
+                if (place, index) in answered:
+                    continue
                 if complaint:
                     done(place, self._unanswered(request, index, records.Finish.LOST))
                 else:
                     waiting.append((place, index))
-        rows = _Rows(self, requests, waiting, done)
+        rows = _Rows(self, requests, waiting, done, kept)
         try:
             while rows.going():
                 rows.turn()
         finally:
             rows.leave()
             self._cancelled.clear()  # an id that nobody asked about is not kept for ever
-        return [[found[p, i] for i in range(r.num_samples)] for p, r in enumerate(requests)]
+        return [
+            [found[p, i] for i in range(r.num_samples) if (p, i) in found]
+            for p, r in enumerate(requests)
+        ]
 
     def first_opinions(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
         """The verifier head's P(0), P(0.5), P(1) at the end of each prompt: [prompts, 3].
@@ -156,9 +174,9 @@ class Engine:
                 left.popleft()
                 held[id(pages)] = (self.pools[part], pages, at)
                 queues[part] += schedule.pieces(prompt, pages, 0, self.limits.chunk)
-            for piece, found_3 in self._compute(queues):
-                if piece.end == len(piece.prompt):
-                    opinions[held[id(piece.pages)][2]] = found_3
+            for found in self._compute(queues):
+                if found.piece.end == len(found.piece.prompt):
+                    opinions[held[id(found.piece.pages)][2]] = found.head_3
             for pool, pages, _ in held.values():
                 pool.give_all(pages)
         return opinions
@@ -183,12 +201,29 @@ class Engine:
     def _stop_ids(self, request: records.Request) -> tuple[int, ...]:
         return tuple(sorted({*self.tokenizer.stop_ids, *request.stop_ids}))
 
-    def _compute(
-        self, queues: Sequence[Sequence[schedule.Piece]]
-    ) -> list[tuple[schedule.Piece, np.ndarray]]:
-        found = list(self._worker.compute(queues))
-        self.stats.computed_tokens += sum(piece.end - piece.begin for piece, _ in found)
+    def _compute(self, queues: Sequence[Sequence[schedule.Piece]]) -> list[worker.Computed]:
+        found = list(self._worker.compute(queues, experts=self._recorded))
+        for part, piece, _, sent_TLA in found:
+            self.stats.computed_tokens += piece.end - piece.begin
+            if sent_TLA is not None:
+                self._note(part, piece, sent_TLA)
         return found
+
+    def _note(self, part: int, piece: schedule.Piece, sent_TLA: np.ndarray) -> None:
+        """Where the tokens of a piece were sent, beside the pages that they are in."""
+        size, sent = self.limits.page, self._sent[part]
+        for at in range(piece.begin, piece.end):
+            page = piece.pages[at // size]
+            if page not in sent:
+                sent[page] = np.zeros((size, *sent_TLA.shape[1:]), np.int16)
+            sent[page][at % size] = sent_TLA[at - piece.begin]
+
+    def _sent_of(self, answer: worker.Answer) -> np.ndarray:
+        """Where the prompt's tokens but the last were sent: [tokens, layers, a token's]."""
+        sent = [self._sent[answer.part][page] for page in answer.lease.pages]
+        if not sent:
+            return np.zeros((0, *answer.experts[0].shape), np.int16)
+        return np.concatenate(sent)[: answer.lease.length]
 
     def _response(self, answer: worker.Answer, finish: records.Finish) -> records.Response:
         token_ids = tuple(answer.tokens)
@@ -205,7 +240,8 @@ class Engine:
             thinking_text=self.tokenizer.decode(thinking),
             finish=finish,
             parameter_version=self._version,
-            experts=tuple(answer.experts) if answer.experts else None,
+            experts=records.Ints.of(np.stack(answer.experts)) if answer.experts else None,
+            prompt_experts=records.Ints.of(self._sent_of(answer)) if answer.experts else None,
             kept=tuple(answer.kept) if answer.kept else None,
         )
 
@@ -234,7 +270,9 @@ class _Rows:
         requests: Sequence[records.Request],
         waiting: collections.deque[tuple[int, int]],
         done: OnAnswer,
+        kept: bool,
     ):
+        self._kept = kept
         self._engine, self._requests, self._waiting, self._done = engine, requests, waiting, done
         self._worker, self._limits = engine._worker, engine.limits
         sizes = self._worker.sizes
@@ -258,7 +296,7 @@ class _Rows:
         active = sum(a is not None for a in self._rows)
         least = max(1, active - self._room + 1) if self._waiting else 1
         drawn = self._worker.advance(
-            self._rows, least, experts=self._engine._experts, kept=self._engine._kept
+            self._rows, least, experts=self._engine._recorded, kept=self._kept
         )
         steps = int(drawn.count_B.max())
         self._engine.stats.steps += steps
@@ -394,9 +432,8 @@ class _Rows:
         answer.logprobs += drawn.logprobs_BK[row, :count].tolist()
         answer.policy_logprobs += drawn.policy_logprobs_BK[row, :count].tolist()
         if drawn.experts_KLBA is not None:
-            sent_KLA = drawn.experts_KLBA[:count, :, row].tolist()
-            answer.experts += [tuple(map(tuple, sent_LA)) for sent_LA in sent_KLA]
-        if self._engine._kept and answer.truncated:
+            answer.experts += list(drawn.experts_KLBA[:count, :, row])
+        if self._kept and answer.truncated:
             answer.kept += _kept(drawn, row, count)
         stopped = bool(drawn.stopped_B[row])
         cut = self._cut(answer, first)
@@ -405,9 +442,10 @@ class _Rows:
             for name in ("tokens", "logprobs", "policy_logprobs", "experts", "kept"):
                 del getattr(answer, name)[cut:]
         if stopped or len(answer.tokens) >= answer.request.max_tokens:
-            self._release(row, answer)
             finish = records.Finish.STOP if stopped else records.Finish.LENGTH
-            self._done(answer.place, self._engine._response(answer, finish))
+            response = self._engine._response(answer, finish)
+            self._release(row, answer)
+            self._done(answer.place, response)
 
     def _cut(self, answer: worker.Answer, first: int) -> int | None:
         """How many tokens the answer has up to the one that completes a stop string, if any does.

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -71,7 +71,7 @@ class Answer:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[float] = dataclasses.field(default_factory=list)
     policy_logprobs: list[float] = dataclasses.field(default_factory=list)
-    experts: list[tuple[tuple[int, ...], ...]] = dataclasses.field(default_factory=list)
+    experts: list[np.ndarray] = dataclasses.field(default_factory=list)  # [layers, a token's]
     kept: list[tuple[int, ...] | None] = dataclasses.field(default_factory=list)
 
     def pages_at(self, drawn: int, size: int) -> int:
@@ -83,6 +83,19 @@ class Answer:
         """Whether its request leaves tokens out."""
         asked = self.request
         return asked.top_p < 1.0 or asked.top_k > 0 or asked.min_p > 0.0
+
+
+class Computed(NamedTuple):
+    """A piece of a prompt of a part of the rows that is in its pages now.
+
+    `head_3` is the verifier head's P(score) after its last token; `experts_TLA` are those that its
+    tokens were sent to, None where not asked for.
+    """
+
+    part: int
+    piece: schedule.Piece
+    head_3: np.ndarray
+    experts_TLA: np.ndarray | None
 
 
 class Worker:
@@ -125,21 +138,23 @@ class Worker:
             yield self._variables, pages
 
     def compute(
-        self, queues: Sequence[Sequence[schedule.Piece]]
-    ) -> Iterator[tuple[schedule.Piece, np.ndarray]]:
-        """Pieces of prompts into their pages, by part of the rows and in their order.
-
-        Gives each with the verifier head's P(score) after its last token.
-        """
+        self, queues: Sequence[Sequence[schedule.Piece]], *, experts: bool = False
+    ) -> Iterator["Computed"]:
+        """Pieces of prompts into their pages, by part of the rows and in their order."""
         each = self.sizes.chunks_a_part
         for begin in range(0, max(map(len, queues)), each):
             now = [queue[begin : begin + each] for queue in queues]
             with self._in_use() as (variables, pages):
-                self._cache, head = self.programs.prefill(variables, pages, self._chunks(now))
-            head_R3 = sharding.on_host(head)
+                self._cache, *found = self.programs.prefill(
+                    variables, pages, self._chunks(now), experts=experts
+                )
+            head_R3, sent_LRTA = sharding.on_host(tuple(found))
             for part, queue in enumerate(now):
                 for row, piece in enumerate(queue, part * each):
-                    yield piece, head_R3[row]
+                    sent_TLA = None
+                    if sent_LRTA is not None:
+                        sent_TLA = sent_LRTA[:, row, : piece.end - piece.begin].swapaxes(0, 1)
+                    yield Computed(part, piece, head_R3[row], sent_TLA)
 
     def _chunks(self, now: Sequence[Sequence[schedule.Piece]]) -> decode.Chunks:
         config, taps = self.config, self.programs.config.embedding_taps

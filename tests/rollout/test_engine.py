@@ -399,12 +399,13 @@ def test_experts_and_kept_sets_are_recorded_where_they_are_asked_for(
     limits = schedule.EngineConfig(
         rows=8, context=22, page=4, chunk=4, chunks=4, steps=4, most_kept=40
     )
-    engine = engine_lib.Engine(programs, tokenizer, limits, mesh, experts=True, kept=True)
+    engine = engine_lib.Engine(programs, tokenizer, limits, mesh)
     engine.load(variables, "sft@3")
-    (found,) = engine.generate([request(top_p=0.4, seed=9)])
+    (found,) = engine.generate([request(top_p=0.4, seed=9)], experts=True, kept=True)
     for response in found:
         length = len(response.token_ids)
-        assert np.shape(response.experts) == (length, config.num_sparse_layers, 2)
+        assert response.experts.array().shape == (length, config.num_sparse_layers, 2)
+        assert response.prompt_experts.shape == (len(SHORT) - 1, config.num_sparse_layers, 2)
         logits_TV = forward([*SHORT, *response.token_ids])[len(SHORT) - 1 :]
         for token, ids, logprob, policy, logits_V in zip(
             response.token_ids,
