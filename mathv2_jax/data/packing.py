@@ -21,7 +21,8 @@ class Answer:
 
     `advantage` belongs to the whole answer; `old_logprobs` are the sampler's; `experts_NLA` the
     experts chosen in the rollout for each token that was fed back ([tokens, sparse layers,
-    experts per token]; -1 where unknown).
+    experts per token]; -1 where unknown). `allowed` are the ids that could be drawn for each token,
+    None for a token where they are not known.
     """
 
     tokens: Sequence[int]
@@ -29,16 +30,21 @@ class Answer:
     old_logprobs: Sequence[float] | None = None
     advantage: float = 0.0
     experts_NLA: np.ndarray | None = None
+    allowed: Sequence[Sequence[int] | None] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Item:
-    """A prompt, its answers, and a target for the verifier head at the prompt's last token."""
+    """A prompt, its answers, and a target for the verifier head at the prompt's last token.
+
+    `experts_NLA` are those that the rollout sent the prompt's tokens to.
+    """
 
     prompt: Sequence[int]
     answers: Sequence[Answer]
     head_label: float | None = None
     head_weight: float = 0.0
+    experts_NLA: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.prompt) + sum(len(a.tokens) for a in self.answers)
@@ -47,7 +53,8 @@ class Item:
 class Batch(NamedTuple):
     """B rows of T tokens and N head targets a row: NumPy as packed, JAX arrays once on a mesh.
 
-    Tokens of weight 0 are context or padding. `kept_LBTA` (or None) is the rollout's routing.
+    Tokens of weight 0 are context or padding. `kept_LBTA` (or None) is the rollout's routing,
+    `allowed_BTY` (or None) the ids that it could draw for a token; -1 where neither is known.
     """
 
     tokens_BT: Any
@@ -62,10 +69,23 @@ class Batch(NamedTuple):
     head_labels_BN: Any  # index into records.SCORES
     head_weights_BN: Any
     kept_LBTA: Any = None
+    allowed_BTY: Any = None
 
 
-def empty_batch(rows: int, length: int, kept: tuple[int, int] | None = None) -> Batch:
-    """Padding only. `kept` = (sparse layers, experts per token) adds room for routing."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replay:
+    """What of a rollout a batch has room for beside its tokens.
+
+    `routing` = (sparse layers, experts per token) or None; `allowed` ids a token, 0 for none.
+    """
+
+    routing: tuple[int, int] | None = None
+    allowed: int = 0
+
+
+def empty_batch(rows: int, length: int, replay: Replay = Replay()) -> Batch:
+    """Padding only."""
+    routing, allowed = replay.routing, replay.allowed
     ints, floats = (np.int32, np.float32)
     shape, heads = (rows, length), (rows, HEAD_SLOTS)
     return Batch(
@@ -80,15 +100,18 @@ def empty_batch(rows: int, length: int, kept: tuple[int, int] | None = None) -> 
         head_places_BN=np.zeros(heads, ints),
         head_labels_BN=np.zeros(heads, ints),
         head_weights_BN=np.zeros(heads, floats),
-        kept_LBTA=None if kept is None else np.full((kept[0], rows, length, kept[1]), -1, ints),
+        kept_LBTA=None
+        if routing is None
+        else np.full((routing[0], rows, length, routing[1]), -1, ints),
+        allowed_BTY=np.full((rows, length, allowed), -1, ints) if allowed else None,
     )
 
 
 class Packer:
     """Fills one `Batch` first-fit. `add` says whether the item found a place."""
 
-    def __init__(self, rows: int, length: int, kept: tuple[int, int] | None = None):
-        self.batch = empty_batch(rows, length, kept)
+    def __init__(self, rows: int, length: int, replay: Replay = Replay()):
+        self.batch = empty_batch(rows, length, replay)
         self.length = length
         self._used = [0] * rows
         self._segments = [0] * rows
@@ -115,6 +138,8 @@ class Packer:
         prompt_segment = self._segments[row]
         self._write(row, start, item.prompt, 0, prompt_segment, prompt_segment)
         last = start + prompt - 1
+        if item.experts_NLA is not None and b.kept_LBTA is not None:
+            b.kept_LBTA[:, row, start : start + prompt] = item.experts_NLA.swapaxes(0, 1)
         if item.head_label is not None and prompt:
             slot = self._heads[row]
             b.head_places_BN[row, slot] = last
@@ -138,6 +163,9 @@ class Packer:
                 b.old_logprobs_BT[row, where] = answer.old_logprobs
             if answer.experts_NLA is not None and b.kept_LBTA is not None:
                 b.kept_LBTA[:, row, where] = answer.experts_NLA.swapaxes(0, 1)
+            if answer.allowed is not None and b.allowed_BTY is not None:
+                for place, ids in enumerate(answer.allowed, at):
+                    b.allowed_BTY[row, place, : len(ids or ())] = ids or ()
             at += size
         self._used[row] = at
 
@@ -180,16 +208,19 @@ def split_item(item: Item, length: int) -> list[Item]:
 
 
 def pack_all(
-    items: Sequence[Item], rows: int, length: int, kept: tuple[int, int] | None = None
+    items: Sequence[Item],
+    rows: int,
+    length: int,
+    replay: Replay = Replay(),
 ) -> list[Batch]:
     """As many batches as the items need, all of one shape, in the items' order."""
     batches: list[Batch] = []
-    packer = Packer(rows, length, kept)
+    packer = Packer(rows, length, replay)
     for item in items:
         for part in split_item(item, length):
             if not packer.add(part):
                 batches.append(packer.batch)
-                packer = Packer(rows, length, kept)
+                packer = Packer(rows, length, replay)
                 placed = packer.add(part)
                 assert placed, "an item that fits a row fits an empty batch"
     batches.append(packer.batch)

@@ -109,6 +109,7 @@ class Trunk:
             hidden_BTD,
             params["unembed"],
             jnp.asarray(batch.tokens_BT),
+            None if batch.allowed_BTY is None else jnp.asarray(batch.allowed_BTY),
             temperature=temperature,
             chunk=self.config.logprob_chunk,
         )
@@ -336,8 +337,12 @@ def put_batch(batch: packing.Batch, mesh: Mesh) -> packing.Batch:
 def _batch_shardings(batch: packing.Batch, mesh: Mesh) -> packing.Batch:
     rows = sharding.batch_sharding(mesh)
     kept = NamedSharding(mesh, PartitionSpec(None, *rows.spec))
-    where = packing.Batch(*(kept if name == "kept_LBTA" else rows for name in batch._fields))
-    return where._replace(kept_LBTA=None) if batch.kept_LBTA is None else where
+    return packing.Batch(
+        *(
+            None if array is None else kept if name == "kept_LBTA" else rows
+            for name, array in batch._asdict().items()
+        )
+    )
 
 
 def _state_shardings(boxed: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> Any:

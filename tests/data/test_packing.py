@@ -28,8 +28,8 @@ def document(size, prompt=0, first=50):
     return packing.Item(prompt=tuple(prompt_tokens), answers=(answer(size - prompt, first),))
 
 
-def packed(*items, rows=1, length=16, kept=None):
-    packer = packing.Packer(rows, length, kept)
+def packed(*items, rows=1, length=16, **replay):
+    packer = packing.Packer(rows, length, packing.Replay(**replay))
     placed = [packer.add(item) for item in items]
     assert all(placed)
     return packer.batch
@@ -105,13 +105,14 @@ def test_an_end_token_that_is_also_the_padding_token_stays_in_the_loss():
 def test_padding_predicts_itself_and_weighs_nothing():
     b = packing.empty_batch(2, 5)
     assert b.sources_BT.tolist() == [[0, 1, 2, 3, 4]] * 2
-    assert not any(getattr(b, n).any() for n in b._fields if n not in ("sources_BT", "kept_LBTA"))
+    no_padding = ("sources_BT", "kept_LBTA", "allowed_BTY")
+    assert not any(getattr(b, n).any() for n in b._fields if n not in no_padding)
 
 
 def test_the_rollouts_experts_stand_at_their_tokens_and_minus_one_elsewhere():
     experts_NLA = np.arange(2 * 3 * 2).reshape(2, 3, 2)
     routed = dataclasses.replace(FIRST, experts_NLA=experts_NLA)
-    b = packed(packing.Item(prompt=PROMPT, answers=(SECOND, routed)), length=9, kept=(3, 2))
+    b = packed(packing.Item(prompt=PROMPT, answers=(SECOND, routed)), length=9, routing=(3, 2))
     assert b.kept_LBTA.shape == (3, 1, 9, 2)
     np.testing.assert_array_equal(b.kept_LBTA[:, 0, 6:8], experts_NLA.swapaxes(0, 1))
     assert (b.kept_LBTA[:, 0, [0, 1, 2, 3, 4, 5, 8]] == -1).all()
