@@ -52,7 +52,7 @@ NAMES = (
     *("reward/format", "reward/honesty", "outcome/unparseable"),
     *("score", "lost_votes", "left_group"),
     *("tokens", "learning_rate", "head_loss", "router_peak_load", "expert_overflow"),
-    *("clipped", "dropped", "ratio"),
+    *("clipped", "dropped", "ratio", "importance"),
 )
 _WINDOW = 20  # steps over which the rate of tokens is taken
 _COMPILING = "/jax/core/compile/backend_compile_duration"

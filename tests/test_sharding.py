@@ -232,6 +232,7 @@ def drawn_batch():
 def loss_load_and_grads(experts, variables, batch):
     """A policy-gradient-like sum of both heads, the experts' load, and all gradients."""
     tokens_BT, layout, sources_BT, weights_BT = batch
+    positions_BT = layout.positions_BT
 
     def loss(params):
         out = transformer.apply(
@@ -244,8 +245,10 @@ def loss_load_and_grads(experts, variables, batch):
         )
         assert out.routing is not None
         hidden_BTD = jnp.take_along_axis(out.hidden_BTD, sources_BT[..., None], axis=1)
+        neighbours_BT3 = (tokens_BT[..., None] + jnp.arange(3)) % TINY.vocab_size
+        allowed_BT3 = jnp.where(positions_BT[..., None] % 2 == 0, neighbours_BT3, -1)
         found = heads.token_logprobs(
-            hidden_BTD, params["unembed"], tokens_BT, chunk=TINY.logprob_chunk
+            hidden_BTD, params["unembed"], tokens_BT, allowed_BT3, chunk=TINY.logprob_chunk
         )
         score_B3 = heads.score_logits(
             out.hidden_BTD[:, 3], params["verifier_head_kernel"], params["verifier_head_bias"]

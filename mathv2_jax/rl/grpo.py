@@ -24,7 +24,9 @@ class GrpoConfig:
     standard deviation (`mean_std`). `normalisation`: mean over a sequence's tokens, then over the
     group (`sequence`); over all tokens (`token`); or over `constant_length` (`constant`).
     `off_policy_delta`: sequences of negative advantage whose mean log(pi_old/pi) exceeds it leave
-    the clipped term; 0 turns it off.
+    the clipped term; 0 turns it off. `importance_cap`: the ratio is clipped against the trainer's
+    own log-probabilities before the update, and what the sampler's differ from these weighs the
+    token, at most so much; 0: the ratio is against the sampler's.
     """
 
     clip_low: float = 0.2
@@ -35,6 +37,7 @@ class GrpoConfig:
     normalisation: str = "sequence"
     constant_length: int = 1024
     off_policy_delta: float = 0.0
+    importance_cap: float = 0.0
 
     def __post_init__(self):
         if self.advantage not in ADVANTAGES:
@@ -48,7 +51,7 @@ class GrpoConfig:
                 f"grpo.clip_low = {self.clip_low}, grpo.clip_high = {self.clip_high}: the ratio is "
                 "kept in [1 - clip_low, 1 + clip_high]; clip_low lies in (0, 1), clip_high above 0"
             )
-        for name in ("kl_coefficient", "entropy_coefficient", "off_policy_delta"):
+        for name in ("kl_coefficient", "entropy_coefficient", "off_policy_delta", "importance_cap"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"grpo.{name} = {getattr(self, name)}: must not be negative")
         if self.constant_length < 1:
@@ -80,6 +83,24 @@ def token_weights(group_lengths: Sequence[Sequence[int]], config: GrpoConfig) ->
             ]
             weights.append([share / n for n in over])
     return weights
+
+
+class Anchors(NamedTuple):
+    """Log-probabilities that stay while the policy moves, of the same tokens.
+
+    Those of the reference, and `proximal_BT`, the policy's own before a rollout's first update;
+    either None where it is not needed, or is the policy that is differentiated.
+    """
+
+    reference_BT: Float[Array, "B T"] | None = None
+    proximal_BT: Float[Array, "B T"] | None = None
+
+
+def truncated_importance(
+    proximal: Float[Array, "..."], sampled: Float[Array, "..."], cap: float
+) -> Float[Array, "..."]:
+    """min(pi_trainer/pi_sampler, cap), both of before the update; it has no gradient."""
+    return jax.lax.stop_gradient(jnp.minimum(jnp.exp(proximal - sampled), cap))
 
 
 def unbiased_kl(
@@ -131,6 +152,7 @@ class GrpoAux(NamedTuple):
     clipped: Float[Array, ""]
     dropped: Float[Array, ""]
     ratio: Float[Array, ""]
+    importance: Float[Array, ""]
     weight: Float[Array, ""]
 
 
@@ -138,7 +160,7 @@ def grpo_loss(
     logprob_BT: Float[Array, "B T"],
     entropy_BT: Float[Array, "B T"],
     old_BT: Float[Array, "B T"],
-    reference_BT: Float[Array, "B T"],
+    anchors: Anchors,
     advantage_BT: Float[Array, "B T"],
     segments_BT: Int[Array, "B T"],
     weight_BT: Float[Array, "B T"],
@@ -146,18 +168,28 @@ def grpo_loss(
 ) -> tuple[Float[Array, ""], GrpoAux]:
     """- gain + kl_coefficient KL - entropy_coefficient entropy, each a weighted sum over tokens.
 
-    Tokens of weight 0 are replaced before exp, so that nothing they hold can reach the loss.
+    `old_BT` are the sampler's log-probabilities. Tokens of weight 0 are replaced before exp, so
+    that nothing they hold can reach the loss.
     """
     real_BT = weight_BT > 0
-    logprob_BT = jnp.where(real_BT, logprob_BT, 0.0)
-    old_BT = jnp.where(real_BT, old_BT, 0.0)
-    reference_BT = jnp.where(real_BT, reference_BT, 0.0)
+
+    def real(x_BT: jax.Array | None) -> jax.Array:
+        """The policy's own where there is no other."""
+        x_BT = jax.lax.stop_gradient(logprob_BT) if x_BT is None else x_BT
+        return jnp.where(real_BT, x_BT, 0.0)
+
+    reference_BT, proximal_BT = map(real, anchors)
+    logprob_BT, sampled_BT = real(logprob_BT), real(old_BT)
     advantage_BT = jnp.where(real_BT, advantage_BT, 0.0)
+    old_BT, trust_BT = sampled_BT, jnp.ones_like(weight_BT)
+    if config.importance_cap:
+        old_BT = proximal_BT
+        trust_BT = truncated_importance(proximal_BT, sampled_BT, config.importance_cap)
     keep_BT = jnp.ones_like(weight_BT)
     if config.off_policy_delta:
         keep_BT = on_policy_mask(
             logprob_BT,
-            old_BT,
+            sampled_BT,
             advantage_BT,
             segments_BT,
             real_BT.astype(weight_BT.dtype),
@@ -165,8 +197,9 @@ def grpo_loss(
         )
     ratio_BT = jnp.exp(logprob_BT - old_BT)
     outside_BT = (ratio_BT < 1.0 - config.clip_low) | (ratio_BT > 1.0 + config.clip_high)
-    gain = jnp.sum(weight_BT * keep_BT * clipped_gain(logprob_BT, old_BT, advantage_BT, config))
-    kl = jnp.sum(weight_BT * unbiased_kl(logprob_BT, old_BT, reference_BT))
+    trusted_BT = weight_BT * trust_BT
+    gain = jnp.sum(trusted_BT * keep_BT * clipped_gain(logprob_BT, old_BT, advantage_BT, config))
+    kl = jnp.sum(trusted_BT * unbiased_kl(logprob_BT, old_BT, reference_BT))
     entropy = jnp.sum(weight_BT * jnp.where(real_BT, entropy_BT, 0.0))
     loss = -gain + config.kl_coefficient * kl - config.entropy_coefficient * entropy
     aux = GrpoAux(
@@ -176,6 +209,7 @@ def grpo_loss(
         clipped=jnp.sum(jnp.where(outside_BT, weight_BT, 0.0)),
         dropped=jnp.sum(weight_BT * (1.0 - keep_BT)),
         ratio=jnp.sum(weight_BT * ratio_BT),
+        importance=jnp.sum(trusted_BT),
         weight=jnp.sum(weight_BT),
     )
     return loss, aux

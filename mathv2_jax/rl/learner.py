@@ -51,9 +51,10 @@ class LossAux(NamedTuple):
     auxiliary: auxiliary_lib.AuxiliaryLosses | None = None
 
 
-# (params, variables, batch, reference, number of real tokens in the step or None where unused)
+# (params, variables, batch, anchors, number of real tokens in the step or None where unused)
 Loss = Callable[
-    [Any, transformer.Variables, packing.Batch, Any, jax.Array | None], tuple[jax.Array, LossAux]
+    [Any, transformer.Variables, packing.Batch, grpo.Anchors | None, jax.Array | None],
+    tuple[jax.Array, LossAux],
 ]
 
 
@@ -193,7 +194,7 @@ def policy_gradient(
     params: Any,
     variables: transformer.Variables,
     batch: packing.Batch,
-    reference_BT: Any,
+    anchors: grpo.Anchors | None,
     tokens: jax.Array | None = None,
 ) -> tuple[jax.Array, LossAux]:
     """GRPO on the answers plus the verifier head's cross-entropy (no gradient into the trunk).
@@ -206,7 +207,7 @@ def policy_gradient(
         found.logprob_BT,
         found.entropy_BT,
         jnp.asarray(batch.old_logprobs_BT),
-        jax.lax.stop_gradient(found.logprob_BT) if reference_BT is None else reference_BT,
+        anchors or grpo.Anchors(),
         jnp.asarray(batch.advantages_BT),
         jnp.asarray(batch.segments_BT),
         jnp.asarray(batch.weights_BT),
@@ -243,8 +244,8 @@ class Learner:
 
         only_indexer = trunk.auxiliary.only_indexer
 
-        def gradients(variables: Any, batch: Any, reference: Any, tokens: Any) -> Any:
-            (_, aux), grads = gradient(variables["params"], variables, batch, reference, tokens)
+        def gradients(variables: Any, batch: Any, anchors: Any, tokens: Any) -> Any:
+            (_, aux), grads = gradient(variables["params"], variables, batch, anchors, tokens)
             return _of_indexers(grads) if only_indexer else grads, aux
 
         def logprobs(variables: Any, batch: Any) -> jax.Array:
@@ -311,7 +312,7 @@ class Learner:
         self,
         state: TrainState,
         batches: Sequence[packing.Batch],
-        references: Sequence[jax.Array | None],
+        anchors: Sequence[grpo.Anchors | None],
         learning_rate: float,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """One update on micro-batches (already `put`). Metrics stay on the device.
@@ -322,8 +323,8 @@ class Learner:
         with sharding.computing(self.mesh):
             if self._counts_tokens:
                 tokens = functools.reduce(self._add, map(self._count, batches))
-            for batch, reference in zip(batches, references, strict=True):
-                found = self._gradients(state.variables, batch, reference, tokens)
+            for batch, fixed in zip(batches, anchors, strict=True):
+                found = self._gradients(state.variables, batch, fixed, tokens)
                 total = found if total is None else self._add(total, found)
             rate = sharding.put(np.float32(learning_rate), sharding.replicated(self.mesh))
             return self._update(state, total, rate)
@@ -429,5 +430,6 @@ def _guarded_update(
             "clipped": aux.policy.clipped / scale,
             "dropped": aux.policy.dropped / scale,
             "ratio": aux.policy.ratio / scale,
+            "importance": aux.policy.importance / scale,
         }
     return kept.replace(step=state.step + 1), metrics

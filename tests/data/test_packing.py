@@ -109,6 +109,23 @@ def test_padding_predicts_itself_and_weighs_nothing():
     assert not any(getattr(b, n).any() for n in b._fields if n not in no_padding)
 
 
+def test_the_prompts_experts_stand_at_its_tokens():
+    experts_NLA = np.arange(len(PROMPT) * 3 * 2).reshape(len(PROMPT), 3, 2)
+    item = packing.Item(prompt=PROMPT, answers=(FIRST,), experts_NLA=experts_NLA)
+    b = packed(item, length=9, routing=(3, 2))
+    found = b.kept_LBTA[:, 0, : len(PROMPT)]
+    np.testing.assert_array_equal(found, experts_NLA.swapaxes(0, 1))
+    assert (b.kept_LBTA[:, 0, len(PROMPT) :] == -1).all()
+
+
+def test_the_ids_that_could_be_drawn_stand_at_their_tokens():
+    bound = dataclasses.replace(FIRST, allowed=[(3, 5), None])
+    b = packed(packing.Item(prompt=PROMPT, answers=(SECOND, bound)), length=9, allowed=3)
+    at = len(PROMPT) + len(SECOND.tokens)
+    assert b.allowed_BTY[0, at].tolist() == [3, 5, -1]
+    assert (np.delete(b.allowed_BTY[0], at, axis=0) == -1).all()
+
+
 def test_the_rollouts_experts_stand_at_their_tokens_and_minus_one_elsewhere():
     experts_NLA = np.arange(2 * 3 * 2).reshape(2, 3, 2)
     routed = dataclasses.replace(FIRST, experts_NLA=experts_NLA)

@@ -123,3 +123,44 @@ def test_verifier_head_is_affine_in_float32_and_leaves_the_trunk_alone():
     error_P3 -= np.eye(3)[np.asarray(labels_P)]
     np.testing.assert_allclose(into_kernel, hidden.T @ error_P3, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(into_bias, error_P3.sum(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7])
+def test_among_allowed_ids_the_softmax_is_over_these_alone(inputs, chunk):
+    """Of one id, of three, of all by name, and without bounds; the gradient too."""
+    hidden_BTD, unembed_DV, targets_BT = inputs
+    rng = np.random.default_rng(5)
+    allowed_BTY = np.full((BATCH, LENGTH, VOCAB), -1)
+    may_BTV = np.ones((BATCH, LENGTH, VOCAB), bool)
+    for row, time in np.ndindex(BATCH, LENGTH):
+        size = (1, 3, VOCAB, 0)[(row * LENGTH + time) % 4]
+        if not size:
+            continue
+        target = int(targets_BT[row, time])
+        others = [v for v in rng.permutation(VOCAB).tolist() if v != target]
+        ids = sorted([target, *others[: size - 1]])
+        allowed_BTY[row, time, :size] = ids
+        may_BTV[row, time] = np.isin(np.arange(VOCAB), ids)
+    weight_BT, mix_BT = draw(3, BATCH, LENGTH), draw(4, BATCH, LENGTH)
+
+    def total(found):
+        return jnp.sum(weight_BT * found[0] + mix_BT * found[1])
+
+    def chunked(hidden_BTD, unembed_DV):
+        allowed = jnp.asarray(allowed_BTY)
+        return total(heads.token_logprobs(hidden_BTD, unembed_DV, targets_BT, allowed, chunk=chunk))
+
+    def whole(hidden_BTD, unembed_DV):
+        logits_BTV = jnp.where(may_BTV, heads.logits(hidden_BTD, unembed_DV), -jnp.inf)
+        logp_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
+        picked_BT = jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)[..., 0]
+        safe_BTV = jnp.where(may_BTV, logp_BTV, 0.0)
+        return total(
+            (picked_BT, -jnp.sum(jnp.where(may_BTV, jnp.exp(safe_BTV), 0.0) * safe_BTV, -1))
+        )
+
+    got, got_grads = jax.value_and_grad(chunked, argnums=(0, 1))(hidden_BTD, unembed_DV)
+    expected, grads = jax.value_and_grad(whole, argnums=(0, 1))(hidden_BTD, unembed_DV)
+    assert float(got) == pytest.approx(float(expected), abs=1e-5)
+    for one, other in zip(got_grads, grads, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5)

@@ -22,10 +22,16 @@ def arrays(rows, length, **given):
     return made | floats
 
 
+def loss_of(made, config):
+    beside = {name: x for name, x in made.items() if name not in ("reference_BT", "proximal_BT")}
+    anchors = grpo.Anchors(made["reference_BT"], made.get("proximal_BT"))
+    return grpo.grpo_loss(**beside, anchors=anchors, config=config)
+
+
 @functools.partial(jax.jit, static_argnames=("config", "wrt"))
 def differentiated(config, made, wrt):
     def loss(x_BT):
-        return grpo.grpo_loss(**(made | {wrt: x_BT}), config=config)
+        return loss_of(made | {wrt: x_BT}, config)
 
     return jax.value_and_grad(loss, has_aux=True)(made[wrt])
 
@@ -48,6 +54,7 @@ def random_batch(rows=4, length=6, seed=0):
         logprob_BT=draw.normal(-1.0, 0.3, shape),
         old_BT=draw.normal(-1.0, 0.3, shape),
         reference_BT=draw.normal(-1.0, 0.3, shape),
+        proximal_BT=draw.normal(-1.0, 0.3, shape),
         entropy_BT=draw.uniform(0.0, 1.0, shape),
         advantage_BT=np.repeat(draw.normal(size=(rows, 2)), length // 2, axis=1),
         segments_BT=np.repeat([[1, 2]] * rows, length // 2, axis=1),
@@ -126,7 +133,7 @@ def test_on_policy_the_gradient_is_the_advantage_times_the_score_by_sequence_the
     def loss(logits_V):
         logprob_BT = jax.nn.log_softmax(logits_V)[tokens_BT]
         own = dict(logprob_BT=logprob_BT, old_BT=jax.lax.stop_gradient(logprob_BT))
-        return grpo.grpo_loss(**(made | own), config=PLAIN)[0]
+        return loss_of(made | own, PLAIN)[0]
 
     np.testing.assert_allclose(jax.grad(loss)(logits_V), expected_V, atol=1e-6)
 
@@ -294,14 +301,75 @@ def test_context_tokens_do_not_count_in_a_sequences_drift():
     np.testing.assert_array_equal(loss_and_gradient(config, made)[1], np.zeros((1, 4)))
 
 
+# A sampler that is not the trainer.
+
+
+def mismatched(**given):
+    """One row of two tokens, the policy as it was before the update."""
+    before_BT = np.array([[-1.0, -2.0]])
+    found = dict(logprob_BT=before_BT, proximal_BT=before_BT, advantage_BT=np.ones((1, 2)))
+    return arrays(1, 2, **(found | given))
+
+
+def test_a_token_that_the_sampler_drew_too_often_weighs_less_and_one_too_rarely_up_to_the_cap():
+    """pi_trainer/pi_sampler is 0.5 and 8, the cap 2: that times the slope of the plain loss."""
+    sampled_BT = np.array([[-1.0 + np.log(2.0), -2.0 - np.log(8.0)]])
+    config = grpo.GrpoConfig(kl_coefficient=0.0, importance_cap=2.0)
+    loss, gradient_BT = loss_and_gradient(config, mismatched(old_BT=sampled_BT))
+    np.testing.assert_allclose(gradient_BT, [[-0.5, -2.0]], rtol=1e-6)
+    assert float(loss) == pytest.approx(-2.5)
+    found = figures(config, mismatched(old_BT=sampled_BT))
+    assert float(found.importance) == pytest.approx(2.5)
+    assert float(found.ratio) == 2.0 and float(found.clipped) == 0.0
+
+
+def test_the_clipped_ratio_is_against_the_trainers_own_policy_before_the_update():
+    """The policy moved by a factor of 1.5, beyond 1.28: no gradient, whatever the sampler did."""
+    moved = mismatched(
+        logprob_BT=np.array([[-1.0 + np.log(1.5), -2.0]]), old_BT=np.array([[-9.0, -2.0]])
+    )
+    config = grpo.GrpoConfig(kl_coefficient=0.0, importance_cap=4.0)
+    _, gradient_BT = loss_and_gradient(config, moved)
+    np.testing.assert_allclose(gradient_BT, [[0.0, -1.0]], rtol=1e-6)
+
+
+def test_the_importance_weighs_the_kl_too():
+    sampled_BT = np.array([[-1.0 - np.log(1.5), -2.0]])
+    made = mismatched(
+        old_BT=sampled_BT, advantage_BT=np.zeros((1, 2)), reference_BT=np.array([[-1.5, -2.0]])
+    )
+    config = grpo.GrpoConfig(kl_coefficient=1.0, importance_cap=9.0)
+    assert float(loss_and_gradient(config, made)[0]) == pytest.approx(1.5 * (np.exp(-0.5) - 0.5))
+
+
+def test_without_a_first_policy_of_its_own_the_one_that_is_differentiated_is_it():
+    sampled_BT = np.array([[-1.0 + np.log(2.0), -2.0]])
+    made = mismatched(old_BT=sampled_BT)
+    config = grpo.GrpoConfig(kl_coefficient=0.0, importance_cap=2.0)
+    expected, expected_BT = loss_and_gradient(config, made)
+    made.pop("proximal_BT")
+    loss, gradient_BT = loss_and_gradient(config, made)
+    assert float(loss) == float(expected)
+    np.testing.assert_array_equal(gradient_BT, expected_BT)
+
+
+def test_without_a_cap_the_ratio_is_against_the_sampler():
+    sampled_BT = np.array([[-1.0 + np.log(2.0), -2.0]])
+    _, gradient_BT = loss_and_gradient(PLAIN, mismatched(old_BT=sampled_BT))
+    np.testing.assert_allclose(gradient_BT, [[-0.5, -1.0]], rtol=1e-6)
+
+
 # Masks and cuts.
 
-EVERYTHING = grpo.GrpoConfig(entropy_coefficient=0.1, kl_coefficient=0.5, off_policy_delta=0.2)
+EVERYTHING = grpo.GrpoConfig(
+    entropy_coefficient=0.1, kl_coefficient=0.5, off_policy_delta=0.2, importance_cap=1.1
+)
 
 
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize(
-    "name", ["logprob_BT", "entropy_BT", "old_BT", "reference_BT", "advantage_BT"]
+    "name",
+    ["logprob_BT", "entropy_BT", "old_BT", "reference_BT", "proximal_BT", "advantage_BT"],
 )
 def test_what_a_masked_token_holds_never_reaches_loss_or_gradient(name, value):
     made = random_batch()

@@ -68,7 +68,8 @@ class Setting(NamedTuple):
         put = [self.learner.put(b) for b in (batches or [self.batch])]
         where = sharding.batch_sharding(self.learner.mesh)
         reference_BT = jax.device_put(self.reference_BT, where)
-        return self.learner.step(state, put, [reference_BT] * len(put), rate)
+        anchors = grpo.Anchors(reference_BT)
+        return self.learner.step(state, put, [anchors] * len(put), rate)
 
     def step_on_host(self, batches=None, **settings):
         return on_host(*self.step(batches, **settings))
@@ -227,7 +228,7 @@ def test_the_loss_is_that_of_grpo_on_the_batchs_log_probabilities(single, steppe
         jnp.asarray(found.logprob_BT),
         jnp.asarray(found.entropy_BT),
         jnp.asarray(batch.old_logprobs_BT),
-        jnp.asarray(single.reference_BT),
+        grpo.Anchors(jnp.asarray(single.reference_BT)),
         jnp.asarray(batch.advantages_BT),
         jnp.asarray(batch.segments_BT),
         jnp.asarray(batch.weights_BT),

@@ -14,7 +14,7 @@ from mathv2_jax import records, roles, sharding
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import overrides, train
 from mathv2_jax.data import packing
-from mathv2_jax.rl import optimizer
+from mathv2_jax.rl import grpo, optimizer
 from mathv2_jax.stages import groups, rl, scoring, sft
 from mathv2_jax.stages import tasks as tasks_lib
 from tests import smoke
@@ -134,6 +134,6 @@ def test_reinforcement_learning(runs, learners, name):
         state = learner.start(run.variables(stage.init))
         put = learner.put(batch)
         reference_BT = learner.logprobs(state.variables, put)
-        found.append(learner.step(state, [put], [reference_BT], 1e-3)[1])
+        found.append(learner.step(state, [put], [grpo.Anchors(reference_BT)], 1e-3)[1])
     terms = float(np.sum(batch.weights_BT * np.abs(batch.advantages_BT)))
     require_equal(*({key: float(x) for key, x in m.items()} for m in found), terms)
