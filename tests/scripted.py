@@ -47,10 +47,13 @@ class Listening(engine.Engine):
         self.asked: list[str] = []
 
     def generate(
-        self, requests: Sequence[records.Request], on_answer: engine.OnAnswer | None = None
+        self,
+        requests: Sequence[records.Request],
+        on_answer: engine.OnAnswer | None = None,
+        **asked: Any,
     ) -> list[list[records.Response]]:
         self.asked += [self.tokenizer.decode(request.prompt) for request in requests]
-        return super().generate(requests, on_answer)
+        return super().generate(requests, on_answer, **asked)
 
 
 def shown(role: roles.Role, **fields: str) -> str:

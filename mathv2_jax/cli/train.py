@@ -32,7 +32,7 @@ from mathv2_jax.cli import start as start_lib
 from mathv2_jax.cli import workdir as workdir_lib
 from mathv2_jax.model import transformer
 from mathv2_jax.rl import learner
-from mathv2_jax.stages import iterate, probe, steps
+from mathv2_jax.stages import gate, iterate, probe, steps
 from mathv2_jax.stages import run as run_lib
 from mathv2_jax.world import judge as world_judge
 
@@ -89,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
     except run_lib.Preempted:
         logging.warning("preempted; the same command goes on from here")
         return shell.PREEMPTED
-    except (steps.NotFiniteError, probe.DriftError) as error:
+    except (steps.NotFiniteError, probe.DriftError, gate.GateError) as error:
         print("\n".join([f"mathv2-train: {error}", *_notes(error)]), file=sys.stderr)
         return shell.FAILED
     except (ValueError, FileNotFoundError, flags.Error) as error:
@@ -181,7 +181,7 @@ def _run_stages(run: run_lib.Run, stages: Sequence[iterate.Stage]) -> dict[str, 
     """Every stage's figures; an error that a setting may mend says which, and how."""
     try:
         return iterate.run_all(run, stages)
-    except (steps.NotFiniteError, probe.DriftError) as error:
+    except (steps.NotFiniteError, probe.DriftError, gate.GateError) as error:
         stage = next(s for s in stages if not workdir_lib.is_done(run.workdir, s.name))
         error.add_note(ways_out(stage, stages))
         raise

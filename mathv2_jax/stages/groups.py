@@ -46,11 +46,39 @@ class Tally(NamedTuple):
     number: int
 
 
+class Drawn(NamedTuple):
+    """What is trained on of an answer: its tokens, their log-probabilities as the trainer is to
+    meet them, and, where they are replayed, where its tokens were sent and what could be drawn.
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    experts: records.Ints | None = None
+    kept: tuple[tuple[int, ...] | None, ...] | None = None
+
+    @classmethod
+    def of(cls, response: records.Response) -> "Drawn":
+        """That of a response; without what was kept of a token, the policy's own counts for it."""
+        logprobs, kept = response.logprobs, response.kept
+        if kept is not None:
+            both = zip(logprobs, response.policy_logprobs, kept, strict=True)
+            logprobs = tuple(policy if ids is None else own for own, policy, ids in both)
+        return cls(response.token_ids, logprobs, response.experts, kept)
+
+    @property
+    def routing_NLA(self) -> np.ndarray | None:
+        """The experts of its own tokens, -1 for the last, which was never fed."""
+        if self.experts is None:
+            return None
+        sent_NLA = self.experts.array()
+        return np.concatenate([sent_NLA[1:], np.full_like(sent_NLA[:1], -1)])
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Summary:
     """What every process needs of a group, whichever answered it: what is trained on, and figures.
 
-    `answers` are the tokens and log-probabilities of those kept, none where there is no signal.
+    `answers` are those kept, aligned with `advantages`.
     """
 
     prompt: tuple[int, ...]
@@ -58,22 +86,23 @@ class Summary:
     has_signal: bool
     head_label: float | None
     advantages: tuple[float, ...]
-    answers: tuple[tuple[tuple[int, ...], tuple[float, ...]], ...]
+    answers: tuple["Drawn", ...]
     tallies: Mapping[str, Tally]
+    prompt_experts: records.Ints | None = None
 
 
 def summarise(group: Group) -> Summary:
     """The group's part in its step."""
     responses = [group.answered[i].opinion.response for i in group.kept]
-    signal = group.has_signal
     return Summary(
         prompt=group.task.prompt,
         auto=group.task.auto,
-        has_signal=signal,
+        has_signal=group.has_signal,
         head_label=group.head_label,
-        advantages=tuple(float(a) for a in group.advantages) if signal else (),
-        answers=tuple((r.token_ids, r.logprobs) for r in responses) if signal else (),
+        advantages=tuple(float(a) for a in group.advantages),
+        answers=tuple(Drawn.of(r) for r in responses),
         tallies=_tallies(group),
+        prompt_experts=next((r.prompt_experts for r in responses if r.prompt_experts), None),
     )
 
 
@@ -223,6 +252,7 @@ def _tallies(group: Group) -> dict[str, Tally]:
         "zero_signal": [float(not group.has_signal)],
         "lost_votes": [float(o.outcome is not records.Outcome.PARSED) for o in judged],
         "left_group": [float(s.components is None) for s in group.scored],
+        "kept_unknown": [float(ids is None) for o in opinions for ids in o.response.kept or ()],
     }
     for kind in records.Outcome:
         values[f"outcome/{kind.value}"] = [float(o.outcome is kind) for o in opinions]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from mathv2_jax import metrics, processes, roles, storage
-from mathv2_jax.stages import answer, autolabel, experts, probe, rejection, rl, sft
+from mathv2_jax.stages import answer, autolabel, experts, probe, rejection, rl, rl_config, sft
 from mathv2_jax.stages import run as run_lib
 
 Stage = (
@@ -52,7 +52,7 @@ _NEEDED = {
     "predecessor": PROBED,
 }
 # Before any stage.
-_GIVEN = {run_lib.FRESH: VARIABLES, rl.INPUT_PROOFS: LABELLED, probe.NONE: PROBED}
+_GIVEN = {run_lib.FRESH: VARIABLES, rl_config.INPUT_PROOFS: LABELLED, probe.NONE: PROBED}
 
 
 def leaves(stage: Stage) -> set[str]:

@@ -3,118 +3,26 @@
 import contextlib
 import dataclasses
 import functools
-import math
+import itertools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
-import jax
 from absl import logging
 
 from mathv2_jax import records, roles
-from mathv2_jax import reward as reward_lib
-from mathv2_jax.data import packing, sources
-from mathv2_jax.rl import auxiliary as auxiliary_lib
-from mathv2_jax.rl import grpo as grpo_lib
+from mathv2_jax.data import sources
 from mathv2_jax.rl import learner as learner_lib
 from mathv2_jax.rl import optimizer as optimizer_lib
 from mathv2_jax.rl import placement
+from mathv2_jax.stages import gate, rl_config, scoring, steps, updates
 from mathv2_jax.stages import groups as groups_lib
 from mathv2_jax.stages import run as run_lib
-from mathv2_jax.stages import scoring, steps
 from mathv2_jax.stages import tasks as tasks_lib
+from mathv2_jax.stages.rl_config import RlConfig, RlStage
 
-INPUT_PROOFS = "proofs"  # the input file of D_v
-LENGTH_REWARDS = ("zero", "mask")
-OF_ANSWERS = ("kl", "entropy", "clipped", "dropped", "ratio")  # means over answers with a signal
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RlConfig:
-    """A step: `groups` prompts, `samples` responses each, one update on rows of `row_length`.
-
-    Groups without signal (all rewards equal) are counted and refilled in stream order in at most
-    `max_refills` rounds; then the step trains on what there is. `on_length`: a response cut at
-    its own limit earns 0 (`zero`) or leaves its group (`mask`). `head_weight` and
-    `head_auto_weight` weigh human and automatic labels in the verifier head's loss, `auxiliary` the
-    losses of experts, indexers and further predictions.
-    """
-
-    steps: int
-    groups: int = 16
-    samples: int = 8
-    rows: int = 16
-    row_length: int = 384
-    max_refills: int = 0
-    on_length: str = "zero"
-    optimizer: optimizer_lib.OptimizerConfig
-    grpo: grpo_lib.GrpoConfig = dataclasses.field(default_factory=grpo_lib.GrpoConfig)
-    judge: scoring.JudgeConfig = dataclasses.field(default_factory=scoring.JudgeConfig)
-    weights: reward_lib.GeneratorWeights = dataclasses.field(
-        default_factory=reward_lib.GeneratorWeights
-    )
-    head_weight: float = 1.0
-    head_auto_weight: float = 0.5
-    auxiliary: auxiliary_lib.AuxiliaryConfig = auxiliary_lib.AuxiliaryConfig()
-
-    def __post_init__(self):
-        for name in ("steps", "groups", "rows", "row_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"rl.{name} = {getattr(self, name)}: must be at least 1")
-        if self.samples < 2:
-            raise ValueError(f"rl.samples = {self.samples}: a group needs at least 2")
-        if self.max_refills < 0:
-            raise ValueError(f"rl.max_refills = {self.max_refills}: must not be negative")
-        if self.on_length not in LENGTH_REWARDS:
-            raise ValueError(f"rl.on_length = {self.on_length!r}: must be one of {LENGTH_REWARDS}")
-        for name in ("head_weight", "head_auto_weight"):
-            if not 0.0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"rl.{name} = {getattr(self, name)}: must not be negative")
-        if self.auxiliary.indexer and self.auxiliary.indexer_stage == "dense":
-            raise ValueError(
-                "rl.auxiliary.indexer_stage = 'dense': the sampler's attention is sparse, and the "
-                "trainer's must be too; warm up in a supervised stage"
-            )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RlStage:
-    """One RL stage. `mixture` weighs the roles that the policy trains in.
-
-    `judge` names the stage whose variables judge: with verifier tasks it turns R_meta on, with
-    generator tasks it is the frozen verifier. `proofs` names what D_v is made of: the input file
-    and any auto-labelling stages; `fresh_share` is the weight of the latter in it. Those that hold
-    no labelled proof leave their weight to the others.
-    """
-
-    name: str
-    init: str
-    mixture: Mapping[str, float]
-    judge: str | None = None
-    proofs: tuple[str, ...] = (INPUT_PROOFS,)
-    fresh_share: float = 0.5
-    rl: RlConfig
-
-    def __post_init__(self):
-        unknown = sorted(set(self.mixture) - set(roles.NAMES))
-        if unknown or not self.mixture:
-            raise ValueError(
-                f"stage {self.name}: mixture {dict(self.mixture)} must weigh some of {roles.NAMES}"
-            )
-        weights = self.mixture.values()
-        if not all(0.0 <= w < math.inf for w in weights) or not any(weights):
-            raise ValueError(
-                f"stage {self.name}: mixture {dict(self.mixture)}: a weight must not be negative, "
-                "and one must be positive"
-            )
-        if not 0.0 <= self.fresh_share <= 1.0:
-            raise ValueError(
-                f"stage {self.name}: fresh_share = {self.fresh_share} must lie in 0..1"
-            )
-        if roles.GENERATOR in self.mixture and self.judge is None:
-            raise ValueError(f"stage {self.name}: a generator needs a judge, name its stage")
-        if roles.GENERATOR in self.mixture and len(self.mixture) > 1:
-            raise ValueError(f"stage {self.name}: a generator trains alone, against a frozen judge")
+# Means over answers with a signal.
+OF_ANSWERS = ("kl", "entropy", "clipped", "dropped", "ratio", "importance")
 
 
 def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
@@ -137,18 +45,19 @@ def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
                 run.policy.load(loop.state.variables, f"{stage.name}@{step}")
                 found = collect(run, stage, stream, scores, step, position)
                 run.policy.unload()
-            packed = pack(config, found.summaries)
-            batches = [learner.put(b) for b in packed]
-            references = logprobs_of(reference, learner, batches)
+            if config.gate != 0.0 and step == loop.first_step:
+                gate.check(run, stage, learner, loop.state.variables, found.summaries)
+            packed = updates.pack_updates(run, config, found.summaries)
             rate = optimizer_lib.learning_rate(config.optimizer, step, config.steps)
-            state, measured = learner.step(loop.state, batches, references, rate)
+            state, measured = updates.update(config, learner, loop.state, reference, packed, rate)
             empty = () if any(s.has_signal for s in found.summaries) else OF_ANSWERS
             measured = {name: x for name, x in measured.items() if name not in empty}
             written = groups_lib.to_samples(stage.name, step, found.groups)
             scalars = groups_lib.measure(found.summaries)
             alarms.check(step + 1, scalars)
             position = found.position
-            loop.advance(state, measured, packed, {"next": position}, scalars, written)
+            batches = list(itertools.chain(*packed))
+            loop.advance(state, measured, batches, {"next": position}, scalars, written)
             del state  # the loop's, to give away and to move
         return loop.finish()
 
@@ -167,10 +76,10 @@ def require_trainable(stage: RlStage, sampling: Mapping[str, roles.Sampling]) ->
             f"{temperatures}; a policy trains at one positive temperature"
         )
     truncated = {name: s.top_p for name, s in settings.items() if s.top_p < 1.0}
-    if truncated:
+    if truncated and not stage.rl.keep_sampling_mask:
         raise ValueError(
             f"stage {stage.name} trains roles with top_p = {truncated}: training needs roles.NAME."
-            "top_p = 1, since the trainer does not replay truncated distributions"
+            "top_p = 1, or rl.keep_sampling_mask = True, which replays what could be drawn"
         )
     return temperatures[0]
 
@@ -208,18 +117,6 @@ def make_reference(run: run_lib.Run, stage: RlStage) -> placement.ParameterSet |
     return placement.ParameterSet(
         lambda: run.variables(stage.init), run.runtime.placement.reference
     )
-
-
-def logprobs_of(
-    reference: placement.ParameterSet | None,
-    learner: learner_lib.Learner,
-    batches: Sequence[packing.Batch],
-) -> list[jax.Array | None]:
-    """The reference's log-probabilities of each batch, which are put; it is not needed after."""
-    if reference is None:
-        return [None] * len(batches)
-    with reference.in_use() as initial:
-        return [learner.logprobs(initial, batch) for batch in batches]
 
 
 @contextlib.contextmanager
@@ -277,7 +174,7 @@ def _labelled_proofs(run: run_lib.Run, stage: RlStage) -> dict[str, list[records
     for source in stage.proofs:
         proofs = (
             run.input(source, records.Proof)
-            if source == INPUT_PROOFS
+            if source == rl_config.INPUT_PROOFS
             else run.stage_records(source, records.Proof)
         )
         found[source] = [p for p in proofs if p.label is not None]
@@ -288,10 +185,10 @@ def _labelled_proofs(run: run_lib.Run, stage: RlStage) -> dict[str, list[records
 
 def _proof_shares(stage: RlStage, sources_left: Collection[str]) -> dict[str, float]:
     """The sources' weights, which sum to 1, or to 0 where only weightless ones are left."""
-    fresh = [p for p in sources_left if p != INPUT_PROOFS]
+    fresh = [p for p in sources_left if p != rl_config.INPUT_PROOFS]
     shares = {p: stage.fresh_share / len(fresh) for p in fresh}
-    if INPUT_PROOFS in sources_left:
-        shares[INPUT_PROOFS] = 1.0 - stage.fresh_share if fresh else 1.0
+    if rl_config.INPUT_PROOFS in sources_left:
+        shares[rl_config.INPUT_PROOFS] = 1.0 - stage.fresh_share if fresh else 1.0
     total = sum(shares.values())
     return {p: share / total if total else 0.0 for p, share in shares.items()}
 
@@ -364,7 +261,9 @@ def _answer(
         )
         for at, task in asked.items()
     ]
-    responses = run.policy.engines[replica].generate(requests)
+    responses = run.policy.engines[replica].generate(
+        requests, experts=config.keep_routing, kept=config.keep_sampling_mask
+    )
     flat = [
         scoring.Answered(task, roles.understand(task.role, response))
         for task, found in zip(asked.values(), responses, strict=True)
@@ -375,37 +274,6 @@ def _answer(
         groups_lib.make_group(flat[begin:end], scored[begin:end], config.grpo.advantage)
         for begin, end in ((at, at + config.samples) for at in range(0, len(flat), config.samples))
     ]
-
-
-def pack(config: RlConfig, groups: Sequence[groups_lib.Summary]) -> list[packing.Batch]:
-    """Groups with signal as rows; every verifier task also gives the head its target."""
-    lengths = [[len(tokens) for tokens, _ in g.answers] for g in groups]
-    weights = grpo_lib.token_weights(lengths, config.grpo)
-    labelled = [g for g in groups if g.head_label is not None]
-    items = []
-    for group, token_weights in zip(groups, weights, strict=True):
-        answers = [
-            packing.Answer(
-                tokens=tokens,
-                weights=[weight] * len(tokens),
-                old_logprobs=logprobs,
-                advantage=advantage,
-            )
-            for (tokens, logprobs), weight, advantage in zip(
-                group.answers, token_weights, group.advantages, strict=True
-            )
-        ]
-        trust = config.head_auto_weight if group.auto else config.head_weight
-        if answers or group.head_label is not None:
-            items.append(
-                packing.Item(
-                    prompt=group.prompt,
-                    answers=tuple(answers),
-                    head_label=group.head_label,
-                    head_weight=trust / max(len(labelled), 1),
-                )
-            )
-    return packing.pack_all(items, config.rows, config.row_length)
 
 
 def _make_learner(run: run_lib.Run, config: RlConfig, temperature: float) -> learner_lib.Learner:

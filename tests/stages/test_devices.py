@@ -15,7 +15,7 @@ from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import overrides, train
 from mathv2_jax.data import packing
 from mathv2_jax.rl import grpo, optimizer
-from mathv2_jax.stages import groups, rl, scoring, sft
+from mathv2_jax.stages import groups, rl, scoring, sft, updates
 from mathv2_jax.stages import tasks as tasks_lib
 from tests import smoke
 
@@ -84,7 +84,7 @@ def rollouts(run, stage):
         )
         for samples in by_group.values()
     ]
-    batch, *_ = rl.pack(stage.rl, [groups.summarise(g) for g in found if g.has_signal])
+    batch, *_ = updates.pack(stage.rl, [groups.summarise(g) for g in found if g.has_signal])
     return batch
 
 

@@ -8,7 +8,7 @@ import pytest
 from mathv2_jax import records, roles, storage
 from mathv2_jax.cli import inputs
 from mathv2_jax.rl import optimizer
-from mathv2_jax.stages import groups, rl
+from mathv2_jax.stages import groups, rl, updates
 from tests import scripted
 from tests.by_hand import RATINGS, STATEMENT, VERDICTS, proof, task
 
@@ -52,7 +52,7 @@ def collected(run, position=0, step=0, **fields):
 
 
 def packed(setting, found):
-    return rl.pack(setting, [groups.summarise(g) for g in found])
+    return updates.pack(setting, [updates.trained(groups.summarise(g)) for g in found])
 
 
 @pytest.mark.parametrize(
@@ -244,6 +244,9 @@ def test_an_impossible_mixture_is_refused(fields, complaint):
         dict(steps=0),
         dict(samples=1),
         dict(max_refills=-1),
+        dict(updates=0),
+        dict(updates=3),
+        dict(gate=-0.5),
         dict(on_length="ignore"),
         dict(head_weight=-1.0),
         dict(head_auto_weight=-0.5),

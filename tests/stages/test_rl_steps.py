@@ -1,5 +1,6 @@
 """Steps of reinforcement learning on a real model: whose weights speak, and what is compared."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,8 +9,8 @@ import pytest
 
 from mathv2_jax import metrics, roles
 from mathv2_jax.cli import inputs
-from mathv2_jax.rl import optimizer
-from mathv2_jax.stages import rl
+from mathv2_jax.rl import grpo, optimizer
+from mathv2_jax.stages import gate, rl
 from tests import scripted
 from tests.by_hand import STATEMENT, VERDICTS, proof
 
@@ -87,3 +88,92 @@ def test_without_a_group_of_signal_there_is_no_figure_of_its_answers(trained):
 
 def test_stages_that_differ_in_their_rate_alone_share_a_compiled_step(trained):
     assert len(trained[0]._learners) == 1
+
+
+def small(name="s", groups=4, **fields):
+    adam = optimizer.OptimizerConfig(learning_rate=0.05, warmup_steps=0)
+    values = dict(steps=1, samples=8, rows=2, row_length=400, optimizer=adam)
+    config = rl.RlConfig(groups=groups, **{**values, **fields})
+    return rl.RlStage(name=name, init="torn", mixture={"verifier": 1.0}, rl=config)
+
+
+@pytest.fixture
+def ready(make_run):
+    torn = {scripted.VERIFY: {VERDICTS[0.0]: 0.3, VERDICTS[1.0]: 0.7}}
+    run = make_run(torn=torn)
+    inputs.write_files(run.workdir, {"proofs": PROOFS})
+    return run
+
+
+def test_a_sampler_that_is_not_the_trainer_stops_the_stage_before_its_first_step(ready, house):
+    """The sampler's weights are another model's: as if a hand-over had gone wrong."""
+    wrong = {scripted.VERIFY: {VERDICTS[0.0]: 0.6, VERDICTS[1.0]: 0.4}}
+    ready.keep_variables("wrong", house.variables(wrong), 0)
+    other = ready.variables("wrong")
+    load = ready.policy.load
+    ready.policy.load = lambda variables, version: load(other, version)
+    with pytest.raises(gate.GateError) as caught:
+        rl.run_stage(ready, small())
+    message = str(caught.value)
+    assert "at most 1.00% may" in message and "They part most at token 1 of an answer" in message
+    assert "sampler -0." in message and "rl.gate = 0 trains all the same" in message
+    assert (ready.workdir / "inspect" / "s-gate" / "0-tokens_BT.npy").exists()
+    assert not (ready.workdir / "checkpoints" / "s" / "final").exists()
+    rl.run_stage(ready, small("t", gate=0.0))
+    rl.run_stage(ready, small("u", gate=2.0))
+
+
+def test_the_gate_says_what_it_found(ready, capsys):
+    rl.run_stage(ready, small())
+    assert "s: trainer and sampler differ by" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gates_bound_is_that_of_the_less_precise(ready, dtype):
+    ready.engine_config = dataclasses.replace(ready.engine_config, param_dtype=dtype)
+    bound = gate.bound_of(ready, small())
+    assert bound == {"float32": gate.FLOAT32, "bfloat16": gate.BFLOAT16}[dtype]
+    assert gate.bound_of(ready, small(gate=0.3)) == 0.3
+
+
+def test_several_updates_of_a_rollout_are_those_of_its_parts_in_their_order(ready):
+    """Each on its own groups, against the log-probabilities of before the first."""
+    once = rl.run_stage(ready, small("once"))
+    twice = rl.run_stage(ready, small("twice", updates=2))
+    assert once["ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert abs(twice["ratio"] - 1.0) > 1e-3  # the second update's policy has moved
+    assert twice["tokens"] == once["tokens"]
+    found = [ready.variables(name)["params"]["unembed"] for name in ("once", "twice")]
+    assert np.abs(np.subtract(*found)).max() > 1e-3
+
+
+def test_with_an_importance_cap_the_ratio_is_against_the_policy_before_the_first_update(ready):
+    capped = grpo.GrpoConfig(importance_cap=2.0)
+    plain = rl.run_stage(ready, small("plain", updates=2))
+    found = rl.run_stage(ready, small("capped", updates=2, grpo=capped))
+    assert found["importance"] == pytest.approx(1.0, abs=1e-4)  # the sampler is the trainer
+    assert found["ratio"] == pytest.approx(plain["ratio"], abs=1e-4)
+
+
+def test_a_mask_for_drifted_sequences_shows_in_the_second_update(ready):
+    """Answers that the first update made rarer leave the clipped term where they earned less."""
+    masked = grpo.GrpoConfig(off_policy_delta=1e-4)
+    assert rl.run_stage(ready, small("one", grpo=masked))["dropped"] == 0.0
+    assert rl.run_stage(ready, small("two", grpo=masked, updates=2))["dropped"] > 0.0
+
+
+def test_roles_that_truncate_are_trained_with_what_could_be_drawn(ready):
+    ready.roles = roles.make_roles(
+        roles.RolesConfig(
+            templates="world",
+            **{
+                name: dataclasses.replace(ready.roles.named(name).sampling, top_p=0.99)
+                for name in roles.NAMES
+            },
+        )
+    )
+    with pytest.raises(ValueError, match="rl.keep_sampling_mask = True"):
+        rl.run_stage(ready, small())
+    figures = rl.run_stage(ready, small(keep_sampling_mask=True))
+    assert figures["ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert figures["kept_unknown"] == 0.0

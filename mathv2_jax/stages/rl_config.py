@@ -1,0 +1,126 @@
+"""The settings of reinforcement learning: a step's (`RlConfig`) and a stage's (`RlStage`)."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from mathv2_jax import reward as reward_lib
+from mathv2_jax import roles
+from mathv2_jax.rl import auxiliary as auxiliary_lib
+from mathv2_jax.rl import grpo as grpo_lib
+from mathv2_jax.rl import optimizer as optimizer_lib
+from mathv2_jax.stages import scoring
+
+INPUT_PROOFS = "proofs"  # the input file of D_v
+LENGTH_REWARDS = ("zero", "mask")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RlConfig:
+    """A step: `groups` prompts, `samples` responses each, one update on rows of `row_length`.
+
+    Groups without signal (all rewards equal) are counted and refilled in stream order in at most
+    `max_refills` rounds; then the step trains on what there is. With `updates` above 1 the groups
+    are divided, in their order, among so many updates; `grpo.off_policy_delta` is for that.
+
+    `keep_routing` sends tokens to the experts that the rollout sent them to; `keep_sampling_mask`
+    has the softmax over the ids that could be drawn, which truncated sampling needs. `gate` bounds
+    how far the trainer's log-probability of a sampled token may lie from the sampler's when a stage
+    begins, or goes on: of at most `gate_share` of the tokens it may be more, or the run stops. None
+    is 1e-3 in float32 and 0.2 where either has bfloat16 parameters; 0 asks for no such check.
+
+    `on_length`: a response cut at
+    its own limit earns 0 (`zero`) or leaves its group (`mask`). `head_weight` and
+    `head_auto_weight` weigh human and automatic labels in the verifier head's loss, `auxiliary` the
+    losses of experts, indexers and further predictions.
+    """
+
+    steps: int
+    groups: int = 16
+    samples: int = 8
+    rows: int = 16
+    row_length: int = 384
+    max_refills: int = 0
+    updates: int = 1
+    keep_routing: bool = False
+    keep_sampling_mask: bool = False
+    gate: float | None = None
+    gate_share: float = 0.01
+    on_length: str = "zero"
+    optimizer: optimizer_lib.OptimizerConfig
+    grpo: grpo_lib.GrpoConfig = dataclasses.field(default_factory=grpo_lib.GrpoConfig)
+    judge: scoring.JudgeConfig = dataclasses.field(default_factory=scoring.JudgeConfig)
+    weights: reward_lib.GeneratorWeights = dataclasses.field(
+        default_factory=reward_lib.GeneratorWeights
+    )
+    head_weight: float = 1.0
+    head_auto_weight: float = 0.5
+    auxiliary: auxiliary_lib.AuxiliaryConfig = auxiliary_lib.AuxiliaryConfig()
+
+    def __post_init__(self):
+        for name in ("steps", "groups", "rows", "row_length", "updates"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rl.{name} = {getattr(self, name)}: must be at least 1")
+        if self.samples < 2:
+            raise ValueError(f"rl.samples = {self.samples}: a group needs at least 2")
+        if self.updates > self.groups:
+            raise ValueError(
+                f"rl.updates = {self.updates}: each needs a group, rl.groups = {self.groups}"
+            )
+        if not (0.0 <= (self.gate or 0.0) < math.inf and 0.0 <= self.gate_share < 1.0):
+            raise ValueError(
+                f"rl.gate = {self.gate}, rl.gate_share = {self.gate_share}: a difference of "
+                "log-probabilities, not negative, and a share of tokens in 0..1"
+            )
+        if self.max_refills < 0:
+            raise ValueError(f"rl.max_refills = {self.max_refills}: must not be negative")
+        if self.on_length not in LENGTH_REWARDS:
+            raise ValueError(f"rl.on_length = {self.on_length!r}: must be one of {LENGTH_REWARDS}")
+        for name in ("head_weight", "head_auto_weight"):
+            if not 0.0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"rl.{name} = {getattr(self, name)}: must not be negative")
+        if self.auxiliary.indexer and self.auxiliary.indexer_stage == "dense":
+            raise ValueError(
+                "rl.auxiliary.indexer_stage = 'dense': the sampler's attention is sparse, and the "
+                "trainer's must be too; warm up in a supervised stage"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RlStage:
+    """One RL stage. `mixture` weighs the roles that the policy trains in.
+
+    `judge` names the stage whose variables judge: with verifier tasks it turns R_meta on, with
+    generator tasks it is the frozen verifier. `proofs` names what D_v is made of: the input file
+    and any auto-labelling stages; `fresh_share` is the weight of the latter in it. Those that hold
+    no labelled proof leave their weight to the others.
+    """
+
+    name: str
+    init: str
+    mixture: Mapping[str, float]
+    judge: str | None = None
+    proofs: tuple[str, ...] = (INPUT_PROOFS,)
+    fresh_share: float = 0.5
+    rl: RlConfig
+
+    def __post_init__(self):
+        unknown = sorted(set(self.mixture) - set(roles.NAMES))
+        if unknown or not self.mixture:
+            raise ValueError(
+                f"stage {self.name}: mixture {dict(self.mixture)} must weigh some of {roles.NAMES}"
+            )
+        weights = self.mixture.values()
+        if not all(0.0 <= w < math.inf for w in weights) or not any(weights):
+            raise ValueError(
+                f"stage {self.name}: mixture {dict(self.mixture)}: a weight must not be negative, "
+                "and one must be positive"
+            )
+        if not 0.0 <= self.fresh_share <= 1.0:
+            raise ValueError(
+                f"stage {self.name}: fresh_share = {self.fresh_share} must lie in 0..1"
+            )
+        if roles.GENERATOR in self.mixture and self.judge is None:
+            raise ValueError(f"stage {self.name}: a generator needs a judge, name its stage")
+        if roles.GENERATOR in self.mixture and len(self.mixture) > 1:
+            raise ValueError(f"stage {self.name}: a generator trains alone, against a frozen judge")
