@@ -149,10 +149,9 @@ def test_several_updates_of_a_rollout_are_those_of_its_parts_in_their_order(read
 
 def test_with_an_importance_cap_the_ratio_is_against_the_policy_before_the_first_update(ready):
     capped = grpo.GrpoConfig(importance_cap=2.0)
-    plain = rl.run_stage(ready, small("plain", updates=2))
-    found = rl.run_stage(ready, small("capped", updates=2, grpo=capped))
+    found = rl.run_stage(ready, small(updates=2, grpo=capped))
     assert found["importance"] == pytest.approx(1.0, abs=1e-4)  # the sampler is the trainer
-    assert found["ratio"] == pytest.approx(plain["ratio"], abs=1e-4)
+    assert abs(found["ratio"] - 1.0) > 1e-3
 
 
 def test_a_mask_for_drifted_sequences_shows_in_the_second_update(ready):
