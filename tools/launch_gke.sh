@@ -13,9 +13,14 @@
 #   --grace=SECONDS                   between a node's notice and its end; default 600
 #   --image=IMAGE                     default python:3.12
 #   --dry_run                         print the command, quoted for a shell
+#   --help                            print this
+#
+# Exit codes: that of xpk; 2 for bad usage.
 set -euo pipefail
 # shellcheck source=tools/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+# shellcheck source=tools/command_line.sh
+source "$(dirname "${BASH_SOURCE[0]}")/command_line.sh"
 
 cluster="" workload="" type="" slices=1 restarts=10 image="python:3.12" dry_run=false
 CODES="1,75" # a process that lost another, and one that was asked to stop as its node was drained
@@ -32,22 +37,25 @@ while (($#)); do
     --grace=*) grace="${1#*=}" ;;
     --zone=* | --project=*) options+=("$1") ;;
     --dry_run) dry_run=true ;;
+    --help | -h)
+      usage
+      exit
+      ;;
     --)
       shift
       command=("$@")
       break
       ;;
-    *) die "$1 is none of this script's options; they stand at its top, and the command after --" ;;
+    *) bad_usage "$1 is none of the options that --help lists; the command stands after --" ;;
   esac
   shift
 done
 [[ -n "$cluster" && -n "$workload" && -n "$type" ]] ||
-  die "--cluster=CLUSTER, --workload=NAME and --type=TYPE must be given"
+  bad_usage "--cluster=CLUSTER, --workload=NAME and --type=TYPE must be given"
 ((${#command[@]})) ||
-  die "no command: give it after --, such as -- mathv2-train --config=FILE --workdir=gs://BUCKET/RUN"
+  bad_usage "no command: give it after --, such as -- mathv2-train --config=FILE --workdir=gs://BUCKET/RUN"
 
-line="$(printf '%q ' "${command[@]}")"
-[[ "${command[0]}" != mathv2-train ]] || line+="--coordinator=auto"
+line="$(run_line "${command[@]}")"
 inside="bash -c 'source tools/environment.sh && make_environment tpu' && "
 inside+="export PATH=\"\$PWD/.venv/bin:\$PATH\" && "
 inside+="LIBTPU_INIT_ARGS=\"\$(mathv2-compile --topology=$type --xla_flags)\" && "

@@ -16,12 +16,17 @@
 #   --runtime=VERSION   with --type: the TPU VM's software; default: that of the type
 #   --restarts=N        how often to start again after a failure, such as a lost worker; default 0
 #   --no_install        the workers have this commit installed
-#   --follow            do not start, only follow the run that is there
+#   --follow            make and start nothing, only follow the run that is there
 #   --stop              send SIGTERM to the run on every worker: it saves and leaves
 #   --dry_run           print the commands, quoted for a shell, and run none
+#   --help              print this
+#
+# Exit codes: that of the run on worker 0; 2 for bad usage, and 1 where the workers fail it.
 set -euo pipefail
 # shellcheck source=tools/environment.sh
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+# shellcheck source=tools/command_line.sh
+source "$(dirname "${BASH_SOURCE[0]}")/command_line.sh"
 
 REMOTE="mathv2_jax" # the checkout in a worker's home
 BUNDLE="mathv2_jax.bundle"
@@ -44,24 +49,28 @@ while (($#)); do
     --follow) start=false install=false ;;
     --stop) stop=true ;;
     --dry_run) dry_run=true ;;
+    --help | -h)
+      usage
+      exit
+      ;;
     --)
       shift
       command=("$@")
       break
       ;;
-    *) die "$1 is none of this script's options; they stand at its top, and the command after --" ;;
+    *) bad_usage "$1 is none of the options that --help lists; the command stands after --" ;;
   esac
   shift
 done
 
-[[ -n "$name" && -n "$zone" ]] || die "--name=NAME and --zone=ZONE must be given"
-[[ "$slices" =~ ^[1-9][0-9]*$ ]] || die "--slices=$slices: give a positive number"
-[[ "$restarts" =~ ^[0-9]+$ ]] || die "--restarts=$restarts: give a number"
+[[ -n "$name" && -n "$zone" ]] || bad_usage "--name=NAME and --zone=ZONE must be given"
+[[ "$slices" =~ ^[1-9][0-9]*$ ]] || bad_usage "--slices=$slices: give a positive number"
+[[ "$restarts" =~ ^[0-9]+$ ]] || bad_usage "--restarts=$restarts: give a number"
 if ((${#command[@]} == 0)) && $start && ! $stop; then
-  die "no command: give it after --, such as -- mathv2-train --config=FILE --workdir=gs://BUCKET/RUN"
+  bad_usage "no command: give it after --, such as -- mathv2-train --config=FILE --workdir=gs://BUCKET/RUN"
 fi
-$start || ((restarts == 0)) || die "--restarts=$restarts with --follow: what only follows starts nothing"
-((slices == 1)) || $queue || die "--slices=$slices needs --queue: slices come as one queued resource"
+$start || ((restarts == 0)) || bad_usage "--restarts=$restarts with --follow: what only follows starts nothing"
+((slices == 1)) || $queue || bad_usage "--slices=$slices needs --queue: slices come as one queued resource"
 
 where=("--zone=$zone")
 [[ -z "$project" ]] || where+=("--project=$project")
@@ -102,7 +111,7 @@ runtime_for() {
     v5litepod-*) echo v2-alpha-tpuv5-lite ;;
     v5p-*) echo v2-alpha-tpuv5 ;;
     v6e-*) echo v2-alpha-tpuv6e ;;
-    *) die "--type=$1: its software is not known here; name it with --runtime=VERSION" ;;
+    *) bad_usage "--type=$1: its software is not known here; name it with --runtime=VERSION" ;;
   esac
 }
 
@@ -182,8 +191,7 @@ install() {
 # Starts the command on every worker, out of the connection's reach.
 begin() {
   local line flags=":"
-  line="trap : TERM; $(printf '%q ' "${command[@]}")" # it outlives what it is to note the end of
-  [[ "${command[0]}" != mathv2-train ]] || line+="--coordinator=auto"
+  line="trap : TERM; $(run_line "${command[@]}")" # it outlives what it is to note the end of
   if [[ -z "$type" ]]; then
     say "note: without --type=TYPE the flags for XLA (mathv2-compile --xla_flags) are not set"
   else
@@ -241,7 +249,7 @@ if $stop; then
   everywhere "cd $REMOTE && kill -TERM -\$(cat run.pid)"
   exit
 fi
-[[ -z "$type" ]] || create
+[[ -z "$type" ]] || ! $start || create
 ! $start || require_free
 ! $install || install
 ! $start || begin

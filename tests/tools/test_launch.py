@@ -165,7 +165,7 @@ def test_a_run_that_is_there_is_not_started_twice_but_followed_and_stopped(worke
     ("arguments", "message"),
     [
         (["--name=a"], "--name=NAME and --zone=ZONE must be given"),
-        ([*CALL, "--typ=v5p-8"], "--typ=v5p-8 is none of this script's options"),
+        ([*CALL, "--typ=v5p-8"], "--typ=v5p-8 is none of the options that --help lists"),
         (CALL, "no command: give it after --"),
         ([*CALL, "--slices=2", "--", "x"], "needs --queue"),
         ([*CALL, "--follow", "--restarts=1"], "what only follows starts nothing"),
@@ -175,8 +175,52 @@ def test_a_run_that_is_there_is_not_started_twice_but_followed_and_stopped(worke
 )
 def test_what_cannot_be_started_is_one_line(arguments, message):
     done = launch(*arguments)
-    assert done.returncode == 1 and message in done.stderr
+    assert done.returncode == 2 and message in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", ["launch_tpu.sh", "launch_gke.sh"])
+def test_help_is_the_scripts_usage_and_a_misspelt_option_one_line(script):
+    asked = launch("--slices=2", "--help", script=script)
+    assert (asked.returncode, asked.stderr) == (0, "")
+    assert f"  bash tools/{script} --" in asked.stdout and "--dry_run " in asked.stdout
+    assert "set -euo" not in asked.stdout and "#" not in asked.stdout
+    wrong = launch("--dryrun", script=script)
+    assert (wrong.returncode, wrong.stdout) == (2, "") and wrong.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("queue", [[], ["--queue"]])
+def test_to_follow_a_run_makes_no_machine(workers, tmp_path, queue):
+    checkout = workers[0] / "mathv2_jax"
+    (checkout / "run.log").write_text("was here\n")
+    (checkout / "run.code").write_text("3\n")
+    (checkout / "run.pid").write_text("999999999\n")
+    done = launch(*CALL, "--type=v5p-16", *queue, "--follow", fake=tmp_path)
+    assert (done.returncode, done.stdout) == (3, "was here\n"), done.stderr
+    assert "create" not in (tmp_path / "calls").read_text()
+
+
+@pytest.mark.parametrize(
+    ("command", "added"),
+    [
+        (["mathv2-train", "--config=a"], True),
+        ([".venv/bin/mathv2-train", "--config=a"], True),
+        (["python", "-m", "mathv2_jax.cli.train", "--config=a"], True),
+        (["env", "A=1", "mathv2-train", "--config=a"], True),
+        (["mathv2-train", "--coordinator=none"], False),
+        (["mathv2-train", "--coordinator", "none"], False),
+        (["mathv2-convert", "--config=a"], False),
+        (["python", "-c", "mathv2_jax.cli.train"], False),
+    ],
+)
+def test_a_training_command_finds_its_cluster_unless_it_says_how(command, added):
+    for script, options in (
+        ("launch_tpu.sh", CALL),
+        ("launch_gke.sh", ["--cluster=c", "--workload=w", "--type=v5p-16"]),
+    ):
+        done = launch(*options, "--dry_run", "--", *command, script=script)
+        assert done.returncode == 0, done.stderr
+        assert ("--coordinator=auto" in done.stdout) is added
 
 
 def test_a_workload_of_a_cluster_is_one_command_of_xpk():
