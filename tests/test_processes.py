@@ -112,7 +112,7 @@ def require_same_course(found, expected, stages):
         for mine, other in zip(ours, theirs, strict=True):
             assert mine.keys() == other.keys()
             for name in mine.keys() - {"stage"}:
-                assert other[name] == pytest.approx(mine[name], rel=2e-5, abs=1e-5), (stage, name)
+                assert other[name] == pytest.approx(mine[name], rel=1e-5, abs=1e-5), (stage, name)
     if "verifier-1" in stages:
         for stage in ("before", "verifier-1"):
             assert samples(found, stage) == samples(expected, stage)
