@@ -6,16 +6,20 @@ mathv2-compile --config=FILE --topology=v5p:8x8x16 [--stage=NAME] [--json=FILE] 
 mathv2-compile --topology=v5p --xla_flags
 
 For every program: whether it fits, its memory, FLOPs of the model and of the program, what chips
-send each other, and bounds of its time and MFU; for every phase of the step: what is in memory
-together. The mesh is the config's; -1 fills the topology. With --max_layers the model is cut short
-(--config.model.num_layers would be another model's config), to answer in a minute or two.
---lower_only compiles nothing: FLOPs alone, in seconds. Both need libtpu: the extra [tpu].
+send each other, and estimates of its time and MFU at peak rates; for every phase of the step: what
+is in memory together. The mesh is the config's; -1 fills the topology. With --max_layers the model
+is cut short (--config.model.num_layers would be another model's config), to answer in a minute or
+two. --lower_only compiles nothing: FLOPs alone, in seconds. Both need libtpu: the extra [tpu].
 --xla_flags only prints the chip's flags of XLA, for a run's LIBTPU_INIT_ARGS; programs are compiled
 with the same, unless that variable is set.
 
+Topologies: a chip (v5e, v5p, v6e, tpu7x) and its shape; --xla_flags takes the chip alone, or Cloud
+TPU's name of a type, as v5p-2048, too. The folder of --json must be there.
+
 First the experts' product is compiled with 2 and with 8 experts on a chip: its FLOPs must not grow.
 
-Exit codes: 0 all fits, 1 something does not or those FLOPs grow, 2 bad usage or input.
+Exit codes: 0 all fits, 1 something does not, those FLOPs grow or a compiler fails, 2 bad usage or
+input.
 """
 
 import dataclasses
@@ -33,7 +37,7 @@ from jax.experimental import topologies
 
 from mathv2_jax import storage
 from mathv2_jax.cli import config as config_lib
-from mathv2_jax.cli import machine, shell
+from mathv2_jax.cli import machine, shell, source
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
@@ -88,20 +92,26 @@ def main(argv: Sequence[str]) -> int:
             return shell.FINISHED
         if not _CONFIG.value:
             raise ValueError("--config=... must be given")
+        if _JSON.value and not shell.absolute(_JSON.value).parent.is_dir():
+            raise ValueError(f"--json={_JSON.value}: its folder is not there")
         jax.config.update("jax_platforms", "cpu")
         loaded = overrides_lib.load(_CONFIG.value)
         if not loaded.data and loaded.world is None:
             loaded.data = "none is read"
         config = config_lib.build(loaded, overrides)
-        result = compiled(config, _TOPOLOGY.value, _save)
+        result = compiled(config, chips.libtpu_name(_TOPOLOGY.value), _save, argv[1:])
     except (ValueError, FileNotFoundError, flags.Error) as error:
         if not shell.is_of_input(error):
             raise
         print(f"mathv2-compile: {error}", file=sys.stderr)
         return shell.BAD_INPUT
+    except jax.errors.JaxRuntimeError as error:
+        print(f"mathv2-compile: the compiler failed: {measure.first_line(error)}", file=sys.stderr)
+        return shell.FAILED
     fits = [part["fits"] for part in (*result["programs"].values(), *result["phases"].values())]
     scales = result.get("experts", {}).get("scales", False)
-    good = all(fit is not False for fit in fits) and not scales
+    failed = any("why" in program for program in result["programs"].values())
+    good = all(fit is not False for fit in fits) and not scales and not failed
     return shell.FINISHED if good else shell.FAILED
 
 
@@ -112,9 +122,15 @@ def _save(result: Mapping[str, Any]) -> None:
 
 
 def compiled(
-    config: config_lib.RunConfig, topology: str, save: Callable[[Mapping[str, Any]], None]
+    config: config_lib.RunConfig,
+    topology: str,
+    save: Callable[[Mapping[str, Any]], None],
+    argv: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """All figures; each program is printed and `save`d, with those before it, as it is done."""
+    """All figures; each program is printed and `save`d, with those before it, as it is done.
+
+    `topology` as libtpu writes it; `argv` is noted.
+    """
     chip = chips.chip_of(topology)
     os.environ.setdefault("LIBTPU_INIT_ARGS", " ".join(chip.xla_flags))
     devices = _devices(topology)
@@ -123,10 +139,12 @@ def compiled(
     kernels = machine.make_kernels(config.runtime, mesh.devices.flat[0].platform, model)
     runtime = config.runtime
     made = programs.of_rl_step(model, kernels, stage.rl, config.engine, mesh, runtime.sampling)
-    wanted = made if _PROGRAMS.value is None else _PROGRAMS.value.split(",")
-    unknown = [name for name in wanted if name not in made]
-    if unknown:
-        raise ValueError(f"--programs: {unknown[0]!r} is none of {', '.join(made)}")
+    wanted = list(made) if _PROGRAMS.value is None else _PROGRAMS.value.split(",")
+    for name in wanted:
+        if name not in made:
+            raise ValueError(f"--programs: {name!r} is none of {', '.join(made)}")
+        if wanted.count(name) > 1:
+            raise ValueError(f"--programs: {name!r} is given {wanted.count(name)} times: leave one")
     result: dict[str, Any] = {
         "topology": topology,
         "mesh": dict(mesh.shape),
@@ -135,8 +153,11 @@ def compiled(
         "stage": stage.name,
         "parameters": transformer.num_parameters(transformer.boxed_abstract(model, kernels)),
         "layers": model.num_layers,
+        "commit": source.commit(),
+        "command": ["mathv2-compile", *argv],
         "versions": {"jax": jax.__version__, "libtpu": _libtpu_version()},
         "xla_flags": os.environ["LIBTPU_INIT_ARGS"].split(),
+        "rooflines_are": chips.LEFT_OUT,
         "programs": {},
         "phases": {},
     }
@@ -209,19 +230,24 @@ def _cut(model: ModelConfig, most: int | None) -> ModelConfig:
 
 def _line(found: Mapping[str, Any]) -> str:
     ratio = found["executed_over_model"]
-    said = "" if ratio is None else f"executed / model FLOPs {ratio:.2f}"
+    said = "no FLOPs of the model" if ratio is None else f"executed / model FLOPs {ratio:.2f}"
+    if "why" in found:
+        what = "does not fit" if found["fits"] is False else "the compiler failed"
+        return f"{what}: {found['why']}; {said}"
     if found["fits"] is None:
         return said
-    if "why" in found:
-        return f"does not fit: {found['why']}"
     sent = found["collective_bytes_per_chip"]
     moved = sent if isinstance(sent, str) else f"{sum(sent.values()) / 1e9:.1f} GB"
-    bounds = found["roofline_estimate_seconds"]
+    at = found["roofline"]
+    estimate = (
+        f"{at['overlapped_seconds']:.3g} s at peak rates, {at['without_overlap_seconds']:.3g} "
+        "without overlap"
+    )
+    if ratio is not None:
+        estimate += f", MFU {at['mfu_overlapped']:.0%} and {at['mfu_without_overlap']:.0%}"
     return (
         f"{found['peak_bytes_per_chip'] / chips.GIB:.1f} GiB, {said}; collectives {moved}; "
-        f"estimate {bounds['overlapped']:.2f} to {bounds['in_turn']:.2f} s, MFU "
-        f"{bounds['mfu_overlapped']:.0%} to {bounds['mfu_in_turn']:.0%}; compiled in "
-        f"{found['compile_seconds']:.0f} s"
+        f"estimate {estimate}; compiled in {found['compile_seconds']:.0f} s"
     )
 
 

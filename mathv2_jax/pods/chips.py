@@ -1,4 +1,4 @@
-"""What a chip can do at most, and bounds of a program's time on it that follow. Estimates.
+"""What a chip can do at most, and estimates of a program's time on it that follow.
 
 Peaks of cloud.google.com/tpu/docs (v5e, v5p-training, v6e, tpu7x); memory of v5e, v5p and v6e as
 libtpu states it when a program does not fit, which is less than is built in.
@@ -81,32 +81,66 @@ MEASURED_SHARE_OF_PEAK = 0.654
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Roofline:
-    """Seconds of one call: of each resource alone, and bounds; MFU is of the model's FLOPs.
+    """Of one call: seconds of each resource alone at its peak rate, and what follows. Estimates.
 
-    `overlapped`: all at once; `in_turn`: one after the other; `calibrated`: overlapped, with
-    products at the share of the peak that one published step of another model reached.
+    `overlapped`: all at once, less than which no call can take; `without_overlap`: one after the
+    other, still at peak rates, so a call may well take longer; `calibrated`: overlapped, with
+    products at the share of the peak that one published step of another model reached. MFU is of
+    the model's FLOPs. What is left out: see LEFT_OUT.
     """
 
-    compute: float
-    hbm_at_least: float  # every argument read once, or in each of a program's turns
-    ici: float
-    overlapped: float
-    in_turn: float
-    calibrated: float
+    compute_seconds: float
+    hbm_at_least_seconds: float  # every argument read once, or in each of a program's turns
+    ici_seconds: float
+    overlapped_seconds: float
+    without_overlap_seconds: float
+    calibrated_seconds: float
     mfu_overlapped: float
-    mfu_in_turn: float
+    mfu_without_overlap: float
     mfu_calibrated: float
 
 
-def chip_of(topology: str) -> Chip:
-    """The chip of a topology like `v5p:8x8x16`, or of Cloud TPU's name of it, like `v5p-2048`.
+LEFT_OUT = (
+    "an estimate from peak rates, not measured, and no upper bound: left out are what is written "
+    "to and read from memory beyond the arguments, all that is no matrix product, latencies, "
+    "links that a collective does not use, and uneven loads"
+)
 
-    ValueError lists those that are known.
+# Names of a chip that are not its name in CHIPS: Cloud TPU's, and what is said of TPU7x.
+_ALSO = {"v5litepod": "v5e", "7x": "tpu7x", "v7x": "tpu7x"}
+_NAME = re.compile(r"([a-z0-9]+)(?:(:)\d+(?:x\d+){1,2}(?:_(?:un)?twisted)?|-\d+(?:x\d+){0,2})?")
+
+
+def _parsed(topology: str) -> tuple[str, bool]:
+    """The chip's name in CHIPS, and whether the topology is a shape of chips."""
+    found = _NAME.fullmatch(topology)
+    kind = found and _ALSO.get(found[1], found[1])
+    if found is None or kind not in CHIPS:
+        raise ValueError(
+            f"topology {topology!r}: must be CHIP:SHAPE, as in v5p:8x8x16 or v6e:4x4, or for "
+            f"--xla_flags CHIP or Cloud TPU's name of a type, as in v5p or v5p-2048, where CHIP is "
+            f"one of {', '.join([*CHIPS, *_ALSO])}"
+        )
+    return kind, bool(found[2])
+
+
+def chip_of(topology: str) -> Chip:
+    """The chip of `v5p:8x8x16`, of Cloud TPU's name of a type, like `v5p-2048`, or of `v5p`.
+
+    ValueError says which forms there are.
     """
-    kind = re.split("[:-]", topology)[0].replace("v5litepod", "v5e")
-    if kind not in CHIPS:
-        raise ValueError(f"topology {topology!r}: chips are {', '.join(CHIPS)}, as in v5p:2x2x1")
-    return CHIPS[kind]
+    return CHIPS[_parsed(topology)[0]]
+
+
+def libtpu_name(topology: str) -> str:
+    """As libtpu writes a chip and a shape; ValueError where there is no shape to compile for."""
+    kind, shaped = _parsed(topology)
+    if not shaped:
+        raise ValueError(
+            f"topology {topology!r} has no shape to compile for: write {kind}:SHAPE, as in "
+            "v5p:8x8x16 or v6e:4x4"
+        )
+    return f"{kind}:{topology.partition(':')[2]}"
 
 
 # What JAX calls the devices of these chips.
@@ -126,28 +160,27 @@ def roofline(
     argument_bytes: float,
     sent: dict[str, int],
 ) -> Roofline:
-    """Bounds for one chip's share; `sent` are bytes by kind of collective (hlo.collectives)."""
+    """For one chip's share; `sent` are bytes by kind of collective (hlo.collectives)."""
     compute = executed_flops / chip.bf16_flops
     hbm = argument_bytes / chip.hbm_bandwidth
     # What is reduced goes round once more to be known to all.
     moved = sum(size * (2 if kind == "all-reduce" else 1) for kind, size in sent.items())
     ici = moved / chip.ici_bandwidth
-    overlapped = max(compute, hbm, ici)
+    overlapped, without = max(compute, hbm, ici), compute + hbm + ici
     calibrated = max(compute / MEASURED_SHARE_OF_PEAK, hbm, ici)
     at_peak = model_flops / chip.bf16_flops
 
     def mfu(seconds: float) -> float:
         return at_peak / seconds if seconds else 0.0
 
-    in_turn = compute + hbm + ici
     return Roofline(
-        compute=compute,
-        hbm_at_least=hbm,
-        ici=ici,
-        overlapped=overlapped,
-        in_turn=in_turn,
-        calibrated=calibrated,
+        compute_seconds=compute,
+        hbm_at_least_seconds=hbm,
+        ici_seconds=ici,
+        overlapped_seconds=overlapped,
+        without_overlap_seconds=without,
+        calibrated_seconds=calibrated,
         mfu_overlapped=mfu(overlapped),
-        mfu_in_turn=mfu(in_turn),
+        mfu_without_overlap=mfu(without),
         mfu_calibrated=mfu(calibrated),
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -25,7 +25,8 @@ def measured(
     """A chip's share of everything, as JSON takes it; of FLOPs alone with `lower_only`.
 
     `buffer` is Exchange.buffer: at an even load the rest of an experts' device's rows is empty, and
-    its products are told apart.
+    its products are told apart. What a compiler that failed said is in `why`, and `fits` is False
+    where it asked for too much memory.
     """
     if program.each:
         alike = functools.partial(
@@ -36,7 +37,7 @@ def measured(
             buffer=buffer,
             lower_only=lower_only,
         )
-        return _in_turn([alike(one) for one in program.each])
+        return _in_turn(alike(one) for one in program.each)
     mesh = program.mesh
     traced = program.trace()
     executed = counting.executed(traced.jaxpr, program.turns, program.blocks)
@@ -58,16 +59,15 @@ def measured(
         "argument_bytes_per_chip": program.argument_bytes(),
         "fits": None,
     }
-    lowered = traced.lower()
-    if lower_only:
-        return found
-    began = time.monotonic()
     try:
+        lowered = traced.lower()
+        if lower_only:
+            return found
+        began = time.monotonic()
         done = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return found | {"fits": False, "why": str(error).splitlines()[0][:300]}
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        fits = False if "RESOURCE_EXHAUSTED" in str(error) else None
+        return found | {"fits": fits, "why": first_line(error)}
     memory = done.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     peak = held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
@@ -87,12 +87,25 @@ def measured(
         "output_bytes_per_chip": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "collective_bytes_per_chip": sent.bytes_by_kind if not sent.unknown_loops else "unknown",
         "collective_bytes_once_per_unknown_loop": sent.bytes_by_kind,
-        "roofline_estimate_seconds": dataclasses.asdict(bounds),
+        "roofline": dataclasses.asdict(bounds),
     }
 
 
-def _in_turn(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The figures of calls one after the other: sums, but of what each needs for itself alone."""
+def first_line(error: Exception) -> str:
+    """The most that a table or a terminal has room for."""
+    return str(error).strip().partition("\n")[0][:300] or type(error).__name__
+
+
+def _in_turn(each: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of calls one after the other: sums, but of what each needs for itself alone.
+
+    Those of the first that could not be compiled, if there is one.
+    """
+    parts = []
+    for part in each:
+        if "why" in part:
+            return part
+        parts.append(part)
     found: dict[str, Any] = {}
     for name in parts[0]:
         values = [part[name] for part in parts if name in part]

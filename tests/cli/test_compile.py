@@ -7,7 +7,8 @@ import jax
 import pytest
 
 from mathv2_jax.cli import compile as compile_lib
-from mathv2_jax.cli import shell
+from mathv2_jax.cli import shell, source
+from mathv2_jax.pods import chips
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MESH = [f"--config.runtime.mesh.{axis}=2" for axis in ("data", "expert", "tensor")]
@@ -41,12 +42,15 @@ def test_every_program_and_phase_is_reported(command, tmp_path):
         assert program["peak_bytes_per_chip"] > program["argument_bytes_per_chip"] * 0.99
         assert program["collective_bytes_per_chip"], name
         assert (program["model_flops_per_chip_total"] > 0) == (name != "update")
-        assert program["roofline_estimate_seconds"]["in_turn"] > 0
+        assert program["roofline"]["without_overlap_seconds"] > 0
     train = found["programs"]["gradients"]
     assert train["executed_flops_per_chip"]["routed_experts"] > 0
     assert 1.0 < train["executed_over_model"] < 3.0
     assert {p["fits"] for p in found["phases"].values()} == {True}
     assert found["mesh"]["expert"] == 2 and found["versions"]["jax"] == jax.__version__
+    assert found["command"] == ["mathv2-compile", *SMOKE, "--topology=v5p:2x2x2", f"--json={to}"]
+    assert found["commit"] == source.commit() and "no upper bound" in found["rooflines_are"]
+    assert "update: " in out and "no FLOPs of the model; collectives" in out and ", ;" not in out
 
 
 def test_an_experts_product_that_grows_with_their_number_is_a_failure(command, tmp_path):
@@ -115,7 +119,11 @@ def test_a_model_can_be_cut_short_and_a_stage_chosen(command):
 BAD = {
     "--topology=... must be given": SMOKE,
     "--config=... must be given": ["--topology=v5p:2x2x2"],
-    "chips are v5e": [*SMOKE, "--topology=v9:2x2"],
+    "one of v5e, v5p": [*SMOKE, "--topology=v9:2x2"],
+    "must be CHIP:SHAPE": ["--topology=v5p-garbage", "--xla_flags"],
+    "its folder is not there": [*SMOKE, "--topology=v5p:2x2x2", "--json=nowhere/result.json"],
+    "'update' is given 2 times": [*SMOKE, "--topology=v5p:2x2x2", "--programs=update,update"],
+    "has no shape to compile for: write v5p:SHAPE": [*SMOKE, "--topology=v5p-8"],
     "none of gradients, update": [*SMOKE, "--topology=v5p:2x2x2", "--programs=gradient"],
     "none of the RL stages": [*SMOKE, "--topology=v5p:2x2x2", "--stage=sft"],
     "at least 2": [*SMOKE, "--topology=v5p:2x2x2", "--max_layers=1"],
@@ -129,6 +137,56 @@ BAD = {
 def test_bad_usage_is_one_line_and_exit_code_2(command, said, arguments):
     code, _, err = command(*arguments)
     assert code == shell.BAD_INPUT and said in err and err.count("\n") == 1
+
+
+def test_flags_of_xla_are_the_chips_in_every_form_of_its_name(command):
+    said = {
+        name: command(f"--topology={name}", "--xla_flags") for name in ("v6e", "v6e-16", "v6e:4x4")
+    }
+    assert set(said.values()) == {(0, " ".join(chips.CHIPS["v6e"].xla_flags) + "\n", "")}
+    assert command("--topology=7x", "--xla_flags") == command("--topology=tpu7x-8", "--xla_flags")
+
+
+def test_a_missing_folder_of_the_result_is_not_made(command, tmp_path):
+    to = tmp_path / "missing" / "result.json"
+    code, out, _ = command(*SMOKE, "--topology=v5p:2x2x2", f"--json={to}")
+    assert code == shell.BAD_INPUT and not out and not to.parent.exists()
+
+
+REFUSED = "INTERNAL: Mosaic failed to compile TPU kernel: unsupported shape\nat line 7 of it\n"
+
+
+def test_a_compilers_fault_is_one_line_and_exit_code_1(command, monkeypatch, tmp_path):
+    """The other programs are compiled all the same."""
+    compiled = jax.stages.Lowered.compile
+
+    def failing(lowered, *args, **settings):
+        if "logprobs" in lowered.as_text().partition("\n")[0]:
+            raise jax.errors.JaxRuntimeError(REFUSED)
+        return compiled(lowered, *args, **settings)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", failing)
+    to = tmp_path / "result.json"
+    some = [*SMOKE, "--topology=v5p:2x2x2", "--programs=logprobs,update"]
+    code, out, err = command(*some, f"--json={to}")
+    (line,) = [line for line in out.splitlines() if line.startswith("logprobs: ")]
+    assert code == shell.FAILED and not err
+    assert (
+        line.startswith("logprobs: the compiler failed: INTERNAL: Mosaic") and "line 7" not in out
+    )
+    found = json.loads(to.read_text())["programs"]
+    assert found["logprobs"]["fits"] is None and found["logprobs"]["why"] in line
+    assert found["update"]["fits"] is True
+
+
+def test_a_compilers_fault_at_the_experts_product_is_one_line_too(command, monkeypatch):
+    def failing(*args):
+        raise jax.errors.JaxRuntimeError(REFUSED)
+
+    monkeypatch.setattr(compile_lib.experts, "flops_by_experts", failing)
+    code, _, err = command(*SMOKE, "--topology=v5p:2x2x2", "--programs=update")
+    assert code == shell.FAILED and err.count("\n") == 1
+    assert err.startswith("mathv2-compile: the compiler failed: INTERNAL: Mosaic")
 
 
 def test_a_program_that_does_not_fit_is_exit_code_1(command, monkeypatch, tmp_path):
