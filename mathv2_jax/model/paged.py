@@ -21,6 +21,11 @@ _PICKING = 32  # queries at once, each with a copy of what it picks
 _scores = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
+def pages_together(slots: int, size: int, pages_a_row: int) -> int:
+    """Pages of a block of about `slots` slots, of which a page has `size`."""
+    return min(max(1, slots // size), pages_a_row)
+
+
 class Held(NamedTuple):
     """A layer's pages, and who stands where in them; `slots` are looked at together."""
 
@@ -32,8 +37,8 @@ class Held(NamedTuple):
     @property
     def together(self) -> int:
         """Pages of a block."""
-        size = self.pages.lines_LNZX.shape[2]
-        return min(max(1, self.slots // size), self.view.table_BM.shape[1])
+        size, pages_a_row = self.pages.lines_LNZX.shape[2], self.view.table_BM.shape[1]
+        return pages_together(self.slots, size, pages_a_row)
 
     @property
     def span(self) -> int:

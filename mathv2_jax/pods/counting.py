@@ -5,7 +5,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -133,17 +133,28 @@ def prefill_flops(config: ModelConfig, sequences: int, length: int, past: int) -
     return Terms(**terms | {"unembedding": 0.0})
 
 
+class Loops(NamedTuple):
+    """How often a sampler's loops without a fixed length turn; None where there is no such loop."""
+
+    turns: int | None = None  # over tokens
+    blocks: float | None = None  # over pages, within attention
+
+    def length(self, where: str) -> float | None:
+        """That of the loop in the scopes `where`; None where it is not known."""
+        return self.turns if _PAGED.isdisjoint(_names(where)) else self.blocks
+
+
 class Executed:
     """FLOPs of matrix products that a traced program runs, by the part of the model they are of.
 
-    Loops count by their lengths. `whole` is of all devices together: what is within `shard_map`
-    runs on each device of the axes that it maps. A sampler's two loops without a fixed length count
-    as often as is said: `turns` is of the loop over tokens, `blocks` of those over pages within.
-    `unknown` names other such loops, counted once, and kernels that do not say what they cost.
+    Loops count by their lengths, those without a fixed one by `loops`. `whole` is of all devices
+    together: what is within `shard_map` runs on each device of the axes that it maps. `unknown`
+    names loops that have no length even so, counted once, and kernels that do not say what they
+    cost.
     """
 
-    def __init__(self, turns: float = 1.0, blocks: float = 1.0) -> None:
-        self.turns, self.blocks = turns, blocks
+    def __init__(self, loops: Loops) -> None:
+        self.loops = loops
         self.whole: dict[str, float] = collections.defaultdict(float)
         self.unknown: list[str] = []
 
@@ -152,9 +163,9 @@ class Executed:
         return {name: self.whole[name] / chips for name in sorted(self.whole)}
 
 
-def executed(program: Any, turns: float = 1.0, blocks: float = 1.0) -> Executed:
+def executed(program: Any, loops: Loops = Loops()) -> Executed:  # noqa: B008 - it is immutable
     """Counts `program`, a jaxpr, closed or not; see Executed."""
-    found = Executed(turns, blocks)
+    found = Executed(loops)
     _count(getattr(program, "jaxpr", program), 1.0, "", found)
     return found
 
@@ -172,10 +183,9 @@ def _count(jaxpr: Any, times: float, scope: str, found: Executed) -> None:
         if name == "scan":
             inner_times *= equation.params["length"]
         elif name == "while":
-            over_pages = not _PAGED.isdisjoint(_names(where))
-            loops = found.blocks if over_pages else found.turns
-            inner_times *= loops
-            if loops == 1.0:
+            length = found.loops.length(where)
+            inner_times *= length or 1.0
+            if length is None:
                 found.unknown.append(where)
         elif name == "pallas_call":  # one that does not say what it costs
             found.unknown.append(where)

@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 KINDS = (
@@ -27,6 +27,7 @@ _CONDITION = re.compile(r"condition=%([\w.\-]+)")
 _LESS = re.compile(r"compare\(%([\w.\-]+), %([\w.\-]+)\), direction=LT")
 _KNOWN = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_SCOPES = re.compile(r'metadata=\{op_name="([^"]*)"')
 _CONSTANT = re.compile(r"constant\((\d+)\)")
 
 
@@ -45,20 +46,21 @@ class Sent(NamedTuple):
     unknown_loops: tuple[str, ...]
 
 
-def collectives(text: str) -> Sent:
+def collectives(text: str, length: Callable[[str], float | None] = lambda scopes: None) -> Sent:
     """The bytes that one chip's collectives give it, by kind: the sizes of their results.
 
     Of an all-gather that is what arrives and the chip's own part; an all-reduce moves about twice
-    its result. A loop counts as often as its condition, a counter from 0 below a constant, says.
+    its result. A loop counts as often as its condition, a counter from 0 below a constant, says, or
+    else `length` of the scopes that it was traced in.
     One that is spread over several fusions, to go on beside their computation, stands in each of
     them with one channel, and counts once.
     """
     computations, entry = _computations(text)
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
     unknown: list[str] = []
     channels: set[str] = set()
 
-    def visit(name: str, times: int, fused: bool = False) -> None:
+    def visit(name: str, times: float, fused: bool = False) -> None:
         for one in computations[name]:
             kind = one.operation.removesuffix("-start")
             if kind in KINDS:
@@ -68,7 +70,8 @@ def collectives(text: str) -> Sent:
                 channels.update(channel.groups() if channel else ())
                 found[kind] += times * _bytes(one)
             elif one.operation == "while":
-                count = _trips(computations, one.text)
+                scopes = _SCOPES.search(one.text)
+                count = _trips(computations, one.text) or (scopes and length(scopes[1]))
                 if count is None:
                     unknown.append(one.name)
                 for called in _CALLED.findall(one.text):
@@ -78,7 +81,8 @@ def collectives(text: str) -> Sent:
                     visit(called, times, fused or one.operation == "fusion")
 
     visit(entry, 1)
-    return Sent(dict(sorted(found.items())), tuple(unknown))
+    sizes = {kind: round(size) for kind, size in sorted(found.items())}
+    return Sent(sizes, tuple(unknown))
 
 
 def _computations(text: str) -> tuple[dict[str, list[Instruction]], str]:

@@ -40,7 +40,7 @@ def measured(
         return _in_turn(alike(one) for one in program.each)
     mesh = program.mesh
     traced = program.trace()
-    executed = counting.executed(traced.jaxpr, program.turns, program.blocks)
+    executed = counting.executed(traced.jaxpr, program.loops)
     parts = executed.per_chip(mesh.size)
     of_model = program.model_flops(model, auxiliary)
     ways = mesh.shape["expert"]
@@ -71,7 +71,7 @@ def measured(
     memory = done.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
     peak = held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
-    sent = hlo.collectives(done.as_text())
+    sent = hlo.collectives(done.as_text(), program.loops.length)
     bounds = chips.roofline(
         chip,
         model_flops=model_total,

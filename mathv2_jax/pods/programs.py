@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import statistics
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 
 from mathv2_jax import sharding
 from mathv2_jax.data import packing
-from mathv2_jax.model import cache, transformer
+from mathv2_jax.model import cache, paged, transformer
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.pods import counting
 from mathv2_jax.rl import auxiliary as auxiliary_lib
@@ -25,8 +26,8 @@ from mathv2_jax.stages import rl
 class Program:
     """A compiled function and what it is called on; `sequences` of `length` tokens pass through.
 
-    It loops `turns` times, and reads its arguments in each; over pages in so many `blocks`. `each`
-    are the calls that it consists of, where they are several.
+    `loops` are the lengths of those that its trace does not tell; it reads its arguments in each
+    turn. `each` are the calls that it consists of, where they are several.
     """
 
     name: str
@@ -37,9 +38,13 @@ class Program:
     sequences: int
     length: int
     past: int = 0  # tokens that are in pages already
-    turns: int = 1
-    blocks: float = 1.0
+    loops: counting.Loops = counting.Loops()
     each: tuple["Program", ...] = ()
+
+    @property
+    def turns(self) -> int:
+        """How often it reads its arguments."""
+        return self.loops.turns or 1
 
     def argument_bytes(self, *places: int) -> int:
         """A chip's share of the arguments, or of those at `places`."""
@@ -179,7 +184,12 @@ def _of_engine(
             ints(pieces, config.pages_a_row), ints(pieces, length), ints(pieces), ints(pieces)
         ),
     )
-    b = sizes.rows
+    b, past = sizes.rows, config.context // 2
+    span = config.page * paged.pages_together(kernels.slots, config.page, config.pages_a_row)
+
+    def blocks(longest: int) -> int:
+        return -(-longest // span)
+
     answers = decode.Rows(
         token_B=ints(b),
         previous_BW=ints(b, taps),
@@ -203,8 +213,8 @@ def _of_engine(
             settings={},
             sequences=pieces,
             length=length,
-            past=config.context // 2,
-            blocks=(config.context / 2 + length) / kernels.slots,
+            past=past,
+            loops=counting.Loops(blocks=blocks(past + length)),
         ),
         "decode": Program(
             name="decode",
@@ -214,8 +224,10 @@ def _of_engine(
             settings=dict(steps=config.steps),
             sequences=b,
             length=config.steps,
-            past=config.context // 2,
-            turns=config.steps,
-            blocks=config.context / 2 / kernels.slots,
+            past=past,
+            loops=counting.Loops(
+                config.steps,
+                statistics.mean(blocks(past + step) for step in range(1, config.steps + 1)),
+            ),
         ),
     }

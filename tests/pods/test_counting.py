@@ -76,6 +76,14 @@ def test_a_loop_counts_by_its_length_and_one_without_is_named():
     assert len(found.unknown) == 1
 
 
+def test_a_samplers_loops_are_told_apart_by_their_scopes():
+    loops = counting.Loops(turns=64.0, blocks=4.5)
+    assert loops.length("jit(decode)/while") == 64.0
+    within = "jit(decode)/while/body/sparse/attention.paged/attend/while"
+    assert loops.length(within) == loops.length(within.replace("attend", "index")) == 4.5
+    assert counting.Loops(blocks=4.5).length("jit(prefill)/while") is None
+
+
 @pytest.mark.parametrize("remat", ["none", "full", "dots", "dots_no_batch"])
 def test_what_an_indexer_picks_is_never_picked_again_in_a_backward_pass(remat):
     config = ModelConfig(**tiny_v32.model() | dict(num_mtp_layers=0, remat=remat))

@@ -55,6 +55,23 @@ def test_a_loop_of_unknown_length_is_named_and_counts_once():
     assert found.unknown_loops == ("loop",) and found.bytes_by_kind["all-gather"] == 128
 
 
+def test_a_loop_whose_condition_tells_nothing_is_as_long_as_is_known_of_its_scopes():
+    text = TEXT.replace("direction=LT", "direction=NE").replace(
+        "body=%body", 'body=%body, metadata={op_name="jit(decode)/while" stack_frame_id=3}'
+    )
+    asked = []
+
+    def length(scopes):
+        asked.append(scopes)
+        return 2.5
+
+    found = hlo.collectives(text, length)
+    assert found.bytes_by_kind["all-gather"] == 2.5 * 128 and found.unknown_loops == ()
+    assert asked == ["jit(decode)/while"]
+    assert hlo.collectives(TEXT, lambda scopes: 9.0) == hlo.collectives(TEXT)  # it says so itself
+    assert hlo.collectives(text, lambda scopes: None).unknown_loops == ("loop",)
+
+
 def test_what_is_no_program_is_an_error():
     with pytest.raises(ValueError, match="no ENTRY"):
         hlo.collectives("HloModule nothing")

@@ -78,6 +78,11 @@ def test_the_engines_programs_are_of_its_config_rounded_up_to_the_meshs_ways(mad
     prefill, decode = made["prefill"], made["decode"]
     assert (prefill.sequences, prefill.length) == (8, 8)
     assert (decode.sequences, decode.turns, decode.past) == (32, 6, 7)
+    few = dataclasses.replace(ENGINE, context=10)
+    kernels = transformer.Kernels(slots=8)
+    short = programs.of_rl_step(MODEL, kernels, CONFIG, few, decode.mesh)
+    assert short["prefill"].loops == (None, 2)  # 5 + 8 tokens, 8 at once
+    assert short["decode"].loops == (6, (3 * 1 + 3 * 2) / 6)  # 6, 7, 8 and 9, 10, 11 tokens
     for program in (prefill, decode):
         assert program.trace().lower().compile().memory_analysis() is not None
 

@@ -1,6 +1,7 @@
 """Programs compiled for TPUs that are not there, by the libtpu that tools/test.sh puts aside.
 
-Two layers of DeepSeek-V3.2 on 1,024 chips; all of them by experiments/pods/run.sh.
+Two layers of DeepSeek-V3.2 on 1,024 chips, all of them by experiments/pods/run.sh; and two of
+quick.py, with every program of its step, on four.
 """
 
 import json
@@ -50,6 +51,31 @@ def test_two_layers_of_v32_compile_for_a_thousand_chips_and_fit(tmp_path):
     assert passed["fits"] and passed["loops_of_unknown_length"] == []
     sent = passed["collective_bytes_per_chip"]
     assert sent["ragged-all-to-all"] > 0 and sent["all-gather"] > 0
+
+
+def test_the_whole_step_of_quick_compiles_for_a_few_chips(tmp_path):
+    """Of two layers. Its widths are below the TPU kernels' tiles, so its experts' products grow."""
+    to = tmp_path / "result.json"
+    done = on_libtpu(
+        "-m",
+        "mathv2_jax.cli.compile",
+        "--config=configs/quick.py",
+        "--topology=v5e:2x2",
+        "--max_layers=2",
+        "--config.runtime.mesh.data=2",
+        "--config.runtime.mesh.fsdp=2",
+        f"--json={to}",
+    )
+    found = json.loads(to.read_text())
+    assert set(found["programs"]) == {"gradients", "update", "logprobs", "prefill", "decode"}
+    for name, program in found["programs"].items():
+        assert program["fits"] is True, (name, done.stderr[-3000:])
+        assert program["loops_of_unknown_length"] == []
+        sent = program["collective_bytes_per_chip"]
+        assert sent != "unknown" and sum(sent.values()) > 0, name
+        assert program["executed_over_model"] is None or program["executed_over_model"] > 1.0
+    assert {phase["fits"] for phase in found["phases"].values()} == {True}
+    assert done.returncode == 1 and found["experts"]["scales"], done.stderr[-3000:]
 
 
 PROGRAM = """
