@@ -5,6 +5,7 @@ is dropped. An assignment to expert E, one past the last, is to none: its token 
 what comes of it is zero.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,8 +24,10 @@ class ExpertWeights(NamedTuple):
     down_EFD: Float[Array, "E F D"]
 
 
-# Rows, and the two widths, that one step of the Pallas kernels takes.
-_TILES = (512, 1024, 1024)
+# Rows, and about as much of each width, that one step of the Pallas kernels takes. A tile that two
+# groups share is computed for both, so rows are fewer than would be quickest without groups.
+_TILES = (256, 1024)
+_LANES = 128
 Experts = Callable[[jax.Array, jax.Array, jax.Array, ExpertWeights], jax.Array]
 
 
@@ -150,24 +153,51 @@ def ragged(
     return _by_group(x_ND, ids_NA, weights_NA, experts, jax.lax.ragged_dot)
 
 
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """The tiles of a product, by its sizes: (rows, inner width, outer width) of each step.
+
+    Of a width that is no multiple of `width` the part, from a half to one and a half of that, that
+    leaves the least of the last tile empty.
+    """
+
+    rows: int
+    width: int
+
+    def __call__(self, rows: int, inner: int, outer: int) -> tuple[int, int, int]:
+        """JAX's kernels ask for each product apart, those of a gradient too."""
+        return min(self.rows, rows), self._part(inner), self._part(outer)
+
+    def _part(self, width: int) -> int:
+        if width <= self.width:
+            return width
+        step = min(_LANES, self.width)
+        parts = range(step, 3 * self.width // 2 + 1, step)
+        return min(
+            (part for part in parts if 2 * part >= self.width),
+            key=lambda part: (-width % part, abs(part - self.width)),
+        )
+
+
 def megablox(
     x_ND: Float[Array, "N D"],
     ids_NA: Int[Array, "N A"],
     weights_NA: Float[Array, "N A"],
     experts: ExpertWeights,
     *,
-    most: tuple[int, int, int] = _TILES,
+    most: tuple[int, int] = _TILES,
     interpret: bool = False,
 ) -> Float[Array, "N D"]:
     """Assignments sorted by expert and JAX's Pallas kernels for TPUs, gradients by group too.
 
-    A step of a kernel takes `most` rows and widths; `interpret` runs it on any platform, slowly.
+    A step of a kernel takes the rows of `most`, and of both widths about as much as it says (see
+    Tiles); `interpret` runs it on any platform, slowly.
     """
+    tiles = Tiles(*most)
 
     def product(x_MD: jax.Array, y_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
         rows = x_MD.shape[0]
-        tiles = tuple(map(min, most, (rows, *y_EDF.shape[1:])))
-        padding = -rows % tiles[0]
+        padding = -rows % min(tiles.rows, rows)
         # Rows of no group are never written: what stands there must not come out, nor go back.
         grouped_M1 = (jnp.arange(rows + padding) < jnp.sum(sizes_E))[:, None]
         x_MD = jnp.where(grouped_M1, jnp.pad(x_MD, ((0, padding), (0, 0))), 0)

@@ -1,18 +1,15 @@
 """FLOPs of a model, term by term, and of a traced program, with the lengths of its loops."""
 
-import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import jax
-
 from mathv2_jax.model.config import ModelConfig
+from mathv2_jax.pods import flops, tiles
 
-# Share of the forward pass that a loss's gradient costs again: for each product, two more.
-BACKWARD = 2
+# Forward passes that a loss's gradient costs: for each product, two more.
+_GRADIENT = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,7 +41,7 @@ class Terms:
         once = ("indexer_projections", "indexer") if not aligned else ()
         return Terms(
             **{
-                name: value * (1 if name in once else 1 + BACKWARD)
+                name: value * (1 if name in once else 1 + _GRADIENT)
                 for name, value in dataclasses.asdict(self).items()
             }
         )
@@ -66,71 +63,62 @@ def _indexer_params(c: ModelConfig) -> int:
     return c.q_latent_width * width + c.width * (c.index_head_width + c.index_heads)
 
 
-def model_flops(config: ModelConfig, sequences: int, length: int, *, mtp: bool = False) -> Terms:
-    """A forward pass over `sequences` of `length` tokens, each seeing those before it and itself.
+def model_flops(
+    config: ModelConfig,
+    sequences: int,
+    length: int,
+    *,
+    past: int = 0,
+    longest: int | None = None,
+    mtp: bool = False,
+) -> Terms:
+    """A forward pass over `length` tokens more of `sequences` that have `past` tokens already.
 
-    2 FLOPs for each activated parameter and token, the unembedding included and the embedding not;
-    attention over min(t, k) keys; an indexer's scores over t keys, if it has something to choose.
-    With `mtp` its layers too.
+    Each token sees those before it and itself. 2 FLOPs for each activated parameter and token, the
+    unembedding included and the embedding not; attention over min(t, k) keys, in expanded form; an
+    indexer's scores over t keys. With `mtp` its layers too.
+
+    An indexer counts only where a sequence, of which `longest` is as long as it may become (None:
+    what it is now), has more tokens than are picked: else all are, and nothing need be scored. So
+    do its projections, of all tokens, since later ones choose among them. Nothing is counted for
+    expanding the past anew: absorbed attention does not do it either.
     """
     c, tokens = config, sequences * length
     num_mtp = c.num_mtp_layers if mtp else 0
     sparse = c.num_sparse_layers
+    chooses = 0 < c.index_topk < (past + length if longest is None else longest)
+    indexer = _indexer_params(c) if chooses else 0
     expert = 3 * c.width * c.expert_width
     per_sparse_mlp = expert * (c.experts_per_token + c.num_shared_experts) + c.width * c.num_experts
     further = num_mtp * (
-        2 * c.width**2
-        + _attention_params(c)
-        + _indexer_params(c)
-        + per_sparse_mlp
-        + c.width * c.vocab_size
+        2 * c.width**2 + _attention_params(c) + indexer + per_sparse_mlp + c.width * c.vocab_size
     )
-    chosen = min(c.index_topk or length, length)
-    pairs = sequences * (chosen * (chosen + 1) // 2 + (length - chosen) * chosen)
-    causal = sequences * length * (length + 1) // 2
+    pairs = sequences * _pairs(past, length, c.index_topk or past + length)
+    scored = sequences * _pairs(past, length, past + length) if chooses else 0
     head = c.num_heads * (c.head_key_width + c.head_rope_width + c.head_value_width)
     layers = c.num_layers + num_mtp
-    chooses = 0 < c.index_topk < length  # else nothing need be scored
-    scored = c.index_heads * c.index_head_width * causal if chooses else 0
     return Terms(
         attention_projections=2.0 * tokens * c.num_layers * _attention_params(c),
         dense_layers=2.0 * tokens * c.num_dense_layers * 3 * c.width * c.dense_width,
         routed_experts=2.0 * tokens * sparse * expert * c.experts_per_token,
         shared_experts=2.0 * tokens * sparse * expert * c.num_shared_experts,
         routers=2.0 * tokens * sparse * c.width * c.num_experts,
-        indexer_projections=2.0 * tokens * c.num_layers * _indexer_params(c),
+        indexer_projections=2.0 * tokens * c.num_layers * indexer,
         unembedding=2.0 * tokens * c.width * c.vocab_size,
         further_layers=2.0 * tokens * further,
         attention=2.0 * pairs * head * layers,
-        indexer=2.0 * scored * layers,
+        indexer=2.0 * scored * c.index_heads * c.index_head_width * layers,
     )
 
 
-def decode_flops(config: ModelConfig, sequences: int, past: int) -> Terms:
-    """One new token of each sequence, over `past` earlier ones; attention in expanded form.
+def _pairs(past: int, length: int, most: int) -> int:
+    """Sum of min(t, most) over t from past + 1 to past + length."""
 
-    Expanding the past anew is not counted: the absorbed form, which decodes, does not do it either.
-    """
-    c = config
-    found = model_flops(c, sequences, 1)
-    head = c.num_heads * (c.head_key_width + c.head_rope_width + c.head_value_width)
-    seen = min(c.index_topk or past + 1, past + 1)
-    chooses = 0 < c.index_topk <= past
-    scored = c.index_heads * c.index_head_width * (past + 1) if chooses else 0
-    return dataclasses.replace(
-        found,
-        attention=2.0 * sequences * seen * head * c.num_layers,
-        indexer=2.0 * sequences * scored * c.num_layers,
-    )
+    def upto(t: int) -> int:
+        few = min(t, most)
+        return few * (few + 1) // 2 + (t - few) * most
 
-
-def prefill_flops(config: ModelConfig, sequences: int, length: int, past: int) -> Terms:
-    """`length` tokens more of each sequence, after `past` earlier ones; no unembedding."""
-    whole, before = (model_flops(config, sequences, n) for n in (past + length, past))
-    terms = {
-        name: value - getattr(before, name) for name, value in dataclasses.asdict(whole).items()
-    }
-    return Terms(**terms | {"unembedding": 0.0})
+    return upto(past + length) - upto(past)
 
 
 class Loops(NamedTuple):
@@ -147,25 +135,38 @@ class Loops(NamedTuple):
 class Executed:
     """FLOPs of matrix products that a traced program runs, by the part of the model they are of.
 
-    Loops count by their lengths, those without a fixed one by `loops`. `whole` is of all devices
-    together: what is within `shard_map` runs on each device of the axes that it maps. `unknown`
-    names loops that have no length even so, counted once, and kernels that do not say what they
-    cost.
+    Loops count by their lengths, those without a fixed one by `loops`. All is of all devices
+    together: what is within `shard_map` runs on each device of the axes that it maps. `by_pass`
+    tells apart what is of the forward pass, what is computed anew for the backward pass, and that.
+    A kernel counts by what it declares; what its tiles cost beyond that, where groups' rows fill
+    the share `filled`, is the part EDGES. `unknown` names loops that have no length even so,
+    counted once, and kernels that do not say what they cost.
     """
 
-    def __init__(self, loops: Loops) -> None:
-        self.loops = loops
-        self.whole: dict[str, float] = collections.defaultdict(float)
+    def __init__(self, loops: Loops, filled: float) -> None:
+        self.loops, self.filled = loops, filled
+        self.by_pass: dict[str, dict[str, float]] = {}
         self.unknown: list[str] = []
+
+    @property
+    def whole(self) -> dict[str, float]:
+        """FLOPs by part."""
+        return {part: sum(passes.values()) for part, passes in self.by_pass.items()}
 
     def per_chip(self, chips: int) -> dict[str, float]:
         """FLOPs of one chip by part, if the compiler splits what is not in a shard_map evenly."""
-        return {name: self.whole[name] / chips for name in sorted(self.whole)}
+        return {name: x / chips for name, x in sorted(self.whole.items())}
+
+    def add(self, part: str, where: str, number: float) -> None:
+        """So many FLOPs more of a part, in the scopes `where`."""
+        if number:
+            passes = self.by_pass.setdefault(part, dict.fromkeys(PASSES, 0.0))
+            passes[_pass(where)] += number
 
 
-def executed(program: Any, loops: Loops = Loops()) -> Executed:  # noqa: B008 - it is immutable
+def executed(program: Any, loops: Loops = Loops(), filled: float = 1.0) -> Executed:  # noqa: B008 - it is immutable
     """Counts `program`, a jaxpr, closed or not; see Executed."""
-    found = Executed(loops)
+    found = Executed(loops, filled)
     _count(getattr(program, "jaxpr", program), 1.0, "", found)
     return found
 
@@ -175,10 +176,6 @@ def _count(jaxpr: Any, times: float, scope: str, found: Executed) -> None:
         name = equation.primitive.name
         stack = str(equation.source_info.name_stack)
         where = "/".join(part for part in (scope, stack) if part)
-        flops = _flops(name, equation)
-        if flops:
-            found.whole[_part(where)] += times * flops
-            continue
         inner_times = times
         if name == "scan":
             inner_times *= equation.params["length"]
@@ -187,42 +184,26 @@ def _count(jaxpr: Any, times: float, scope: str, found: Executed) -> None:
             inner_times *= length or 1.0
             if length is None:
                 found.unknown.append(where)
-        elif name == "pallas_call":  # one that does not say what it costs
-            found.unknown.append(where)
+        elif name == "pallas_call":
+            _count_kernel(equation, times, where, found)
+            continue
         elif name == "shard_map":
             sizes = equation.params["mesh"].shape
             inner_times *= math.prod(sizes[axis] for axis in equation.params["newly_manual_axes"])
-        for inner in _inner(equation.params):
+        found.add(_part(where), where, times * flops.of_equation(equation))
+        for inner in flops.inner(equation.params):
             _count(inner, inner_times, where, found)
 
 
-def _inner(params: Mapping[str, Any]) -> list[Any]:
-    """The programs within an equation; of a branch all, which is at most too much."""
-    found = []
-    for value in params.values():
-        for leaf in jax.tree.leaves(value, is_leaf=lambda x: hasattr(x, "eqns")):
-            leaf = leaf if hasattr(leaf, "eqns") else getattr(leaf, "jaxpr", None)
-            if hasattr(leaf, "eqns"):
-                found.append(leaf)
-    return found
-
-
-def _flops(name: str, equation: Any) -> float:
-    if name == "dot_general":
-        (contracted, _), _ = equation.params["dimension_numbers"]
-        shape = equation.invars[0].aval.shape
-        depth = math.prod(shape[axis] for axis in contracted)
-        return 2.0 * depth * math.prod(equation.outvars[0].aval.shape)
-    if name in ("ragged_dot", "ragged_dot_general"):
-        left, right, out = (v.aval.shape for v in (*equation.invars[:2], equation.outvars[0]))
-        # Rows are of one group each: the groups' axis, of the weights or of their gradient, is no
-        # factor.
-        if len(right) == 3:
-            return 2.0 * math.prod(left) * out[-1]
-        return 2.0 * math.prod(left) * right[-1]
-    if name == "pallas_call" and equation.params["cost_estimate"] is not None:
-        return float(equation.params["cost_estimate"].flops)
-    return 0.0
+def _count_kernel(equation: Any, times: float, where: str, found: Executed) -> None:
+    cost = equation.params["cost_estimate"]
+    if cost is None:
+        found.unknown.append(where)
+        return
+    declared = float(cost.flops)
+    found.add(_part(where), where, times * declared)
+    by_tiles = tiles.expected(equation, found.filled)
+    found.add(EDGES, where, times * max(0.0, by_tiles - found.filled * declared))
 
 
 # Parts by the names of the model's scopes; the first of which one is found counts.
@@ -237,7 +218,8 @@ _PARTS = (
     ("sparse", "routers"),
     ("dense", "dense_layers"),
 )
-EXPERTS, OTHER = "routed_experts", "other"
+EXPERTS, EDGES, OTHER = "routed_experts", "edges_of_tiles", "other"
+FORWARD, ANEW, BACKWARD = PASSES = ("forward", "computed_anew", "backward")
 _PAGED = {"attend", "index"}
 
 
@@ -247,6 +229,14 @@ def _part(where: str) -> str:
     if "mtp" in names:
         return "attention" if "attend" in names else "further_layers"
     return next((part for word, part in _PARTS if word in names), OTHER)
+
+
+def _pass(where: str) -> str:
+    """By the names that JAX gives to what differentiation and rematerialisation make."""
+    names = _names(where)
+    if "rematted_computation" in names:
+        return ANEW
+    return BACKWARD if "transpose" in names else FORWARD
 
 
 def _names(where: str) -> set[str]:

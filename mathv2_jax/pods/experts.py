@@ -1,8 +1,9 @@
-"""Whether the compiled product of routed experts grows with their number on a chip.
+"""Whether the product of routed experts grows with their number on a chip.
 
 Each row is of one expert, so the work is that of the rows. A compiler may do otherwise, above all
 for the weights' gradient: multiply all rows once for every expert. Executed FLOPs are counted from
-traced programs (pods/counting.py) and would not show it; this does.
+traced programs (pods/counting.py) and would not show it. So the product is compiled; and since a
+compiler knows of kernels what they declare alone, the tiles that their grids visit are counted.
 """
 
 from collections.abc import Mapping
@@ -10,11 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mathv2_jax.model import grouped
 from mathv2_jax.model.config import ModelConfig
+from mathv2_jax.pods import tiles
 
-_ROWS = 4096
+# As many as a chip of DeepSeek-V3.2's mesh has at 4,096 tokens each: each group's last tile weighs
+# more in few rows.
+_ROWS = 2**15
 _FEW, _MANY = 2, 8
 _LIMIT = 1.2  # times the FLOPs of few experts
 
@@ -22,10 +27,16 @@ _LIMIT = 1.2  # times the FLOPs of few experts
 def flops_by_experts(product: grouped.Experts, model: ModelConfig, device: Any) -> dict[str, Any]:
     """FLOPs of a compiled product with its gradients on `device`, for 2 and for 8 experts there.
 
-    The rows are as many both times. `scales` where the FLOPs grow by more than a fifth.
+    The rows are as many both times, each of an expert drawn evenly. `scales` where the FLOPs grow
+    by more than a fifth; `of_kernels` are those in Pallas kernels.
     """
-    few, many = (_compiled(product, model, device, number) for number in (_FEW, _MANY))
-    return {"flops": {str(_FEW): few, str(_MANY): many}, "scales": many > _LIMIT * few}
+    found = [_flops(product, model, device, number) for number in (_FEW, _MANY)]
+    (few, few_kernels), (many, many_kernels) = found
+    return {
+        "flops": {str(_FEW): few, str(_MANY): many},
+        "of_kernels": {str(_FEW): few_kernels, str(_MANY): many_kernels},
+        "scales": many > _LIMIT * few,
+    }
 
 
 def said(found: Mapping[str, Any]) -> str:
@@ -35,7 +46,10 @@ def said(found: Mapping[str, Any]) -> str:
     return f"experts of a chip: {few:.3g} FLOPs for {_FEW}, {many:.3g} for {_MANY}: {verdict}"
 
 
-def _compiled(product: grouped.Experts, model: ModelConfig, device: Any, number: int) -> float:
+def _flops(
+    product: grouped.Experts, model: ModelConfig, device: Any, number: int
+) -> tuple[float, float]:
+    """All, and of kernels."""
     c, where = model, jax.sharding.SingleDeviceSharding(device)
 
     def laid(*shape: int, dtype: Any = c.compute_dtype) -> Any:
@@ -49,6 +63,10 @@ def _compiled(product: grouped.Experts, model: ModelConfig, device: Any, number:
         return jnp.sum(out_ND.astype(jnp.float32))
 
     both_ways = jax.jit(jax.grad(total, argnums=(0, 1)))
-    ids_N1 = laid(_ROWS, 1, dtype=jnp.int32)
-    done = both_ways.lower(laid(_ROWS, c.width), weights, ids_N1).compile()
-    return float(done.cost_analysis()["flops"])  # pyright: ignore - typed as Any or a list
+    traced = both_ways.trace(laid(_ROWS, c.width), weights, laid(_ROWS, 1, dtype=jnp.int32))
+    ids_N1 = np.random.default_rng(0).integers(0, number, (_ROWS, 1), np.int32)
+    unknown = [None] * len(jax.tree.leaves(weights))
+    kernels = tiles.visited(traced.jaxpr, None, *unknown, ids_N1)
+    compiled = traced.lower().compile().cost_analysis()
+    assert isinstance(compiled, dict)
+    return compiled["flops"] - kernels.declared + kernels.by_tiles, kernels.by_tiles

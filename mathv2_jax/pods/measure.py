@@ -40,19 +40,26 @@ def measured(
         return _in_turn(alike(one) for one in program.each)
     mesh = program.mesh
     traced = program.trace()
-    executed = counting.executed(traced.jaxpr, program.loops)
-    parts = executed.per_chip(mesh.size)
-    of_model = program.model_flops(model, auxiliary)
     ways = mesh.shape["expert"]
     spare = 1.0 if ways == 1 else min(ways, buffer or ways)
-    full = parts.get(counting.EXPERTS, 0.0)
-    parts[counting.EXPERTS] = full / spare
-    model_total = of_model.total / mesh.size
+    executed = counting.executed(traced.jaxpr, program.loops, 1 / spare)
+    of_model = dataclasses.asdict(program.model_flops(model, auxiliary))
+    of_model = {name: x / mesh.size for name, x in of_model.items()}
+    by_pass = {
+        part: {name: x / mesh.size for name, x in passes.items()}
+        for part, passes in sorted(executed.by_pass.items())
+    }
+    experts = by_pass.get(counting.EXPERTS, {})
+    full = sum(experts.values())
+    by_pass[counting.EXPERTS] = {name: x / spare for name, x in experts.items()}
+    parts = {name: sum(passes.values()) for name, passes in by_pass.items()}
+    model_total = sum(of_model.values())
     found: dict[str, Any] = {
-        "model_flops_per_chip": {n: x / mesh.size for n, x in dataclasses.asdict(of_model).items()},
+        "model_flops_per_chip": of_model,
         "executed_flops_per_chip": parts,
         "model_flops_per_chip_total": model_total,
         "executed_flops_per_chip_total": sum(parts.values()),
+        "excess_flops_per_chip": excess(of_model, by_pass, trained=program.name == "gradients"),
         "executed_over_model": sum(parts.values()) / model_total if model_total else None,
         "flops_of_empty_buffer_rows_per_chip": full - full / spare,
         "loops_of_unknown_length": executed.unknown,
@@ -89,6 +96,26 @@ def measured(
         "collective_bytes_once_per_unknown_loop": sent.bytes_by_kind,
         "roofline": dataclasses.asdict(bounds),
     }
+
+
+def excess(
+    of_model: Mapping[str, float], by_pass: Mapping[str, Mapping[str, float]], *, trained: bool
+) -> dict[str, dict[str, float]]:
+    """Why a part executes more than its due: FLOPs by pass, with the due ones taken off.
+
+    Of what is due a third is the forward pass where there is a backward one. Their sum over all
+    parts is what is executed beyond the model's FLOPs; a part that takes less is negative.
+    """
+    found = {}
+    for part in sorted({*of_model, *by_pass}):
+        passes = {n: 0.0 for n in counting.PASSES} | dict(by_pass.get(part, {}))
+        due = of_model.get(part, 0.0)
+        forward = due / 3 if trained and passes[counting.BACKWARD] else due
+        passes[counting.FORWARD] -= forward
+        passes[counting.BACKWARD] -= due - forward
+        if any(passes.values()):
+            found[part] = passes
+    return found
 
 
 def first_line(error: Exception) -> str:

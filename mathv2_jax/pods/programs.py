@@ -38,6 +38,7 @@ class Program:
     sequences: int
     length: int
     past: int = 0  # tokens that are in pages already
+    longest: int | None = None  # tokens that pages have room for
     loops: counting.Loops = counting.Loops()
     each: tuple["Program", ...] = ()
 
@@ -60,14 +61,17 @@ class Program:
         """Of one call, on all chips."""
         if self.name in ("update", "hand_over"):
             return counting.model_flops(model, 0, 1)
-        if self.name == "decode":
-            once = counting.decode_flops(model, self.sequences, self.past)
-            return once.scaled(self.turns)
         trained = self.name == "gradients"
-        mtp = trained and auxiliary.mtp > 0
-        found = counting.model_flops(model, self.sequences, self.length, mtp=mtp)
+        found = counting.model_flops(
+            model,
+            self.sequences,
+            self.length,
+            past=self.past,
+            longest=self.longest,
+            mtp=trained and auxiliary.mtp > 0,
+        )
         if self.name == "prefill":
-            return counting.prefill_flops(model, self.sequences, self.length, self.past)
+            return dataclasses.replace(found, unembedding=0.0)
         return found.trained(aligned=auxiliary.indexer > 0) if trained else found
 
     def trace(self) -> Any:
@@ -214,6 +218,7 @@ def _of_engine(
             sequences=pieces,
             length=length,
             past=past,
+            longest=config.context,
             loops=counting.Loops(blocks=blocks(past + length)),
         ),
         "decode": Program(
@@ -225,6 +230,7 @@ def _of_engine(
             sequences=b,
             length=config.steps,
             past=past,
+            longest=config.context,
             loops=counting.Loops(
                 config.steps,
                 statistics.mean(blocks(past + step) for step in range(1, config.steps + 1)),

@@ -15,9 +15,7 @@ FORMS = {
     "sorted blocks of 4": functools.partial(grouped.sorted_blocks, block=4),
     "ragged": grouped.ragged,
     "megablox": functools.partial(grouped.megablox, interpret=True),
-    "megablox, 12 rows a step": functools.partial(
-        grouped.megablox, most=(12, 4, 3), interpret=True
-    ),
+    "megablox, 12 rows a step": functools.partial(grouped.megablox, most=(12, 4), interpret=True),
 }
 # With blocks of 4: groups that end on a block's edge, one past it, empty ones, all in one.
 LOADS = {

@@ -5,20 +5,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from configs.models import deepseek_v3, deepseek_v32, tiny_v3, tiny_v32
 from mathv2_jax import sharding
 from mathv2_jax.model import cache, grouped, heads, picked, transformer
 from mathv2_jax.model.config import ModelConfig
-from mathv2_jax.pods import counting
+from mathv2_jax.pods import counting, measure
 
 
 def test_a_token_of_deepseek_v3_costs_two_flops_for_each_activated_parameter():
     """36.6 B of the 671 B are active, without the embedding; 1.70 G more are the indexers'."""
     for module, activated in ((deepseek_v3, 36.6), (deepseek_v32, 37.5)):
-        terms = counting.model_flops(ModelConfig(**module.model()), 1, 1)
+        terms = counting.model_flops(ModelConfig(**module.model()), 1, 1, longest=163840)
         matrices = terms.total - terms.attention - terms.indexer
         assert matrices / 2e9 == pytest.approx(activated, abs=0.05)
 
@@ -150,12 +149,80 @@ def test_a_grouped_product_and_its_gradients_do_not_count_by_the_number_of_group
 
 def test_decoding_attends_to_the_past_and_itself():
     config = ModelConfig(**tiny_v32.model())
-    one = counting.decode_flops(config, 3, 4)
-    both = counting.decode_flops(config, 3, 200)
+    topk = config.index_topk
+    one, both, last = (
+        counting.model_flops(config, 3, 1, past=past, longest=longest)
+        for past, longest in ((4, 300), (200, 300), (4, 5))
+    )
     key = config.head_key_width + config.head_rope_width + config.head_value_width
     per_key = 2 * 3 * config.num_heads * key * config.num_layers
-    assert one.attention == 5 * per_key
-    assert both.attention == min(201, config.index_topk) * per_key
+    assert one.attention == last.attention == 5 * per_key and topk > 5
+    assert both.attention == min(201, topk) * per_key
     scores = 2 * 3 * config.index_heads * config.index_head_width * config.num_layers
-    assert both.indexer == 201 * scores and config.index_topk > 4 and one.indexer == 0
-    assert np.isfinite(both.total)
+    assert both.indexer == 201 * scores and one.indexer == 5 * scores
+
+
+@pytest.mark.parametrize("longest", [None, 40])
+def test_what_is_fed_in_pieces_costs_what_it_costs_at_once(longest):
+    """A piece's sequences become longer than they are, so an indexer is told how long."""
+    config = ModelConfig(**tiny_v32.model() | dict(index_topk=6))
+    whole = counting.model_flops(config, 2, 13, longest=longest or 13)
+    first = counting.model_flops(config, 2, 4, longest=longest or 13)
+    second = counting.model_flops(config, 2, 9, past=4, longest=longest or 13)
+    for name, value in dataclasses.asdict(whole).items():
+        assert getattr(first, name) + getattr(second, name) == value, name
+    assert first.indexer > 0
+
+
+def test_an_indexer_that_picks_everything_costs_nothing():
+    config = ModelConfig(**tiny_v32.model() | dict(index_topk=6))
+    few, many = (counting.model_flops(config, 2, n) for n in (6, 7))
+    assert few.indexer == few.indexer_projections == 0.0
+    assert many.indexer > 0 and many.indexer_projections > 0
+
+
+def test_products_are_told_apart_by_the_pass_that_they_are_of():
+    """Of y = f(f(x)) with f recomputed: two products forward, two anew, and two for each back."""
+    w = jnp.ones((4, 4))
+
+    def loss(w):
+        f = jax.checkpoint(lambda x: jnp.sin(x @ w))
+        with jax.named_scope("dense"):
+            return jnp.sum(f(f(jnp.ones((4, 4)))))
+
+    found = counting.executed(jax.make_jaxpr(jax.grad(loss))(w))
+    one = 2 * 4**3
+    passes = {counting.FORWARD: 2 * one, counting.ANEW: 2 * one, counting.BACKWARD: 3 * one}
+    assert found.by_pass == {"dense_layers": passes}
+
+
+def step_of(remat):
+    """(FLOPs of the model's terms, executed ones by pass) of a gradient."""
+    config = ModelConfig(**tiny_v32.model() | dict(num_mtp_layers=0, remat=remat))
+    kernels = transformer.Kernels(experts=grouped.ragged)
+    shapes = transformer.unboxed(transformer.boxed_abstract(config))
+    tokens_BT = jax.ShapeDtypeStruct((2, 16), jnp.int32)
+
+    def loss(variables, tokens_BT):
+        return jnp.sum(forward(config, kernels, variables, tokens_BT))
+
+    executed = counting.executed(jax.jit(jax.grad(loss)).trace(shapes, tokens_BT).jaxpr)
+    terms = counting.model_flops(config, 2, 16).trained(aligned=False)
+    return dataclasses.asdict(terms), executed.by_pass
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_what_is_executed_beyond_the_models_flops_is_named_in_full(remat):
+    terms, by_pass = step_of(remat)
+    found = measure.excess(terms, by_pass, trained=True)
+    executed = sum(sum(passes.values()) for passes in by_pass.values())
+    named = sum(sum(passes.values()) for passes in found.values())
+    assert named == pytest.approx(executed - sum(terms.values()), rel=1e-9)
+    for part in ("attention_projections", "dense_layers"):
+        over = found.get(part, dict.fromkeys(counting.PASSES, 0.0))
+        assert over[counting.FORWARD] == pytest.approx(0.0, abs=1.0), part
+        again = over[counting.ANEW] / terms[part]
+        assert again == 0.0 if remat == "none" else 0.2 < again <= 1 / 3, part
+    # Dense attention is over the square, of which about a half is seen.
+    square = found["attention"]
+    assert square[counting.FORWARD] > 0 and square[counting.BACKWARD] > 0
