@@ -12,7 +12,6 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from mathv2_jax import records, reward, roles
-from mathv2_jax.rollout import engine as engine_lib
 
 
 @runtime_checkable
@@ -45,6 +44,7 @@ class TestSet:
     rule: reward.AutoLabelRule
 
 
+Respondent = roles.Respondent
 VERIFY, META, PROVE, JUDGE, AUTOLABEL = "verify", "meta", "prove", "judge", "autolabel"
 
 
@@ -53,8 +53,8 @@ class Players:
     """Who answers: engines with their variables loaded, and the roles."""
 
     roles: roles.Roles
-    verifier: engine_lib.Engine
-    generator: engine_lib.Engine
+    verifier: Respondent
+    generator: Respondent
 
 
 def answers(

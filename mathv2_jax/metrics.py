@@ -53,6 +53,7 @@ NAMES = (
     *("score", "lost_votes", "left_group"),
     *("tokens", "learning_rate", "head_loss", "router_peak_load", "expert_overflow"),
     *("clipped", "dropped", "ratio", "importance"),
+    *("staleness", "kept_unknown"),
 )
 _WINDOW = 20  # steps over which the rate of tokens is taken
 _COMPILING = "/jax/core/compile/backend_compile_duration"

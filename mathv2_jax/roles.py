@@ -6,14 +6,26 @@ Training stages, search and evaluation use the same roles, so what is trained is
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from mathv2_jax import records, reward
-from mathv2_jax.rollout import engine as engine_lib
 from mathv2_jax.text import parse, prompts
 from mathv2_jax.text import tokenizer as tokenizer_lib
 
 Outcome = records.Outcome
+
+
+class Respondent(Protocol):
+    """Whoever answers requests: an engine, one that keeps its responses, a server."""
+
+    @property
+    def tokenizer(self) -> tokenizer_lib.Tokenizer:
+        """Prompts are in its ids."""
+        ...
+
+    def generate(self, requests: Sequence[records.Request], /) -> list[list[records.Response]]:
+        """`num_samples` responses for each request, in the requests' order."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,7 +187,7 @@ def seed_for(*parts: object) -> int:
 
 
 def ask(
-    engine: engine_lib.Engine,
+    respondent: Respondent,
     role: Role,
     fields: Sequence[Mapping[str, str]],
     num_samples: int,
@@ -189,7 +201,7 @@ def ask(
     requests = [
         records.Request(
             id="/".join(map(str, (*seed, role.name, key))),
-            prompt=role.prompt(engine.tokenizer, **values),
+            prompt=role.prompt(respondent.tokenizer, **values),
             num_samples=num_samples,
             seed=seed_for(*seed, role.name, key),
             max_tokens=role.sampling.max_tokens,
@@ -198,7 +210,7 @@ def ask(
         )
         for key, values in zip(keys or range(len(fields)), fields, strict=True)
     ]
-    answers = engine.generate(requests)
+    answers = respondent.generate(requests)
     return [[understand(role, response) for response in responses] for responses in answers]
 
 
@@ -259,7 +271,7 @@ def auto_label_samples(found: AutoLabelled, name: str, **fields: Any) -> list[re
 
 
 def auto_label(
-    judge: engine_lib.Engine,
+    judge: Respondent,
     roles: Roles,
     proofs: Sequence[records.Proof],
     rule: reward.AutoLabelRule,

@@ -245,7 +245,7 @@ def loss_load_and_grads(experts, variables, batch):
         )
         assert out.routing is not None
         hidden_BTD = jnp.take_along_axis(out.hidden_BTD, sources_BT[..., None], axis=1)
-        neighbours_BT3 = (tokens_BT[..., None] + jnp.arange(3)) % TINY.vocab_size
+        neighbours_BT3 = (tokens_BT[..., None] + jnp.arange(3)[None, None]) % TINY.vocab_size
         allowed_BT3 = jnp.where(positions_BT[..., None] % 2 == 0, neighbours_BT3, -1)
         found = heads.token_logprobs(
             hidden_BTD, params["unembed"], tokens_BT, allowed_BT3, chunk=TINY.logprob_chunk

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from mathv2_jax import records, sharding
 from mathv2_jax.model import transformer
-from mathv2_jax.rollout import decode, schedule, worker
+from mathv2_jax.rollout import answers, decode, schedule, worker
 from mathv2_jax.text import tokenizer as tokenizer_lib
 
 OnAnswer = Callable[[int, records.Response], None]  # (the request's place, an answer to it)
@@ -218,14 +218,14 @@ class Engine:
                 sent[page] = np.zeros((size, *sent_TLA.shape[1:]), np.int16)
             sent[page][at % size] = sent_TLA[at - piece.begin]
 
-    def _sent_of(self, answer: worker.Answer) -> np.ndarray:
+    def _sent_of(self, answer: answers.Answer) -> np.ndarray:
         """Where the prompt's tokens but the last were sent: [tokens, layers, a token's]."""
         sent = [self._sent[answer.part][page] for page in answer.lease.pages]
         if not sent:
             return np.zeros((0, *answer.experts[0].shape), np.int16)
         return np.concatenate(sent)[: answer.lease.length]
 
-    def _response(self, answer: worker.Answer, finish: records.Finish) -> records.Response:
+    def _response(self, answer: answers.Answer, finish: records.Finish) -> records.Response:
         token_ids = tuple(answer.tokens)
         self.stats.answer_tokens += len(token_ids)
         thinking, final = self.tokenizer.split_thinking(token_ids, think=self.think)
@@ -276,7 +276,7 @@ class _Rows:
         self._engine, self._requests, self._waiting, self._done = engine, requests, waiting, done
         self._worker, self._limits = engine._worker, engine.limits
         sizes = self._worker.sizes
-        self._rows: list[worker.Answer | None] = [None] * sizes.rows
+        self._rows: list[answers.Answer | None] = [None] * sizes.rows
         self._room = max(1, sizes.rows // 8)  # rows that are filled again together
         self._begun: set[int] = set()  # requests whose prompt was counted
 
@@ -311,7 +311,7 @@ class _Rows:
             if answer is not None:
                 self._release(row, answer)
 
-    def _release(self, row: int, answer: worker.Answer) -> None:
+    def _release(self, row: int, answer: answers.Answer) -> None:
         pool = self._engine.pools[answer.part]
         pool.give_all(answer.own)
         pool.release(answer.lease)
@@ -373,7 +373,7 @@ class _Rows:
             return None
         return free[max(candidates, key=lambda p: (counts[p], -p))][0]
 
-    def _begin(self, place: int, index: int, row: int) -> worker.Answer | None:
+    def _begin(self, place: int, index: int, row: int) -> answers.Answer | None:
         """The answer with its prompt's pages; None where these are not to be had now.
 
         An answer that is let in leaves pages for every row of its part to go on for one turn.
@@ -384,14 +384,14 @@ class _Rows:
         lease = pool.lease(request.prompt[:-1])
         if lease is None:
             return None
-        answer = worker.Answer(
+        answer = answers.Answer(
             place=place,
             index=index,
             request=request,
             stop_ids=self._engine._stop_ids(request),
             part=part,
             lease=lease,
-            key=worker.row_key(request.seed, index),
+            key=answers.row_key(request.seed, index),
         )
         others = [a for a in self._rows if a is not None and a.part == part]
         wanted = sum(
@@ -425,50 +425,13 @@ class _Rows:
         self._waiting.appendleft((youngest.place, youngest.index))
         self._engine.stats.restarted += 1
 
-    def _take_over(self, row: int, answer: worker.Answer, drawn: decode.Drawn) -> None:
+    def _take_over(self, row: int, answer: answers.Answer, drawn: decode.Drawn) -> None:
         """What a row drew; the answer leaves it where that completes it."""
-        count, first = int(drawn.count_B[row]), len(answer.tokens)
-        answer.tokens += drawn.tokens_BK[row, :count].tolist()
-        answer.logprobs += drawn.logprobs_BK[row, :count].tolist()
-        answer.policy_logprobs += drawn.policy_logprobs_BK[row, :count].tolist()
-        if drawn.experts_KLBA is not None:
-            answer.experts += list(drawn.experts_KLBA[:count, :, row])
-        if self._kept and answer.truncated:
-            answer.kept += _kept(drawn, row, count)
-        stopped = bool(drawn.stopped_B[row])
-        cut = self._cut(answer, first)
-        if cut is not None:
-            stopped = True
-            for name in ("tokens", "logprobs", "policy_logprobs", "experts", "kept"):
-                del getattr(answer, name)[cut:]
+        first = len(answer.tokens)
+        answer.extend(drawn, row, kept=self._kept)
+        stopped = answer.cut(self._engine.tokenizer, first) or bool(drawn.stopped_B[row])
         if stopped or len(answer.tokens) >= answer.request.max_tokens:
             finish = records.Finish.STOP if stopped else records.Finish.LENGTH
             response = self._engine._response(answer, finish)
             self._release(row, answer)
             self._done(answer.place, response)
-
-    def _cut(self, answer: worker.Answer, first: int) -> int | None:
-        """How many tokens the answer has up to the one that completes a stop string, if any does.
-
-        Tokens before `first` were looked at.
-        """
-        if not answer.request.stop:
-            return None
-        back = max(len(s.encode()) for s in answer.request.stop) + 8  # tokens, of a byte at least
-        for end in range(first + 1, len(answer.tokens) + 1):
-            text = self._engine.tokenizer.decode(answer.tokens[max(0, end - back) : end])
-            if any(stop in text for stop in answer.request.stop):
-                return end
-        return None
-
-
-def _kept(drawn: decode.Drawn, row: int, count: int) -> list[tuple[int, ...] | None]:
-    """The ids that truncation kept for each token; None where there were more than are recorded."""
-    assert drawn.kept_BKY is not None and drawn.num_kept_BK is not None
-    most = drawn.kept_BKY.shape[-1]
-    return [
-        tuple(ids[:number].tolist()) if number <= most else None
-        for ids, number in zip(
-            drawn.kept_BKY[row, :count], drawn.num_kept_BK[row, :count], strict=True
-        )
-    ]

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mathv2_jax import records, sharding
+from mathv2_jax import sharding
 from mathv2_jax.model import cache as cache_lib
 from mathv2_jax.model import transformer
+from mathv2_jax.rollout import answers as answers_lib
 from mathv2_jax.rollout import decode, sampling, schedule
 
 
@@ -45,44 +46,6 @@ def sizes_on(mesh: Mesh, config: schedule.EngineConfig) -> Sizes:
     if config.pages:
         pages = max(-(-config.pages // parts), config.pages_a_row)
     return Sizes(parts, rows * parts, -(-config.chunks // parts) * parts, pages)
-
-
-def row_key(seed: int, index: int) -> np.ndarray:
-    """Key data (two uint32) of one answer, a function of the request's seed and its index."""
-    return np.random.SeedSequence([seed, index]).generate_state(2)
-
-
-@dataclasses.dataclass(eq=False)
-class Answer:
-    """One answer in a row: the pages that it holds, of its prompt and its own, and what it drew.
-
-    `experts` and `kept` are by token, as far as they were asked for; the first experts are those of
-    the prompt's last token.
-    """
-
-    place: int
-    index: int
-    request: records.Request
-    stop_ids: Sequence[int]
-    part: int
-    lease: schedule.Lease
-    key: np.ndarray
-    own: list[int] = dataclasses.field(default_factory=list)
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    policy_logprobs: list[float] = dataclasses.field(default_factory=list)
-    experts: list[np.ndarray] = dataclasses.field(default_factory=list)  # [layers, a token's]
-    kept: list[tuple[int, ...] | None] = dataclasses.field(default_factory=list)
-
-    def pages_at(self, drawn: int, size: int) -> int:
-        """Pages of its own that it needs to draw so many tokens: the last is never fed."""
-        return -(-min(drawn, self.request.max_tokens) // size)
-
-    @property
-    def truncated(self) -> bool:
-        """Whether its request leaves tokens out."""
-        asked = self.request
-        return asked.top_p < 1.0 or asked.top_k > 0 or asked.min_p > 0.0
 
 
 class Computed(NamedTuple):
@@ -179,7 +142,7 @@ class Worker:
 
     def advance(
         self,
-        answers: Sequence[Answer | None],
+        answers: Sequence[answers_lib.Answer | None],
         least: int,
         *,
         experts: bool = False,
@@ -201,7 +164,7 @@ class Worker:
             )
         return sharding.on_host(drawn)
 
-    def _rows(self, answers: Sequence[Answer | None]) -> decode.Rows:
+    def _rows(self, answers: Sequence[answers_lib.Answer | None]) -> decode.Rows:
         config, taps, number = self.config, self.programs.config.embedding_taps, len(answers)
         ints = {name: np.zeros((number,), np.int32) for name in _INTS}
         previous = np.zeros((number, taps), np.int32)

@@ -8,6 +8,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
+import jax
+import jax.numpy as jnp
 from absl import logging
 
 from mathv2_jax import records, roles
@@ -15,6 +17,7 @@ from mathv2_jax.data import sources
 from mathv2_jax.rl import learner as learner_lib
 from mathv2_jax.rl import optimizer as optimizer_lib
 from mathv2_jax.rl import placement
+from mathv2_jax.rollout import durable
 from mathv2_jax.stages import gate, rl_config, scoring, steps, updates
 from mathv2_jax.stages import groups as groups_lib
 from mathv2_jax.stages import run as run_lib
@@ -30,36 +33,124 @@ def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
     config = stage.rl
     temperature = require_trainable(stage, run.roles.sampling)
     stream = task_stream(run, stage)
-    scores = make_scores(run, stage)
     learner = run.learner(
         ("rl", config.grpo, config.optimizer.without_rate(), config.auxiliary, temperature),
         functools.partial(_make_learner, run, config, temperature),
     )
     alarms = groups_lib.Alarms(stage.name, run.runtime.lost_alarm, run.runtime.failed_alarm)
-    judge = make_judge(run, stage)
     with steps.Loop(run, stage.name, config.steps, learner, stage.init) as loop:
         reference = make_reference(run, stage)
-        position = loop.position.get("next", 0)
+        sampler = _Sampler(run, stage, stream, loop)
         for step in loop.remaining():
-            with loop.sampling(), judging(run, stage, judge):
-                run.policy.load(loop.state.variables, f"{stage.name}@{step}")
-                found = collect(run, stage, stream, scores, step, position)
-                run.policy.unload()
-            if config.gate != 0.0 and step == loop.first_step:
+            found, sampled_at = sampler.take(step)
+            if config.gate != 0.0 and step == loop.first_step == sampled_at:
                 gate.check(run, stage, learner, loop.state.variables, found.summaries)
             packed = updates.pack_updates(run, config, found.summaries)
             rate = optimizer_lib.learning_rate(config.optimizer, step, config.steps)
+            if config.ahead:
+                sampler.load(step)  # before the update takes the variables over
             state, measured = updates.update(config, learner, loop.state, reference, packed, rate)
+            if config.ahead:
+                sampler.sample_ahead(step, found.position)
             empty = () if any(s.has_signal for s in found.summaries) else OF_ANSWERS
             measured = {name: x for name, x in measured.items() if name not in empty}
             written = groups_lib.to_samples(stage.name, step, found.groups)
             scalars = groups_lib.measure(found.summaries)
+            if config.ahead:
+                scalars["staleness"] = float(step - sampled_at)
             alarms.check(step + 1, scalars)
-            position = found.position
             batches = list(itertools.chain(*packed))
-            loop.advance(state, measured, batches, {"next": position}, scalars, written)
+            loop.advance(state, measured, batches, {"next": found.position}, scalars, written)
             del state  # the loop's, to give away and to move
-        return loop.finish()
+        figures = loop.finish()
+        sampler.close()
+        return figures
+
+
+class _Sampler:
+    """A stage's batches, one a step, drawn from its newest variables or, ahead, from those before.
+
+    A batch that is drawn ahead is there whole before the checkpoint that it belongs to, so a run
+    that goes on there trains on the same one.
+    """
+
+    def __init__(
+        self, run: run_lib.Run, stage: RlStage, stream: grain.MapDataset, loop: steps.Loop
+    ):
+        self._run, self._stage, self._stream, self._loop = run, stage, stream, loop
+        folder = run.workdir / "checkpoints" / stage.name / "responses"
+        self._responses = durable.Responses(folder, run.runtime.responses_every)
+        self._scores = make_scores(run, stage, self._responses)
+        self._judge = make_judge(run, stage)
+        self._position = loop.position.get("next", 0)
+        self._ahead: tuple[Collected, int] | None = None
+        self._saved = 0
+        if stage.rl.ahead and run.runtime.placement.optimizer != placement.RESIDENT:
+            raise ValueError(
+                f"stage {stage.name}: rl.ahead samples while the optimizer is in use: it needs "
+                f"runtime.placement.optimizer = {placement.RESIDENT!r}"
+            )
+
+    def take(self, step: int) -> tuple["Collected", int]:
+        """A step's batch, and the step whose variables it was drawn from."""
+        if self._ahead is not None:
+            found, self._ahead = self._ahead, None
+            return found
+        self._begin(step)
+        sampled_at = step
+        if self._stage.rl.ahead and step:
+            if self._responses.is_complete(self._version(step - 1)):
+                sampled_at = step - 1
+            else:
+                logging.warning(
+                    "%s: the batch of step %d that was drawn ahead is not there: it is drawn anew, "
+                    "from the variables of now",
+                    *(self._stage.name, step),
+                )
+        with self._loop.sampling():
+            self._run.policy.load(self._loop.state.variables, self._version(sampled_at))
+            found = self._collect(step, self._position, sampled_at)
+        return found, sampled_at
+
+    def load(self, step: int) -> None:
+        """Sample with a copy of the variables of now, which a step is about to change."""
+        if step + 1 < self._stage.rl.steps:
+            copy = jax.tree.map(jnp.copy, self._loop.state.variables)
+            self._run.policy.load(copy, self._version(step))
+
+    def sample_ahead(self, step: int, position: int) -> None:
+        """Draw the next step's batch with what `load` was given, while this one's updates run."""
+        if step + 1 < self._stage.rl.steps:
+            self._begin(step + 1)
+            self._ahead = self._collect(step + 1, position, step), step
+            self._responses.complete(self._version(step))
+
+    def close(self) -> None:
+        """The stage has ended."""
+        self._responses.close()
+
+    def _version(self, step: int) -> str:
+        return f"{self._stage.name}@{step}"
+
+    def _begin(self, step: int) -> None:
+        self._responses.drop_before(self._saved)
+        self._saved = self._loop.saved_step  # it may still be on its way to the disk
+        there = self._responses.begin(step)
+        if there:
+            logging.info("%s: %d responses of step %d are there", self._stage.name, there, step)
+
+    def _collect(self, step: int, position: int, sampled_at: int) -> "Collected":
+        version, led = self._version(sampled_at), self._run.policy.led
+        policy = {
+            replica: self._responses.of(engine, version, writes=replica in led)
+            for replica, engine in self._run.policy.engines.items()
+        }
+        with judging(self._run, self._stage, self._judge):
+            found = collect(
+                self._run, self._stage, self._stream, self._scores, step, position, policy
+            )
+        self._run.policy.unload()
+        return found
 
 
 def require_trainable(stage: RlStage, sampling: Mapping[str, roles.Sampling]) -> float:
@@ -84,7 +175,9 @@ def require_trainable(stage: RlStage, sampling: Mapping[str, roles.Sampling]) ->
     return temperatures[0]
 
 
-def make_scores(run: run_lib.Run, stage: RlStage) -> dict[int, scoring.Score]:
+def make_scores(
+    run: run_lib.Run, stage: RlStage, responses: durable.Responses
+) -> dict[int, scoring.Score]:
     """The stage's reward scheme on each replica of this process."""
     mask_length = stage.rl.on_length == "mask"
     if stage.judge is None:
@@ -94,9 +187,13 @@ def make_scores(run: run_lib.Run, stage: RlStage) -> dict[int, scoring.Score]:
         make = functools.partial(scoring.generator_scorer, weights=weights)
     else:
         make = scoring.meta_scorer
+    judges = {
+        replica: responses.of(judge, stage.judge, writes=replica in run.judge.led)
+        for replica, judge in run.judge.engines.items()
+    }
     return {
         replica: make(judge, run.roles, config, mask_length=mask_length)
-        for replica, judge in run.judge.engines.items()
+        for replica, judge in judges.items()
     }
 
 
@@ -211,6 +308,7 @@ def collect(
     scores: Mapping[int, scoring.Score],
     step: int,
     position: int,
+    policy: Mapping[int, durable.DurableEngine],
 ) -> Collected:
     """A step's groups. Each replica answers its share of the tasks and has its answers scored."""
     config = stage.rl
@@ -228,7 +326,7 @@ def collect(
             start: int = found.position,
         ) -> list[groups_lib.Group]:
             asked = {place: stream[start + place] for place in places}
-            return _answer(run, config, asked, replica, scores[replica], where)
+            return _answer(run, config, asked, policy[replica], scores[replica], where)
 
         own = run.each(missing, answer)
         summaries = run.gather({place: groups_lib.summarise(g) for place, g in own.items()})
@@ -244,7 +342,7 @@ def _answer(
     run: run_lib.Run,
     config: RlConfig,
     asked: Mapping[int, tasks_lib.Task],
-    replica: int,
+    policy: durable.DurableEngine,
     score: scoring.Score,
     where: Sequence[object],
 ) -> list[groups_lib.Group]:
@@ -261,7 +359,7 @@ def _answer(
         )
         for at, task in asked.items()
     ]
-    responses = run.policy.engines[replica].generate(
+    responses = policy.generate(
         requests, experts=config.keep_routing, kept=config.keep_sampling_mask
     )
     flat = [

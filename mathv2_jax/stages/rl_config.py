@@ -23,6 +23,10 @@ class RlConfig:
     `max_refills` rounds; then the step trains on what there is. With `updates` above 1 the groups
     are divided, in their order, among so many updates; `grpo.off_policy_delta` is for that.
 
+    With `ahead` the next step's batch is drawn while a step's updates run, from the variables that
+    they begin with: every batch but a run's first is one step stale (metric `staleness`; an
+    answer's `checkpoint` says whose it is). It takes a copy of the parameters.
+
     `keep_routing` sends tokens to the experts that the rollout sent them to; `keep_sampling_mask`
     has the softmax over the ids that could be drawn, which truncated sampling needs. `gate` bounds
     how far the trainer's log-probability of a sampled token may lie from the sampler's when a stage
@@ -42,6 +46,7 @@ class RlConfig:
     row_length: int = 384
     max_refills: int = 0
     updates: int = 1
+    ahead: bool = False
     keep_routing: bool = False
     keep_sampling_mask: bool = False
     gate: float | None = None

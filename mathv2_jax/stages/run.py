@@ -53,6 +53,8 @@ class RuntimeConfig:
     # load; more is left out, and counted in the metric expert_overflow. None: room for all.
     expert_buffer: float | None = None
     profile_steps: tuple[int, ...] = ()  # (a, b): steps a to b of every training stage are traced
+    # Seconds between two writes of the finished responses of a training step that has not ended.
+    responses_every: float = 30.0
     lost_alarm: float = 0.05  # shares of votes or answers beyond which a stage warns
     failed_alarm: float = 0.25
 
@@ -60,6 +62,10 @@ class RuntimeConfig:
         for name in ("lost_alarm", "failed_alarm"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"runtime.{name} = {getattr(self, name)}: must lie in 0..1")
+        if not self.responses_every >= 0.0:
+            raise ValueError(
+                f"runtime.responses_every = {self.responses_every}: seconds, not negative"
+            )
         if self.save_every < 1:
             raise ValueError(f"runtime.save_every = {self.save_every}: must be at least 1")
         asked = self.profile_steps

@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from mathv2_jax import records, reward, roles
-from mathv2_jax.rollout import engine as engine_lib
 from mathv2_jax.stages import tasks as tasks_lib
 
 
@@ -79,7 +78,7 @@ def label_scorer(*, mask_length: bool) -> Score:
 
 
 def meta_scorer(
-    judge: engine_lib.Engine, names: roles.Roles, config: JudgeConfig, *, mask_length: bool
+    judge: roles.Respondent, names: roles.Roles, config: JudgeConfig, *, mask_length: bool
 ) -> Score:
     """Second pass: a verifier's reward is multiplied by R_meta; meta-verifier items as before."""
 
@@ -116,7 +115,7 @@ def meta_scorer(
 
 
 def generator_scorer(
-    judge: engine_lib.Engine,
+    judge: roles.Respondent,
     names: roles.Roles,
     config: JudgeConfig,
     weights: reward.GeneratorWeights,

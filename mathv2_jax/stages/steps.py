@@ -92,6 +92,11 @@ class Loop:
         self._before: float | None = None  # the moment of the step before, in this session
         self._last = self._figures_of(self.first_step)
 
+    @property
+    def saved_step(self) -> int:
+        """The step of the newest checkpoint, which may still be on its way to the disk."""
+        return self._checkpoints.latest_step() or 0
+
     def __enter__(self) -> "Loop":
         return self
 

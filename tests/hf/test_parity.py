@@ -18,6 +18,7 @@ from configs.models import tiny_v3, tiny_v32
 from mathv2_jax import records, sharding
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
+from mathv2_jax.rollout import answers as answers_lib
 from mathv2_jax.rollout import decode, schedule, worker
 from tests.hf import parity
 
@@ -137,7 +138,7 @@ def test_greedy_generations_of_64_tokens_are_those_of_the_reference(name, record
         )
         lease = pool.lease(prompt[:-1])
         pieces += schedule.pieces(prompt[:-1], lease.pages, lease.start, limits.chunk)
-        answers.append(worker.Answer(row, 0, asked, (), 0, lease, worker.row_key(0, 0)))
+        answers.append(answers_lib.Answer(row, 0, asked, (), 0, lease, answers_lib.row_key(0, 0)))
         answers[-1].own = pool.take_all(NEW // limits.page)
     list(own.compute([pieces]))
     decoded_BN = own.advance(answers, 1).tokens_BK

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mathv2_jax import records
+from mathv2_jax.rollout import answers as answers_lib
 from mathv2_jax.rollout import decode, schedule, worker
 
 PROMPTS = ((3, 40, 41, 42, 7), (3,))  # over a page's end, and shorter than the embedding taps
@@ -37,7 +38,7 @@ def run(make) -> Callable[..., decode.Drawn]:
         **settings: Any,
     ) -> decode.Drawn:
         own, pool = make(given), schedule.Pool(24, LIMITS.page)
-        rows: list[worker.Answer | None] = [None] * 6
+        rows: list[answers_lib.Answer | None] = [None] * 6
         queue: list[schedule.Piece] = []
         for row, place in enumerate(order):
             fields = dict(max_tokens=N) | {
@@ -52,8 +53,8 @@ def run(make) -> Callable[..., decode.Drawn]:
             assert lease is not None
             queue += schedule.pieces(prompt[:-1], lease.pages, lease.start, LIMITS.chunk)
             stops = () if stop_id is None else (stop_id,)
-            key = worker.row_key(asked.seed, 0)
-            rows[row] = worker.Answer(row, 0, asked, stops, 0, lease, key)
+            key = answers_lib.row_key(asked.seed, 0)
+            rows[row] = answers_lib.Answer(row, 0, asked, stops, 0, lease, key)
             rows[row].own = pool.take_all(2)
         list(own.compute([queue]))
         return own.advance(rows, least)

@@ -96,9 +96,9 @@ def held(run, stage):
         return sum({b.unsafe_buffer_pointer(): b.nbytes for b in buffers}.values())
 
     class Counting(type(run.policy.engines[0])):
-        def generate(self, requests):
+        def generate(self, *arguments, **recorded):
             seen["sampling"] = count()
-            return super().generate(requests)
+            return super().generate(*arguments, **recorded)
 
     run.policy.engines[0].__class__ = Counting
     step = learner.Learner.step

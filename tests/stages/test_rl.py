@@ -8,6 +8,7 @@ import pytest
 from mathv2_jax import records, roles, storage
 from mathv2_jax.cli import inputs
 from mathv2_jax.rl import optimizer
+from mathv2_jax.rollout import durable
 from mathv2_jax.stages import groups, rl, updates
 from tests import scripted
 from tests.by_hand import RATINGS, STATEMENT, VERDICTS, proof, task
@@ -45,9 +46,11 @@ def stream(run):
 def collected(run, position=0, step=0, **fields):
     run.policy.load(run.variables("start"), "start@0")
     mixed = stage(rl=config(**fields))
-    scores = rl.make_scores(run, mixed)
+    responses = durable.Responses(run.workdir / "responses", 30.0)
+    scores = rl.make_scores(run, mixed, responses)
+    policy = {0: responses.of(run.policy.engines[0], "start@0", writes=False)}
     with rl.judging(run, mixed, rl.make_judge(run, mixed)):
-        found = rl.collect(run, mixed, stream(run), scores, step, position)
+        found = rl.collect(run, mixed, stream(run), scores, step, position, policy)
     return [found.groups[place] for place in range(len(found.summaries))], found.position
 
 
