@@ -52,6 +52,8 @@ class Responses:
             path = self._step / name
             try:
                 lines = gzip.decompress(storage.read_bytes(path)).decode("ascii").splitlines()
+                if not lines:
+                    raise ValueError("it is empty")
                 pairs = [json.loads(line) for line in lines]
                 found = {key: records.from_json(records.Response, text) for key, text in pairs}
             except (OSError, EOFError, ValueError) as error:

@@ -82,7 +82,6 @@ class _Sampler:
         self._responses = durable.Responses(folder, run.runtime.responses_every)
         self._scores = make_scores(run, stage, self._responses)
         self._judge = make_judge(run, stage)
-        self._position = loop.position.get("next", 0)
         self._ahead: tuple[Collected, int] | None = None
         self._saved = 0
         if stage.rl.ahead and run.runtime.placement.optimizer != placement.RESIDENT:
@@ -109,7 +108,7 @@ class _Sampler:
                 )
         with self._loop.sampling():
             self._run.policy.load(self._loop.state.variables, self._version(sampled_at))
-            found = self._collect(step, self._position, sampled_at)
+            found = self._collect(step, self._loop.position.get("next", 0), sampled_at)
         return found, sampled_at
 
     def load(self, step: int) -> None:
