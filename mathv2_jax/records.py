@@ -201,6 +201,9 @@ class Sample:
 class Request:
     """One prompt for an engine, to be answered `num_samples` times.
 
+    An engine of ours is given token ids, `prompt`; a server is given `messages`, pairs of role and
+    text.
+
     `seed` and the sample's index decide the noise, so an answer does not depend on its
     neighbours. Limits count generated tokens. `stop_ids` end a response beside the tokenizer's
     end token, and so does the token that completes one of the strings in `stop`; either is a part
@@ -209,7 +212,8 @@ class Request:
     """
 
     id: str
-    prompt: tuple[int, ...]
+    prompt: tuple[int, ...] = ()
+    messages: tuple[tuple[str, str], ...] = ()
     num_samples: int
     seed: int
     max_tokens: int
@@ -252,6 +256,9 @@ class Response:
     prompt but the last, ...] those of the prompt. `kept` are the ids that truncation left for each
     token, None for a token where they were too many to record. All three are None where they were
     not asked for. `final_text` is None where the role thinks and never closed its thinking.
+
+    A server's response has text alone: no ids, no log-probabilities. `counted_tokens` is how many
+    it says that the response has, None where it does not say.
     """
 
     request_id: str
@@ -267,6 +274,12 @@ class Response:
     experts: Ints | None = None
     prompt_experts: Ints | None = None
     kept: tuple[tuple[int, ...] | None, ...] | None = None
+    counted_tokens: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Its tokens, by their ids or by a server's count; 0 where there is neither."""
+        return len(self.token_ids) or self.counted_tokens or 0
 
 
 def to_json(record: Any) -> str:

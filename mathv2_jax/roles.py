@@ -19,8 +19,8 @@ class Respondent(Protocol):
     """Whoever answers requests: an engine, one that keeps its responses, a server."""
 
     @property
-    def tokenizer(self) -> tokenizer_lib.Tokenizer:
-        """Prompts are in its ids."""
+    def tokenizer(self) -> tokenizer_lib.Tokenizer | None:
+        """Prompts are in its ids; None where they are messages, in text."""
         ...
 
     def generate(self, requests: Sequence[records.Request], /) -> list[list[records.Response]]:
@@ -85,9 +85,12 @@ class Role:
 
     def prompt(self, tokenizer: tokenizer_lib.Tokenizer, **fields: str) -> tuple[int, ...]:
         """Token ids of the filled template, the assistant's turn opened."""
-        text = prompts.fill(self.template, **fields)
-        message = tokenizer_lib.Message("user", text)
-        return tuple(tokenizer.encode([message], think=self.think))
+        messages = [tokenizer_lib.Message(*pair) for pair in self.messages(**fields)]
+        return tuple(tokenizer.encode(messages, think=self.think))
+
+    def messages(self, **fields: str) -> tuple[tuple[str, str], ...]:
+        """The filled template as a conversation: pairs of role and text."""
+        return (("user", prompts.fill(self.template, **fields)),)
 
 
 GENERATOR, VERIFIER, META_VERIFIER = "generator", "verifier", "meta_verifier"
@@ -198,10 +201,12 @@ def ask(
 
     `keys` number the items for their seeds, where those asked together are a part of all.
     """
+    tokenizer = respondent.tokenizer
     requests = [
         records.Request(
             id="/".join(map(str, (*seed, role.name, key))),
-            prompt=role.prompt(respondent.tokenizer, **values),
+            prompt=() if tokenizer is None else role.prompt(tokenizer, **values),
+            messages=role.messages(**values) if tokenizer is None else (),
             num_samples=num_samples,
             seed=seed_for(*seed, role.name, key),
             max_tokens=role.sampling.max_tokens,
@@ -225,7 +230,7 @@ def make_sample(opinion: Opinion, **fields: Any) -> records.Sample:
         text=opinion.text,
         outcome=opinion.outcome,
         finish=opinion.response.finish,
-        num_tokens=len(opinion.response.token_ids),
+        num_tokens=opinion.response.num_tokens,
         checkpoint=opinion.response.parameter_version,
         score=opinion.score,
         thinking=opinion.response.thinking_text or None,

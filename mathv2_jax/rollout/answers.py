@@ -15,6 +15,23 @@ def row_key(seed: int, index: int) -> np.ndarray:
     return np.random.SeedSequence([seed, index]).generate_state(2)
 
 
+def unanswered(
+    request: records.Request, index: int, finish: records.Finish, version: str
+) -> records.Response:
+    """What comes back for a sample that was lost or cancelled."""
+    return records.Response(
+        request_id=request.id,
+        index=index,
+        token_ids=(),
+        logprobs=(),
+        text="",
+        final_text=None,
+        thinking_text="",
+        finish=finish,
+        parameter_version=version,
+    )
+
+
 @dataclasses.dataclass(eq=False)
 class Answer:
     """One answer in a row: the pages that it holds, of its prompt and its own, and what it drew.

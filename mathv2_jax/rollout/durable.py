@@ -18,7 +18,9 @@ from etils import epath
 
 from mathv2_jax import processes, records, storage
 from mathv2_jax.rollout import engine as engine_lib
+from mathv2_jax.rollout import remote
 
+Asked = engine_lib.Engine | remote.RemoteEngine
 _COMPLETE = "complete.json"
 
 
@@ -36,7 +38,7 @@ class Responses:
         self._written, self._moment = 0, time.monotonic()
         self._damaged = False
 
-    def of(self, engine: engine_lib.Engine, version: str, *, writes: bool) -> "DurableEngine":
+    def of(self, engine: Asked, version: str, *, writes: bool = True) -> "DurableEngine":
         """The engine, loaded with `version`, its finished responses kept by the one that `writes`.
 
         Those of one replica are the same in all its processes, so one of them writes.
@@ -129,7 +131,7 @@ class Responses:
 class DurableEngine:
     """An engine whose finished responses are kept, and taken from where they are kept."""
 
-    engine: engine_lib.Engine
+    engine: Asked
     responses: Responses
     version: str
     writes: bool
@@ -156,7 +158,11 @@ class DurableEngine:
             if whole and self.writes:
                 self.responses.keep(f"{keys[place]}/{response.index}", response)
 
-        drawn = self.engine.generate(requests, done, answered=there, **recorded)
+        try:
+            drawn = self.engine.generate(requests, done, answered=there, **recorded)
+        except BaseException:
+            self.responses.flush()
+            raise
         found = there | {(p, r.index): r for p, each in enumerate(drawn) for r in each}
         return [[found[p, i] for i in range(r.num_samples)] for p, r in enumerate(requests)]
 

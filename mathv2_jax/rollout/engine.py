@@ -184,6 +184,8 @@ class Engine:
     def _complaint(self, request: records.Request) -> str:
         """Why a request cannot be answered; empty where it can."""
         prompt, new, most = len(request.prompt), request.max_tokens, self.limits.context
+        if request.messages:
+            return "it holds messages, and this engine is asked in token ids"
         if not prompt or new < 1:
             return f"a prompt of {prompt} tokens with up to {new} new ones: both must be positive"
         if not all(request.stop):
@@ -248,17 +250,7 @@ class Engine:
     def _unanswered(
         self, request: records.Request, index: int, finish: records.Finish
     ) -> records.Response:
-        return records.Response(
-            request_id=request.id,
-            index=index,
-            token_ids=(),
-            logprobs=(),
-            text="",
-            final_text=None,
-            thinking_text="",
-            finish=finish,
-            parameter_version=self._version,
-        )
+        return answers.unanswered(request, index, finish, self._version)
 
 
 class _Rows:
