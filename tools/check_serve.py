@@ -8,6 +8,7 @@ on 127.0.0.1 alone and looks nothing up elsewhere. Exit code 0 where every model
 """
 
 import argparse
+import contextlib
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -66,8 +68,12 @@ def export(at: pathlib.Path, kind: str) -> pathlib.Path:
     return target
 
 
-def serve(models: list[pathlib.Path], seconds: float) -> list[dict[str, Any]]:
-    """Each model's answer by one server; RuntimeError with the end of its log where it fails."""
+@contextlib.contextmanager
+def serving(end: float) -> Iterator[str]:
+    """The URL of a server that has started before `end`, a moment of `time.monotonic`.
+
+    RuntimeError with the end of its log where it does not, or where the block fails.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -81,9 +87,8 @@ def serve(models: list[pathlib.Path], seconds: float) -> list[dict[str, Any]]:
         )
         try:
             url = f"http://127.0.0.1:{port}"
-            end = time.monotonic() + seconds
             _wait(server, f"{url}/health", end)
-            return [_ask(f"{url}/v1/chat/completions", model, end) for model in models]
+            yield url
         except (OSError, RuntimeError) as error:
             log.seek(0)
             raise RuntimeError(f"{error}\n{log.read()[-3000:]}") from error
@@ -133,7 +138,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as at:
         models = [arguments.model] if arguments.model else []
         models = models or [export(pathlib.Path(at), kind) for kind in ("v3", "v32")]
-        answers = serve([model.resolve() for model in models], arguments.seconds)
+        end = time.monotonic() + arguments.seconds
+        with serving(end) as url:
+            found = [model.resolve() for model in models]
+            answers = [_ask(f"{url}/v1/chat/completions", model, end) for model in found]
     for model, answer in zip(models, answers, strict=True):
         choice = answer["choices"][0]
         content = choice["message"]["content"]
