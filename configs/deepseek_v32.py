@@ -30,7 +30,8 @@ def on_pod(
     """The stages of configs/olympiad.py, with a row of `prompt` + `answer` tokens for each chip.
 
     Or for the chips that share it (`context`). Parameters and moments are float32, computation is
-    bfloat16, every layer is recomputed.
+    bfloat16, every layer is recomputed. Experts are those of the rollout: in bfloat16 the trainer
+    would choose others now and then.
     """
     rows = chips // mesh.get("context", 1)
     c = olympiad.get_config()
@@ -54,7 +55,7 @@ def on_pod(
             if loop in stage:
                 stage[loop].update(rows=rows, row_length=prompt + answer)
         if "rl" in stage:
-            stage.rl.update(groups=max(1, rows // 2), samples=8)
+            stage.rl.update(groups=max(1, rows // 2), samples=8, keep_routing=True)
     c.runtime.mesh = mesh
     c.runtime.expert_buffer = 2.0
     c.runtime.attention = "blocks"

@@ -19,7 +19,7 @@ from mathv2_jax.pods import counting
 from mathv2_jax.rl import auxiliary as auxiliary_lib
 from mathv2_jax.rl import learner, optimizer
 from mathv2_jax.rollout import decode, sampling, schedule, worker
-from mathv2_jax.stages import rl
+from mathv2_jax.stages import rl, updates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,8 @@ def of_rl_step(
     sampling: sharding.SamplingConfig | None = None,
 ) -> dict[str, Program]:
     """Gradients, update and log-probabilities of the learner; prefill and decode of an engine; the
-    hand-over of parameters to the engines, where they have a layout or dtype of their own.
+    hand-over of parameters to the engines, where they have a layout or dtype of their own. What the
+    learner replays of a rollout is an argument of its programs, and recorded by the engine's.
 
     Sequences of the engine are taken to be half as long as its context allows.
     """
@@ -98,11 +99,12 @@ def of_rl_step(
     own = mesh if sampling is None else sharding.replica_mesh(spread, 0)
     dtype = engine_config.param_dtype or model.param_dtype
     sampled = dataclasses.replace(model, param_dtype=dtype)
-    found = _of_learner(model, kernels, config, mesh)
+    replay = updates.replay_of(config, model, engine_config)
+    found = _of_learner(model, kernels, config, mesh, replay)
     if sampling is not None or sampled != model:
         taken = found["logprobs"].arguments[0]
         found["hand_over"] = _hand_over(taken, sampled, kernels, mesh, spread)
-    return found | _of_engine(sampled, kernels, engine_config, own)
+    return found | _of_engine(sampled, kernels, engine_config, own, replay)
 
 
 def _hand_over(
@@ -133,7 +135,11 @@ def _hand_over(
 
 
 def _of_learner(
-    model: ModelConfig, kernels: transformer.Kernels, config: rl.RlConfig, mesh: Mesh
+    model: ModelConfig,
+    kernels: transformer.Kernels,
+    config: rl.RlConfig,
+    mesh: Mesh,
+    replay: packing.Replay,
 ) -> dict[str, Program]:
     trunk = learner.Trunk(config=model, kernels=kernels, auxiliary=config.auxiliary)
     made = learner.Learner(
@@ -143,7 +149,7 @@ def _of_learner(
         mesh,
         router_bias_rate=1e-3,
     )
-    found = made.programs(packing.empty_batch(config.rows, config.row_length))
+    found = made.programs(packing.empty_batch(config.rows, config.row_length, replay))
     return {
         name: Program(
             name=name,
@@ -163,6 +169,7 @@ def _of_engine(
     kernels: transformer.Kernels,
     config: schedule.EngineConfig,
     mesh: Mesh,
+    replay: packing.Replay,
 ) -> dict[str, Program]:
     programs = decode.Programs(model, kernels)
     sizes = worker.sizes_on(mesh, config)
@@ -188,7 +195,7 @@ def _of_engine(
             ints(pieces, config.pages_a_row), ints(pieces, length), ints(pieces), ints(pieces)
         ),
     )
-    b, past = sizes.rows, config.context // 2
+    b, past, recorded = sizes.rows, config.context // 2, replay.routing is not None
     span = config.page * paged.pages_together(kernels.slots, config.page, config.pages_a_row)
 
     def blocks(longest: int) -> int:
@@ -214,7 +221,7 @@ def _of_engine(
             mesh=mesh,
             function=programs.prefill,
             arguments=(variables, pages, chunks),
-            settings={},
+            settings=dict(experts=recorded),
             sequences=pieces,
             length=length,
             past=past,
@@ -226,7 +233,12 @@ def _of_engine(
             mesh=mesh,
             function=programs.decode,
             arguments=(variables, pages, answers, array(jnp.int32, lies=everywhere)),
-            settings=dict(steps=config.steps),
+            settings=dict(
+                steps=config.steps,
+                truncate=replay.allowed > 0,
+                experts=recorded,
+                most_kept=replay.allowed,
+            ),
             sequences=b,
             length=config.steps,
             past=past,

@@ -113,7 +113,8 @@ def check(
 
     The batch is kept under inspect/ then.
     """
-    batch = updates.pack(stage.rl, summaries, updates.replay_of(run, stage.rl))[0]
+    replay = updates.replay_of(stage.rl, run.trunk.config, run.engine_config)
+    batch = updates.pack(stage.rl, summaries, replay)[0]
     trainer_BT = sharding.on_host(learner.logprobs(variables, learner.put(batch)))
     gap = measure(batch, trainer_BT, bound_of(run, stage))
     if gap is None:

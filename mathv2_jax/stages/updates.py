@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from mathv2_jax.data import packing
+from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.rl import grpo as grpo_lib
 from mathv2_jax.rl import learner as learner_lib
 from mathv2_jax.rl import placement
+from mathv2_jax.rollout import schedule
 from mathv2_jax.stages import groups as groups_lib
 from mathv2_jax.stages import run as run_lib
 from mathv2_jax.stages.rl_config import RlConfig
@@ -23,7 +25,7 @@ def pack_updates(
     run: run_lib.Run, config: RlConfig, summaries: Sequence[groups_lib.Summary]
 ) -> list[list[packing.Batch]]:
     """The micro-batches of each update of a step."""
-    replay = replay_of(run, config)
+    replay = replay_of(config, run.trunk.config, run.engine_config)
     count = config.updates
     bounds = [len(summaries) * number // count for number in range(count + 1)]
     parts = [summaries[begin:end] for begin, end in itertools.pairwise(bounds)]
@@ -37,13 +39,14 @@ def trained(summary: groups_lib.Summary) -> groups_lib.Summary:
     return dataclasses.replace(summary, answers=(), advantages=())
 
 
-def replay_of(run: run_lib.Run, config: RlConfig) -> packing.Replay:
+def replay_of(
+    config: RlConfig, model: ModelConfig, engine_config: schedule.EngineConfig
+) -> packing.Replay:
     """What of a rollout the trainer replays."""
-    model = run.trunk.config
     routed = config.keep_routing and model.num_sparse_layers > 0
     return packing.Replay(
         routing=(model.num_sparse_layers, model.experts_per_token) if routed else None,
-        allowed=run.engine_config.most_kept if config.keep_sampling_mask else 0,
+        allowed=engine_config.most_kept if config.keep_sampling_mask else 0,
     )
 
 

@@ -87,6 +87,27 @@ def test_the_engines_programs_are_of_its_config_rounded_up_to_the_meshs_ways(mad
         assert program.trace().lower().compile().memory_analysis() is not None
 
 
+def test_what_is_replayed_of_a_rollout_is_in_the_programs_and_recorded_by_the_engines(mesh, made):
+    kept = dataclasses.replace(CONFIG, keep_routing=True, keep_sampling_mask=True)
+    few = dataclasses.replace(ENGINE, most_kept=5)
+    found = programs.of_rl_step(MODEL, transformer.Kernels(), kept, few, mesh)
+    sparse, rows, length = MODEL.num_sparse_layers, CONFIG.rows, CONFIG.row_length
+    (batch,) = (a for a in found["gradients"].arguments if isinstance(a, packing.Batch))
+    assert batch.kept_LBTA.shape == (sparse, rows, length, MODEL.experts_per_token)
+    assert batch.allowed_BTY.shape == (rows, length, 5)
+    (batch,) = (a for a in made["gradients"].arguments if isinstance(a, packing.Batch))
+    assert batch.kept_LBTA is None and batch.allowed_BTY is None
+
+    def outputs(program):
+        return [x.aval.shape for x in program.trace().jaxpr.jaxpr.outvars]
+
+    chosen = (few.steps, sparse, 32, MODEL.experts_per_token)
+    assert chosen in outputs(found["decode"]) and chosen not in outputs(made["decode"])
+    assert (32, few.steps, 5) in outputs(found["decode"])
+    assert (sparse, 8, 8, MODEL.experts_per_token) in outputs(found["prefill"])
+    assert found["gradients"].trace().lower() is not None
+
+
 def test_a_chips_share_of_the_arguments_is_what_its_shards_hold(made, mesh):
     trunk = transformer.boxed_abstract(MODEL)
     where = sharding.shardings_for(trunk, mesh)
