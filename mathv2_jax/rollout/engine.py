@@ -331,16 +331,21 @@ class _Rows:
     def _admit(self) -> None:
         """Answers that wait into free rows, in order, and their prompts into pages."""
         queues: list[list[schedule.Piece]] = [[] for _ in self._engine.pools]
+        free = self._free_rows()
+        wanted = [0] * len(queues)  # pages by part, for one turn of those that are in it
+        for answer in filter(None, self._rows):
+            wanted[answer.part] += self._pages_wanted(answer)
         while self._waiting:
             place, index = self._waiting[0]
-            row = self._free_row(self._requests[place])
-            answer = None if row is None else self._begin(place, index, row)
-            if row is None or answer is None:
+            part = self._part_for(self._requests[place], free)
+            answer = None if part is None else self._begin(place, index, part, wanted[part])
+            if part is None or answer is None:
                 break
             self._waiting.popleft()
-            self._rows[row] = answer
+            self._rows[free[part].pop()] = answer
+            wanted[part] += self._pages_wanted(answer)
             prompt = self._requests[place].prompt[: answer.lease.length]
-            queues[answer.part] += schedule.pieces(
+            queues[part] += schedule.pieces(
                 prompt, answer.lease.pages, answer.lease.start, self._limits.chunk
             )
             if place not in self._begun:
@@ -349,30 +354,34 @@ class _Rows:
         if any(queues):
             self._engine._compute(queues)
 
-    def _free_row(self, request: records.Request) -> int | None:
-        """A free row: in a part that has the request's prompt, else where most rows are free."""
+    def _free_rows(self) -> list[list[int]]:
+        """By part, the first one last."""
         each = self._worker.sizes.rows_a_part
-        free = [
-            [row for row in range(p * each, (p + 1) * each) if self._rows[row] is None]
+        return [
+            [row for row in reversed(range(p * each, (p + 1) * each)) if self._rows[row] is None]
             for p in range(len(self._engine.pools))
         ]
-        counts = [
-            (pool.has(request.prompt[:-1]), len(rows))
-            for pool, rows in zip(self._engine.pools, free, strict=True)
-        ]
-        candidates = [p for p, rows in enumerate(free) if rows]
+
+    def _part_for(self, request: records.Request, free: Sequence[Sequence[int]]) -> int | None:
+        """A part with a free row: one that has the request's prompt, else the one with most."""
+        candidates = [part for part, rows in enumerate(free) if rows]
         if not candidates:
             return None
-        return free[max(candidates, key=lambda p: (counts[p], -p))][0]
+        has = [pool.has(request.prompt[:-1]) for pool in self._engine.pools]
+        return max(candidates, key=lambda part: (has[part], len(free[part]), -part))
 
-    def _begin(self, place: int, index: int, row: int) -> answers.Answer | None:
+    def _pages_wanted(self, answer: answers.Answer) -> int:
+        """For one turn more."""
+        drawn = len(answer.tokens) + self._limits.steps
+        return answer.pages_at(drawn, self._limits.page) - len(answer.own)
+
+    def _begin(self, place: int, index: int, part: int, others: int) -> answers.Answer | None:
         """The answer with its prompt's pages; None where these are not to be had now.
 
-        An answer that is let in leaves pages for every row of its part to go on for one turn.
+        An answer that is let in leaves pages for every row of its part to go on for one turn: the
+        `others` want so many.
         """
-        request = self._requests[place]
-        part = row // self._worker.sizes.rows_a_part
-        pool, size, steps = self._engine.pools[part], self._limits.page, self._limits.steps
+        request, pool = self._requests[place], self._engine.pools[part]
         lease = pool.lease(request.prompt[:-1])
         if lease is None:
             return None
@@ -385,23 +394,17 @@ class _Rows:
             lease=lease,
             key=answers.row_key(request.seed, index),
         )
-        others = [a for a in self._rows if a is not None and a.part == part]
-        wanted = sum(
-            a.pages_at(len(a.tokens) + steps, size) - len(a.own) for a in (*others, answer)
-        )
-        if pool.available < wanted and others:
+        short = pool.available < others + self._pages_wanted(answer)
+        if short and any(a is not None and a.part == part for a in self._rows):
             pool.undo(lease)
             return None
         return answer
 
     def _make_room(self) -> None:
         """Pages for the tokens of a turn; where there are none, the youngest answers give way."""
-        size, steps = self._limits.page, self._limits.steps
-        for answer in [a for a in self._rows if a is not None]:
-            pool = self._engine.pools[answer.part]
-            while answer in self._rows:
-                wanted = answer.pages_at(len(answer.tokens) + steps, size) - len(answer.own)
-                pages = pool.take_all(wanted)
+        for row, answer in enumerate(self._rows):
+            while answer is not None and self._rows[row] is answer:
+                pages = self._engine.pools[answer.part].take_all(self._pages_wanted(answer))
                 if pages is not None:
                     answer.own += pages
                     break
