@@ -34,6 +34,20 @@ def test_a_model_of_sparse_attention_samples_what_its_trainer_means(model, asked
     assert found.found["another router, routing chosen anew"]["mean"] > 0.1
 
 
+def test_a_log_probability_that_no_rounding_explains_is_no_near_tie(model, asked):
+    drawn = model.engine(model.variables).generate(asked)
+    placed = model.placed(model.variables)
+    trainer, sampler = model.score(asked, drawn, placed)
+    forged = (trainer, sampler + 0.05 * (np.arange(len(sampler)) == 7))
+    ties = check_sampler.near_ties(model, asked, drawn, placed, forged)
+    assert list(ties) == []
+    found = table()
+    found.gap("forged", forged, ties)
+    found.gap("as if it were one", forged, [7])
+    assert found.faults == ["tiny: forged"]
+    assert found.found["as if it were one"]["near_ties"] == [pytest.approx(0.05, abs=1e-4)]
+
+
 def test_other_variables_than_the_samplers_are_a_fault(model, asked):
     drawn = model.engine(model.variables).generate(asked)
     found = table()
