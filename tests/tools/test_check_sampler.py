@@ -34,7 +34,8 @@ def test_a_model_of_sparse_attention_samples_what_its_trainer_means(model, asked
     assert found.found["another router, routing chosen anew"]["mean"] > 0.1
 
 
-def test_a_log_probability_that_no_rounding_explains_is_no_near_tie(model, asked):
+def test_a_log_probability_that_no_rounding_explains_is_no_near_tie(model, asked, monkeypatch):
+    monkeypatch.setattr(check_sampler, "MOVES", 3)
     drawn = model.engine(model.variables).generate(asked)
     placed = model.placed(model.variables)
     trainer, sampler = model.score(asked, drawn, placed)
