@@ -1,89 +1,20 @@
-"""What bounds a rollout on this machine, and what an engine's time goes into; for bench_rollout.py.
-
-Times are wall seconds of calls that end before the next begins.
-"""
+"""What bounds a rollout on this machine, and what an engine's time goes into; of bench_rollout."""
 
 import dataclasses
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import rollout_calls  # beside this file
 import torch
 
 from mathv2_jax.model import cache, grouped, paged, transformer
 from mathv2_jax.model.config import ModelConfig
 from mathv2_jax.pods import counting
-from mathv2_jax.rollout import decode, sampling, schedule
-
-
-class Call(NamedTuple):
-    """One call of decode: rows in use as it began, steps, tokens that count, the furthest slot."""
-
-    seconds: float
-    active: int
-    steps: int
-    tokens: int
-    reach: int
-
-
-class Timed(decode.Programs):
-    """The programs of an engine, with the time of each call."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__(config, transformer.Kernels())
-        self.calls: list[Call] = []
-        self.prefills: list[float] = []
-        self._prefill, self._decode = self.prefill, self.decode
-        self.prefill, self.decode = self._timed_prefill, self._timed_decode  # pyright: ignore[reportAttributeAccessIssue] - called alike
-
-    def clear(self) -> None:
-        """Forget the calls so far."""
-        self.calls.clear()
-        self.prefills.clear()
-
-    def _timed_prefill(self, *args: Any, **kwargs: Any) -> Any:
-        began = time.perf_counter()
-        found = jax.block_until_ready(self._prefill(*args, **kwargs))
-        self.prefills.append(time.perf_counter() - began)
-        return found
-
-    def _timed_decode(self, *args: Any, **kwargs: Any) -> Any:
-        rows = args[2]
-        active_B = np.asarray(rows.limit_B > rows.drawn_B)
-        slots_B = np.asarray(rows.padded_B + rows.position_B - rows.shared_B)
-        began = time.perf_counter()
-        found = jax.block_until_ready(self._decode(*args, **kwargs))
-        taken = time.perf_counter() - began
-        count_B = np.asarray(found[1].count_B)
-        steps = int(count_B.max())
-        reach = int(slots_B[active_B].max()) + steps // 2
-        self.calls.append(Call(taken, int(active_B.sum()), steps, int(count_B.sum()), reach))
-        return found
-
-    def parts(self, seconds: float, rows: int) -> dict[str, float]:
-        """Seconds of a pass of so many seconds: they sum to it."""
-        found = dict.fromkeys(("prefill", "empty", "done", "useful"), 0.0)
-        found["prefill"] = sum(self.prefills)
-        for call in self.calls:
-            a_row = call.seconds / (rows * call.steps)
-            found["empty"] += a_row * (rows - call.active) * call.steps
-            found["done"] += a_row * (call.active * call.steps - call.tokens)
-            found["useful"] += a_row * call.tokens
-        return found | {"host": seconds - sum(found.values())}
-
-    @property
-    def reach(self) -> int:
-        """The furthest slot of a mean step, which all rows' attention goes up to."""
-        steps = sum(call.steps for call in self.calls)
-        return round(sum(call.reach * call.steps for call in self.calls) / steps)
-
-    @property
-    def seconds_a_step(self) -> float:
-        """Of decoding."""
-        return sum(call.seconds for call in self.calls) / sum(call.steps for call in self.calls)
+from mathv2_jax.rollout import sampling, schedule
 
 
 def _products(c: ModelConfig, rows: int) -> list[tuple[int, tuple[int, int, int, int]]]:
@@ -187,7 +118,10 @@ def gap(parts: dict[str, float], bound: dict[str, float], tokens: int) -> dict[s
 
 
 def step_parts(
-    programs: Timed, variables: transformer.Variables, limits: schedule.EngineConfig, bound: Any
+    programs: rollout_calls.Timed,
+    variables: transformer.Variables,
+    limits: schedule.EngineConfig,
+    bound: Any,
 ) -> dict[str, float]:
     """Seconds of what a step of decoding does over all its layers, each part timed alone.
 
