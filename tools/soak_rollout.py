@@ -344,7 +344,11 @@ def soak(minutes: float, seed: int, bound: float) -> dict[str, Any]:
     seconds, sizes = [0.0], [resident()]
     told = 0
     while seconds[-1] < 60 * minutes:
-        one.call()
+        try:
+            one.call()
+        except Exception as error:  # noqa: BLE001 - whatever it raises is what was looked for
+            one.failures.append(f"a call ended with {error!r}")
+            break
         now = time.monotonic() - began
         if now - seconds[-1] >= min(1.0, minutes):  # a sample a second; at least 60 of a short run
             seconds.append(now)

@@ -150,10 +150,10 @@ def spread(runs: list[dict[str, float]], name: str) -> tuple[float, float, float
 def show(found: dict[str, Any]) -> None:
     for way, by_n in found["runs"].items():
         print(WAYS[way])
-        print(f"{'n':>5}{'computed':>10}{'pages':>7}{'MB':>8}{'prefill, s':>22}{'decode, s':>22}")
+        print(f"{'n':>5}{'computed':>10}{'pages':>7}{'MB':>8}{'prefill, s':>24}{'decode, s':>24}")
         for n, runs in by_n.items():
             computed, pages, megabytes, *seconds = (spread(runs, name) for name in FIGURES)
-            times = "".join(f"{f'{m:.2f} ({a:.2f} to {b:.2f})':>22}" for m, a, b in seconds)
+            times = "".join(f"{f'{m:.2f} ({a:.2f} to {b:.2f})':>24}" for m, a, b in seconds)
             print(f"{n:>5}{computed[0]:>10,}{pages[0]:>7,}{megabytes[0]:>8.2f}{times}")
 
 
@@ -182,6 +182,7 @@ def draw(found: dict[str, Any], path: str) -> bool:
         numbers = [int(n) for n in found["runs"]["shared"]]
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.set_xticks(numbers, [str(n) for n in numbers])
         axes.set_xlabel("n")
         axes.grid(alpha=0.3)
