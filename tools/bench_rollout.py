@@ -1,7 +1,8 @@
-"""Rollout tokens/s beside transformers: `generate`, and its continuous batching; and the limit.
+r"""Rollout tokens/s beside transformers: `generate`, and its continuous batching; and the limit.
 
     python tools/bench_rollout.py [--repeats=3] [--rows=64,128,256] [--batches=16,64,256,1024] \
-        [--continuous=16,64,256] [--prompts=64] [--seed=0] [--out=FILE] [--small]
+        [--continuous=16,64,256] [--prompts=64] [--generate_part=0] \
+        [--seed=0] [--out=FILE] [--small]
 
 A random mixture of experts of DeepSeek-V3's form, 9.9 M parameters, float32, is exported by
 hf/exporter.py; our engine and transformers read the same folder. 64 prompts of 64 to 128 tokens get
@@ -15,7 +16,8 @@ rows and continuous batching's requests are chosen by one pass over everything, 
 `generate` (in the order of the requests, padded on their left) by one over as many requests as the
 largest batch up to it needs, at least 256. A size is given up once it has taken longer than the
 best before it would. Of transformers' three ways to multiply by experts each size takes the fastest
-in a short call. Then all three run in turn, `repeats` times.
+in a short call. Then all three run in turn, `repeats` times. --generate_part bounds the hours that
+`generate` takes: it is given so many of the requests alone, whose batches need not the others.
 
 Continuous batching, as it is, keeps keys as wide as the rotated part of a DeepSeek-V3's and fails.
 Its cache is told the whole width (`config.head_dim`), which is right where keys and values are of
@@ -229,13 +231,16 @@ def measure(args: argparse.Namespace, scale: sides_lib.Scale, at: epath.Path) ->
             error = str(failed)
             del sides["continuous"]
     checks = same_weights(ours, theirs, jobs[0].prompt)
+    given = {name: jobs for name in sides}
+    if args.generate_part:
+        given["generate"] = jobs[: max(args.generate_part, chosen["generate"].size)]
     runs: dict[str, list[float]] = {name: [] for name in sides}
     parts: list[dict[str, float]] = []
     for repeat in range(args.repeats):
         for name, side in sides.items():
             if chosen[name].way:
                 theirs.model.set_experts_implementation(chosen[name].way)
-            seconds = side.run(jobs)
+            seconds = side.run(given[name])
             runs[name].append(sum(side.counts) / seconds)
             print(f"run {repeat + 1}: {name} {_shown(runs[name][-1])}", flush=True)
             if side is ours:
@@ -255,8 +260,11 @@ def measure(args: argparse.Namespace, scale: sides_lib.Scale, at: epath.Path) ->
         "parameters": transformer.num_parameters(ours.variables),
         "requests": len(jobs),
         "tokens_forced": sum(forced),
+        "requests_given": {name: len(some) for name, some in given.items()},
         "tokens": {name: sum(side.counts) for name, side in sides.items()},
-        "lengths_kept": {name: side.counts == forced for name, side in sides.items()},
+        "lengths_kept": {
+            name: side.counts == forced[: len(given[name])] for name, side in sides.items()
+        },
         "tokens_per_second": runs,
         "median": medians,
         "chosen": {name: one._asdict() for name, one in chosen.items()},
@@ -321,6 +329,7 @@ def main() -> None:
     parser.add_argument("--batches", type=_sizes, help="of generate, to choose from")
     parser.add_argument("--continuous", type=_sizes, help="requests a pass, to choose from")
     parser.add_argument("--prompts", type=int, default=FULL.prompts)
+    parser.add_argument("--generate_part", type=int, default=0, help="requests; 0: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, help="a JSON file for all figures")
     parser.add_argument("--small", action="store_true", help="tiny sizes, for a test")
