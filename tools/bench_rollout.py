@@ -1,7 +1,7 @@
 r"""Rollout tokens/s beside transformers: `generate`, and its continuous batching; and the limit.
 
-    python tools/bench_rollout.py [--repeats=3] [--rows=64,128,256] [--batches=16,64,256,1024] \
-        [--continuous=16,64,256] [--prompts=64] [--generate_part=0] \
+    python tools/bench_rollout.py [--repeats=3] [--rows=32,64,128,256] \
+        [--batches=16,64,256,1024] [--continuous=16,64,256] [--prompts=64] [--generate_part=0] \
         [--seed=0] [--out=FILE] [--small]
 
 A random mixture of experts of DeepSeek-V3's form, 9.9 M parameters, float32, is exported by
@@ -204,52 +204,71 @@ def fails_as_it_is(theirs: sides_lib.Theirs, job: sides_lib.Job) -> str | None:
     return None
 
 
+def choose_all(
+    sides: dict[str, sides_lib.Side], jobs: Sequence[sides_lib.Job], part: int
+) -> tuple[dict[str, Chosen], str | None]:
+    """What each side is run with; `sides` loses continuous batching where that fails, and why."""
+    chosen: dict[str, Chosen] = {}
+    for name, side in list(sides.items()):
+        print(f"{name}, by size", flush=True)
+        try:
+            chosen[name] = choose(side, jobs, part if name == "generate" else len(jobs))
+        except RuntimeError as error:
+            if name != "continuous":
+                raise
+            del sides[name]
+            return chosen, str(error)
+    return chosen, None
+
+
+class Runs(NamedTuple):
+    """Useful tokens/s of each run of each side, and ours by parts of its seconds (Timed.parts)."""
+
+    rates: dict[str, list[float]]
+    parts: list[dict[str, float]]
+
+
+def run_all(
+    sides: dict[str, sides_lib.Side],
+    chosen: dict[str, Chosen],
+    given: dict[str, Sequence[sides_lib.Job]],
+    repeats: int,
+) -> Runs:
+    """All sides in turn, as often as asked for."""
+    found = Runs({name: [] for name in sides}, [])
+    for repeat in range(repeats):
+        for name, side in sides.items():
+            side.use(chosen[name].way)
+            seconds = side.run(given[name])
+            rate = sum(side.counts) / seconds
+            found.rates[name].append(rate)
+            print(f"run {repeat + 1}: {name} {_shown(rate)}", flush=True)
+            if isinstance(side, sides_lib.Ours):
+                found.parts.append(side.programs.parts(seconds, chosen[name].size))
+    return found
+
+
 def measure(args: argparse.Namespace, scale: sides_lib.Scale, at: epath.Path) -> dict[str, Any]:
     """Everything, as what becomes the last line."""
     config = ModelConfig(**scale.model)
     path = export(config, at, args.seed)
     jobs = make_jobs(scale, args.seed)
-    ours, theirs = (
-        sides_lib.Ours(path, scale, args.rows),
-        sides_lib.Theirs(path, scale, args.batches),
-    )
+    ours = sides_lib.Ours(path, scale, args.rows)
+    theirs = sides_lib.Theirs(path, scale, args.batches)
     continuous = sides_lib.Continuous(theirs, args.continuous)
-    sides: dict[str, sides_lib.Side] = {
-        "ours": ours,
-        "generate": theirs,
-        "continuous": continuous,
-    }
-    as_it_is, error = fails_as_it_is(theirs, jobs[0]), None
-    chosen: dict[str, Chosen] = {}
-    for name, side in list(sides.items()):
-        print(f"{name}, by size", flush=True)
-        try:
-            chosen[name] = choose(side, jobs, scale.part if name == "generate" else len(jobs))
-        except RuntimeError as failed:
-            if name != "continuous":
-                raise
-            error = str(failed)
-            del sides["continuous"]
+    sides: dict[str, sides_lib.Side] = dict(ours=ours, generate=theirs, continuous=continuous)
+    as_it_is = fails_as_it_is(theirs, jobs[0])
+    chosen, error = choose_all(sides, jobs, scale.part)
     checks = same_weights(ours, theirs, jobs[0].prompt)
-    given = {name: jobs for name in sides}
+    given: dict[str, Sequence[sides_lib.Job]] = {name: jobs for name in sides}
     if args.generate_part:
         given["generate"] = jobs[: max(args.generate_part, chosen["generate"].size)]
-    runs: dict[str, list[float]] = {name: [] for name in sides}
-    parts: list[dict[str, float]] = []
-    for repeat in range(args.repeats):
-        for name, side in sides.items():
-            if chosen[name].way:
-                theirs.model.set_experts_implementation(chosen[name].way)
-            seconds = side.run(given[name])
-            runs[name].append(sum(side.counts) / seconds)
-            print(f"run {repeat + 1}: {name} {_shown(runs[name][-1])}", flush=True)
-            if side is ours:
-                parts.append(ours.programs.parts(seconds, chosen[name].size))
-    medians = {name: statistics.median(each) for name, each in runs.items()}
+    runs = run_all(sides, chosen, given, args.repeats)
+    medians = {name: statistics.median(each) for name, each in runs.rates.items()}
     prompts = [len(prompt) for prompt in dict.fromkeys(job.prompt for job in jobs)]
     answers = [(len(job.prompt), job.length) for job in jobs]
     limit = rollout_limit.limit(config, prompts, answers, chosen["ours"].size)
-    middle = sorted(range(args.repeats), key=lambda at: runs["ours"][at])[args.repeats // 2]
+    middle = sorted(range(args.repeats), key=lambda at: runs.rates["ours"][at])[args.repeats // 2]
     forced = [job.length for job in jobs]
     return {
         "ratio_generate": medians["ours"] / medians["generate"],
@@ -265,14 +284,14 @@ def measure(args: argparse.Namespace, scale: sides_lib.Scale, at: epath.Path) ->
         "lengths_kept": {
             name: side.counts == forced[: len(given[name])] for name, side in sides.items()
         },
-        "tokens_per_second": runs,
+        "tokens_per_second": runs.rates,
         "median": medians,
         "chosen": {name: one._asdict() for name, one in chosen.items()},
         "engine": dataclasses.asdict(ours.limits),
         "stats": dataclasses.asdict(ours.engine.stats) | {"row_use": ours.engine.stats.row_use},
         "limit": limit,
         "share_of_limit": medians["ours"] / limit["tokens_per_second"],
-        "gap": rollout_limit.gap(parts[middle], limit, sum(forced)),
+        "gap": rollout_limit.gap(runs.parts[middle], limit, sum(forced)),
         "step": rollout_limit.step_parts(ours.programs, ours.variables, ours.limits, limit),
         "cores": CORES,
         "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
@@ -335,7 +354,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="tiny sizes, for a test")
     args = parser.parse_args()
     scale = SMALL if args.small else dataclasses.replace(FULL, prompts=args.prompts)
-    args.rows = args.rows or ((4,) if args.small else (64, 128, 256))
+    args.rows = args.rows or ((4,) if args.small else (32, 64, 128, 256))
     args.batches = args.batches or ((3, 12) if args.small else (16, 64, 256, 1024))
     args.continuous = args.continuous or ((4,) if args.small else (16, 64, 256))
     torch.set_num_threads(CORES)

@@ -57,6 +57,9 @@ class Side(Protocol):
     def prepare(self, size: int) -> None:
         """Compile, warm up, and choose whatever else there is to choose at this size."""
 
+    def use(self, way: str) -> None:
+        """Go back to a way that was chosen, which another side may have changed."""
+
     def run(self, jobs: Sequence[Job], seconds: float = math.inf) -> float:
         """Seconds for all jobs; infinite, and the rest left, where it is longer than they may be.
 
@@ -88,6 +91,9 @@ class Ours:
         self.engine = engine.Engine(self.programs, tokenizer, self.limits, self.mesh)
         self.engine.load(self.variables, "warm")
         self.engine.generate([_request(0, Job(tuple(range(1, 1 + s.prompt_tokens[1])), 2))])
+
+    def use(self, way: str) -> None:
+        pass  # it has one
 
     def run(self, jobs: Sequence[Job], seconds: float = math.inf) -> float:
         self.engine.load(self.variables, "timed")
@@ -143,6 +149,9 @@ class Theirs:
         self.size = size
         jobs = [Job(tuple(range(1, 1 + self.scale.prompt_tokens[1])), 8)] * size
         self.way = fastest_way(self.model, jobs, self.run)
+
+    def use(self, way: str) -> None:
+        self.model.set_experts_implementation(way)
 
     def run(self, jobs: Sequence[Job], seconds: float = math.inf) -> float:
         self.counts, began = [], time.perf_counter()
@@ -201,6 +210,9 @@ class Continuous:
         self.size = size
         jobs = [Job(tuple(range(1, 1 + self.scale.prompt_tokens[1])), 8)] * size
         self.way = fastest_way(self.theirs.model, jobs, self.run)
+
+    def use(self, way: str) -> None:
+        self.theirs.use(way)
 
     def run(self, jobs: Sequence[Job], seconds: float = math.inf) -> float:
         """RuntimeError with its own words where the generation fails."""
