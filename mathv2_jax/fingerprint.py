@@ -6,6 +6,7 @@ does but for one in 2^32.
 """
 
 import functools
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,13 @@ def of_arrays(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
     large = {n: on_device(a) for n, a in arrays.items() if n not in small}
     prints = {name: on_host(a) for name, a in jax.device_get(small).items()}
     return prints | {name: int(value) for name, value in jax.device_get(large).items()}
+
+
+def of_tree(tree: Any) -> str:
+    """One word for all arrays of a tree, with their places in it."""
+    leaves = jax.tree.leaves_with_path(tree)
+    prints = of_arrays({jax.tree_util.keystr(path): leaf for path, leaf in leaves})
+    return hashlib.sha256(repr(sorted(prints.items())).encode()).hexdigest()[:16]
 
 
 def on_host(x: np.ndarray) -> int:

@@ -207,8 +207,8 @@ class Request:
     `seed` and the sample's index decide the noise, so an answer does not depend on its
     neighbours. Limits count generated tokens. `stop_ids` end a response beside the tokenizer's
     end token, and so does the token that completes one of the strings in `stop`; either is a part
-    of it. `top_p`, `top_k` and `min_p` leave tokens out (1, 0 and 0: none), each by looking at the
-    whole distribution.
+    of it (servers leave stop strings out). `top_p`, `top_k` and `min_p` leave tokens out (1, 0 and
+    0: none), each by looking at the whole distribution.
     """
 
     id: str

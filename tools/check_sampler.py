@@ -124,7 +124,7 @@ class Model:
         made = rl.RlConfig(
             steps=1, groups=len(asked), samples=2, rows=8, row_length=ROW_LENGTH, optimizer=ADAM
         )
-        both = [_summary(r.prompt, each) for r, each in zip(asked, found, strict=True)]
+        both = [groups.unscored(r.prompt, each) for r, each in zip(asked, found, strict=True)]
         trainer, sampler = [], []
         for batch in updates.pack(made, both, replay):
             scored_BT = np.asarray(self.learner.logprobs(given, self.learner.put(batch)))
@@ -155,19 +155,6 @@ class Model:
         logits_V = np.asarray(self._plain(self.variables, padded))[0, len(prefix) - 1]
         powers_V = np.exp(logits_V.astype(np.float64) - logits_V.max())
         return powers_V / powers_V.sum()
-
-
-def _summary(prompt: tuple[int, ...], responses: Sequence[records.Response]) -> groups.Summary:
-    return groups.Summary(
-        prompt=prompt,
-        auto=False,
-        has_signal=True,
-        head_label=None,
-        advantages=(0.0,) * len(responses),
-        answers=tuple(map(groups.Drawn.of, responses)),
-        tallies={},
-        prompt_experts=responses[0].prompt_experts,
-    )
 
 
 def make_model(module: Any, dtype: str, tokenizer: tokenizer_lib.Tokenizer) -> Model:
@@ -217,8 +204,10 @@ def count_tokens(found: Found) -> int:
 def together_and_alone(model: Model, asked: Sequence[records.Request]) -> dict[str, Any]:
     """How many answers differ when each request has the engine to itself."""
     own = model.engine(model.variables)
-    together = own.generate(asked)
-    alone = [own.generate([request])[0] for request in asked]
+    together, alone = own.generate(asked), []
+    for request in asked:
+        own.load(model.variables, "random@0")  # prompts are computed alone too
+        alone += own.generate([request])
     differ = sum(a.token_ids != b.token_ids for a, b in pairs(together, alone))
     return {"answers": len(list(pairs(together, alone))), "differ": differ}
 

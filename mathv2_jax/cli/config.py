@@ -332,8 +332,8 @@ def require_same(
 ) -> None:
     """ValueError where a resumed run would compute something else than the run it goes on from.
 
-    A stage in `done` never changes, one in `begun` only in its number of steps; the list is free
-    behind the last of both.
+    A stage in `done` never changes, one in `begun` only in its number of steps and its gate; the
+    list is free behind the last of both.
     """
     for name in sorted(set(saved) | set(asked)):
         if name not in ("stages", "before", "after") and saved.get(name) != asked.get(name):
@@ -351,7 +351,8 @@ def require_same(
             before, now = _without_steps(before), _without_steps(now)
         if now != before:
             where, old, new = next(differences(before, now, f"stages[{place}]"))
-            state = "is finished" if name in done else "has begun, so only its steps may change"
+            may = "has begun, so only its steps and its gate may change"
+            state = "is finished" if name in done else may
             raise ValueError(
                 f"this workdir was begun with other stages: {where} was {old}, now {new}; stage "
                 f"{name!r} {state}. Take the old value, or --restart_stage={name}, which deletes "
@@ -366,8 +367,9 @@ def num_fixed(saved: Mapping[str, Any], begun: Sequence[str]) -> int:
 
 
 def _without_steps(stage: Mapping[str, Any]) -> dict[str, Any]:
+    free = ("steps", "gate", "gate_share")  # a gate lets through or does not, and changes nothing
     return {
-        n: {k: x for k, x in v.items() if k != "steps"} if n in ("sft", "rl") else v
+        n: {k: x for k, x in v.items() if k not in free} if n in ("sft", "rl") else v
         for n, v in stage.items()
     }
 

@@ -6,6 +6,7 @@ micro-batches in any way.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -135,11 +136,17 @@ def on_policy_mask(
 
     A sequence is a segment of a row; its mean is over the tokens that `counts_BT` marks.
     """
-    same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+    most = segments_BT.shape[1] + 1  # segments of a row, with the one of padding
+
+    def sums(x_BT: jax.Array) -> jax.Array:
+        """Over a token's segment."""
+        total_BN = jax.vmap(functools.partial(jax.ops.segment_sum, num_segments=most))(
+            x_BT, segments_BT
+        )
+        return jnp.take_along_axis(total_BN, segments_BT, axis=1)
+
     gap_BT = jax.lax.stop_gradient(old_BT - logprob_BT) * counts_BT
-    total_BT = jnp.einsum("BTS,BS->BT", same_BTS.astype(gap_BT.dtype), gap_BT)
-    count_BT = jnp.einsum("BTS,BS->BT", same_BTS.astype(gap_BT.dtype), counts_BT)
-    mean_BT = total_BT / jnp.maximum(count_BT, 1.0)
+    mean_BT = sums(gap_BT) / jnp.maximum(sums(counts_BT), 1.0)
     return jnp.where((advantage_BT < 0) & (mean_BT > delta), 0.0, 1.0)
 
 

@@ -9,7 +9,9 @@ import dataclasses
 import gzip
 import hashlib
 import json
-import time
+import math
+import threading
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,75 +29,97 @@ _COMPLETE = "complete.json"
 class Responses:
     """A stage's responses, in a folder for each of its steps. All processes call the same.
 
-    What is finished is written when `every` seconds have passed since the last time.
+    What is finished is written at most `every` seconds later, by a thread where nothing else is
+    finished in that time.
     """
 
     def __init__(self, folder: epath.PathLike, every: float):
         self._folder, self._every = epath.Path(folder), every
         self._step: epath.Path | None = None
         self._there: dict[str, records.Response] = {}
+        self._parts: set[str] = set()  # whole ones
+        self._lock = threading.RLock()  # of what follows
         self._fresh: list[tuple[str, records.Response]] = []
-        self._written, self._moment = 0, time.monotonic()
-        self._damaged = False
+        self._written = 0
+        self._timer: threading.Timer | None = None
 
     def of(self, engine: Asked, version: str, *, writes: bool = True) -> "DurableEngine":
         """The engine, loaded with `version`, its finished responses kept by the one that `writes`.
 
-        Those of one replica are the same in all its processes, so one of them writes.
+        `version` tells one set of variables from every other: responses are taken by it. Those of
+        one replica are the same in all its processes, so one of them writes.
         """
         return DurableEngine(engine, self, version, writes)
 
     def begin(self, step: int) -> int:
-        """Responses are of this step from now on; how many of them are there already."""
+        """Responses are of this step from now on; how many of them are there already.
+
+        What one process could not read counts for none: all ask for the same.
+        """
         self.flush()
         self._step = self._folder / f"{step:06d}"
-        self._there, self._written, self._damaged = {}, 0, False
+        self._there, self._parts, self._written = {}, set(), 0
+        read: dict[str, dict[str, records.Response]] = {}
         for name in storage.list_names(self._step, "part-*.jsonl.gz"):
-            path = self._step / name
             try:
-                lines = gzip.decompress(storage.read_bytes(path)).decode("ascii").splitlines()
-                if not lines:
-                    raise ValueError("it is empty")
-                pairs = [json.loads(line) for line in lines]
-                found = {key: records.from_json(records.Response, text) for key, text in pairs}
-            except (OSError, EOFError, ValueError) as error:
+                read[name] = _read(self._step / name)
+            except (OSError, EOFError, ValueError, zlib.error) as error:
+                path = self._step / name
                 logging.warning("%s is damaged (%s): its responses are asked again", path, error)
-                self._damaged = True
-                continue
-            self._there |= found
-        processes.meet()  # nobody writes before all have read
+        # Nobody writes before all have read.
+        self._parts = set.intersection(*map(set, processes.exchange(sorted(read))))
+        for name in sorted(self._parts):
+            self._there |= read[name]
         return len(self._there)
 
-    def is_complete(self, version: str) -> bool:
-        """Whether the step has all its responses, drawn from these variables."""
-        assert self._step is not None
-        path = self._step / _COMPLETE
-        if self._damaged or not storage.exists(path):
-            return False
-        try:
-            return storage.parse_json(storage.read_bytes(path)) == {"version": version}
-        except ValueError as error:
-            logging.warning("%s is damaged (%s): the step is sampled again", path, error)
-            return False
+    def completed(self, then: str) -> str | None:
+        """The version that the step's responses were drawn from, all of which are there.
 
-    def complete(self, version: str) -> None:
-        """The step has all its responses, and is to have them after a restart."""
+        None where they are not, or are of a run whose variables were others than `then` after that
+        version's step.
+        """
+        assert self._step is not None
+        path, found = self._step / _COMPLETE, None
+        if storage.exists(path):
+            try:
+                body = _Complete(**storage.parse_json(storage.read_bytes(path)))
+                if body.then == then and self._parts.issuperset(body.parts):
+                    found = body.version
+            except (OSError, TypeError, ValueError) as error:
+                logging.warning("%s is damaged (%s): the step is sampled again", path, error)
+        every = processes.exchange(found)
+        return found if set(every) == {found} else None
+
+    def complete(self, version: str, then: str) -> None:
+        """The step has all its responses, and is to have them after a restart.
+
+        They were drawn from `version`; the variables that are trained on them are called `then`.
+        """
         assert self._step is not None
         step = self._step
         self.flush()
         processes.meet()
-        body = json.dumps({"version": version}).encode()
-        processes.first(lambda: storage.write_whole(step / _COMPLETE, body))
+
+        def write() -> None:
+            parts = storage.list_names(step, "part-*.jsonl.gz")
+            body = json.dumps(dataclasses.asdict(_Complete(version, then, parts)))
+            storage.write_whole(step / _COMPLETE, body.encode())
+
+        processes.first(write)
 
     def flush(self) -> None:
         """Write what is finished and not written yet."""
-        if self._fresh and self._step is not None:
+        with self._lock:
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if not self._fresh or self._step is None:
+                return
             lines = [json.dumps([key, records.to_json(r)]) + "\n" for key, r in self._fresh]
             name = f"part-{processes.index():04d}-{self._free_number():06d}.jsonl.gz"
             data = gzip.compress("".join(lines).encode("ascii"), mtime=0)
             storage.write_whole(self._step / name, data)
-        self._fresh.clear()
-        self._moment = time.monotonic()
+            self._fresh.clear()
 
     def drop_before(self, step: int) -> None:
         """Those of steps before this one are not needed any more."""
@@ -106,7 +130,9 @@ class Responses:
 
     def close(self) -> None:
         """The stage has ended: nothing of it is needed."""
-        self._fresh.clear()
+        with self._lock:
+            self._fresh.clear()
+            self.flush()
         processes.first(lambda: storage.remove_folder(self._folder))
 
     def get(self, key: str) -> records.Response | None:
@@ -115,16 +141,44 @@ class Responses:
 
     def keep(self, key: str, response: records.Response) -> None:
         """A response is finished."""
-        self._fresh.append((key, response))
-        if time.monotonic() - self._moment >= self._every:
+        with self._lock:
+            self._fresh.append((key, response))
+            if self._every <= 0.0:
+                self.flush()
+            elif self._timer is None:
+                self._timer = threading.Timer(self._every, self._flush_in_time)
+                self._timer.daemon = True
+                self._timer.start()
+
+    def _flush_in_time(self) -> None:
+        try:
             self.flush()
+        except Exception as error:  # the next flush is the caller's, and raises it there
+            logging.warning("responses could not be written, and will be tried again: %s", error)
 
     def _free_number(self) -> int:
         """A number that no file of this process has, of this session or of one before."""
         assert self._step is not None
         taken = storage.list_names(self._step, f"part-{processes.index():04d}-*.jsonl.gz")
-        self._written = max(self._written, len(taken)) + 1
+        self._written = max(self._written, *(int(n.split("-")[2].split(".")[0]) for n in taken), 0)
+        self._written += 1
         return self._written
+
+
+@dataclasses.dataclass(frozen=True)
+class _Complete:
+    version: str
+    then: str
+    parts: Sequence[str]
+
+
+def _read(path: epath.Path) -> dict[str, records.Response]:
+    """A part's responses by their keys; an error of many kinds where it is damaged."""
+    lines = gzip.decompress(storage.read_bytes(path)).decode("ascii").splitlines()
+    if not lines:
+        raise ValueError("it is empty")
+    pairs = [json.loads(line) for line in lines]
+    return {key: records.from_json(records.Response, text) for key, text in pairs}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +209,8 @@ class DurableEngine:
 
         def done(place: int, response: records.Response) -> None:
             whole = response.finish in (records.Finish.STOP, records.Finish.LENGTH)
-            if whole and self.writes:
+            sound = all(map(math.isfinite, (*response.logprobs, *response.policy_logprobs)))
+            if whole and sound and self.writes:
                 self.responses.keep(f"{keys[place]}/{response.index}", response)
 
         try:

@@ -2,13 +2,15 @@
 
 An engine is bound to one parameter set. A fixed number of rows is decoded together, some tokens at
 a time; in between, rows that are done make room for answers that wait. Prompts are computed into
-pages first, which all answers to them share, and all prompts that begin alike. Which programs are
-compiled, and what an answer's tokens are, depends on no other request.
+pages first, which all answers to them share, and all prompts that begin alike. What an answer's
+tokens are depends on no other request, but for the last bits of log-probabilities where another is
+truncated: that takes another compiled program.
 """
 
 import collections
+import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 from absl import logging
@@ -114,6 +116,7 @@ class Engine:
         left of each token's distribution; asking for experts on and off between two loads computes
         prompts again. `answered` are (place, index) that are answered already and left out.
         """
+        before = set(self._cancelled)
         experts = experts and self._worker.programs.config.num_sparse_layers > 0
         if experts != self._recorded:
             self._forget()
@@ -127,7 +130,7 @@ class Engine:
 
         waiting = collections.deque[tuple[int, int]]()
         for place, request in enumerate(requests):
-            complaint = self._complaint(request)
+            complaint = schedule.complaint(self.limits, request, self._stop_ids(request))
             if complaint:
                 logging.warning("request %s is lost: %s", request.id, complaint)
             for index in range(request.num_samples):
@@ -138,12 +141,14 @@ class Engine:
                 else:
                     waiting.append((place, index))
         rows = _Rows(self, requests, waiting, done, kept)
-        try:
-            while rows.going():
-                rows.turn()
-        finally:
-            rows.leave()
-            self._cancelled.clear()  # an id that nobody asked about is not kept for ever
+        with self._sound_pages():
+            try:
+                while rows.going():
+                    rows.turn()
+            finally:
+                rows.leave()
+                # An id that nobody asked about is not kept for ever.
+                self._cancelled -= before | {request.id for request in requests}
         return [
             [found[p, i] for i in range(r.num_samples) if (p, i) in found]
             for p, r in enumerate(requests)
@@ -161,6 +166,21 @@ class Engine:
                     f"{self.limits.context}"
                 )
         opinions = np.zeros((len(prompts), 3), np.float32)
+        with self._sound_pages():
+            self._first_opinions(prompts, opinions)
+        return opinions
+
+    @contextlib.contextmanager
+    def _sound_pages(self) -> Iterator[None]:
+        """Where the block fails, what pages hold is not known: nothing of it is used again."""
+        try:
+            yield
+        except BaseException:
+            self._worker.forget()
+            self._forget()
+            raise
+
+    def _first_opinions(self, prompts: Sequence[Sequence[int]], opinions: np.ndarray) -> None:
         left = collections.deque(enumerate(prompts))
         while left:
             held: dict[int, tuple[schedule.Pool, list[int], int]] = {}
@@ -174,31 +194,13 @@ class Engine:
                 left.popleft()
                 held[id(pages)] = (self.pools[part], pages, at)
                 queues[part] += schedule.pieces(prompt, pages, 0, self.limits.chunk)
-            for found in self._compute(queues):
-                if found.piece.end == len(found.piece.prompt):
-                    opinions[held[id(found.piece.pages)][2]] = found.head_3
-            for pool, pages, _ in held.values():
-                pool.give_all(pages)
-        return opinions
-
-    def _complaint(self, request: records.Request) -> str:
-        """Why a request cannot be answered; empty where it can."""
-        prompt, new, most = len(request.prompt), request.max_tokens, self.limits.context
-        if request.messages:
-            return "it holds messages, and this engine is asked in token ids"
-        if not prompt or new < 1:
-            return f"a prompt of {prompt} tokens with up to {new} new ones: both must be positive"
-        if not all(request.stop):
-            return "an empty stop string would end every answer before it begins"
-        if prompt + new > most:
-            return (
-                f"a prompt of {prompt} tokens with up to {new} new ones does not fit "
-                f"engine.context = {most}"
-            )
-        stop_ids = self._stop_ids(request)
-        if len(stop_ids) > self.limits.most_stops:
-            return f"{len(stop_ids)} stop ids, engine.most_stops = {self.limits.most_stops}"
-        return ""
+            try:
+                for found in self._compute(queues):
+                    if found.piece.end == len(found.piece.prompt):
+                        opinions[held[id(found.piece.pages)][2]] = found.head_3
+            finally:
+                for pool, pages, _ in held.values():
+                    pool.give_all(pages)
 
     def _stop_ids(self, request: records.Request) -> tuple[int, ...]:
         return tuple(sorted({*self.tokenizer.stop_ids, *request.stop_ids}))

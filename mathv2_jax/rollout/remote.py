@@ -12,6 +12,7 @@ import collections
 import contextlib
 import dataclasses
 import email.utils
+import hashlib
 import json
 import os
 import queue
@@ -19,18 +20,20 @@ import random
 import threading
 import time
 import urllib.parse
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Any
 
 from absl import logging
 
 from mathv2_jax import records
-from mathv2_jax.rollout import answers
+from mathv2_jax.rollout import answers, remote_config
+from mathv2_jax.rollout.remote_config import RemoteConfig as RemoteConfig
 from mathv2_jax.text import tokenizer as tokenizer_lib
 
 OnAnswer = Callable[[int, records.Response], None]
 
-_FOR_ALL = (401, 403, 404)  # the key, the address or the model: the same for every request
+_FOR_ALL = (401, 402)  # the key, or what is paid for it: the same for every request
+_AT_FIRST = (403, 404)  # so are these, unless the server has answered another
 _AGAIN = (408, 409, 425, 429)  # and 5xx
 _ENDS = {"stop": records.Finish.STOP, "length": records.Finish.LENGTH}
 _NO_KEY = "none"  # what a server that asks for no key is sent
@@ -38,64 +41,6 @@ _NO_KEY = "none"  # what a server that asks for no key is sent
 
 class RemoteError(RuntimeError):
     """The server answers nothing that it is asked; the message says why and what to change."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RemoteConfig:
-    """A server and how it is asked.
-
-    `base_url` ends where `/chat/completions` follows, mostly in `/v1`. `key_env` names the
-    environment variable that holds the key; empty for a server that asks for none. At most
-    `concurrency` HTTP requests are open at once. Each has `timeout_s` seconds from its beginning to
-    the last byte of its answer, and `attempts` in all: after a time-out, a broken connection, an
-    answer that is cut, or status 408, 409, 425, 429 or 5xx the next one waits `backoff_s` seconds,
-    twice as long each time up to `longest_wait_s`, or what Retry-After says up to that.
-
-    `limit_field` is the field for the most tokens (`max_completion_tokens` with some vendors),
-    `send_seed` whether the server knows `seed`. `extra` is added to the body of each request, such
-    as {"chat_template_kwargs": {"thinking": True}}. `version` is written into every response; empty
-    is the model's name and the server's.
-    """
-
-    base_url: str
-    model: str
-    key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 16
-    attempts: int = 6
-    timeout_s: float = 1800.0
-    backoff_s: float = 1.0
-    longest_wait_s: float = 60.0
-    limit_field: str = "max_tokens"
-    send_seed: bool = True
-    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    version: str = ""
-
-    def __post_init__(self):
-        parts = urllib.parse.urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(
-                f"remote.base_url = {self.base_url!r}: must be like http://127.0.0.1:8000/v1"
-            )
-        if parts.username or parts.password or parts.query:
-            raise ValueError(
-                f"remote.base_url of {parts.hostname} holds a user, a password or a query: a key "
-                "belongs into the environment variable that remote.key_env names"
-            )
-        if not self.model:
-            raise ValueError("remote.model is empty: name what the server calls its model")
-        if self.concurrency < 1 or self.attempts < 1:
-            raise ValueError(
-                f"remote.concurrency = {self.concurrency}, remote.attempts = {self.attempts}: "
-                "both must be at least 1"
-            )
-        if self.timeout_s <= 0 or self.backoff_s < 0 or self.longest_wait_s < self.backoff_s:
-            raise ValueError(
-                f"remote.timeout_s = {self.timeout_s} must be positive, backoff_s = "
-                f"{self.backoff_s} not negative and at most longest_wait_s = {self.longest_wait_s}"
-            )
-        taken = {"model", "messages", "n", "stream", "seed", self.limit_field} & set(self.extra)
-        if taken:
-            raise ValueError(f"remote.extra sets {sorted(taken)}: these are the requests' own")
 
 
 @dataclasses.dataclass
@@ -133,15 +78,23 @@ class RemoteEngine:
         self._openai: Any = openai
         self.config = config
         self.stats = Stats()
-        self.version = config.version or f"{config.model}@{config.base_url}"
-        self._key = _read_key(config.key_env)
+        # Of all that an answer depends on, so that none is taken for another setting's.
+        asked = [config.base_url, config.model, config.limit_field, config.send_seed, config.think]
+        text = json.dumps([*asked, dict(config.extra)], sort_keys=True)
+        settings = hashlib.sha256(text.encode()).hexdigest()[:8]
+        self.version = f"{config.version or f'{config.model}@{config.base_url}'}#{settings}"
+        self._key = remote_config.read_key(config.key_env)
         server = urllib.parse.urlsplit(config.base_url)
-        if self._key and server.scheme == "http" and not _is_local(server.hostname or ""):
+        if (
+            self._key
+            and server.scheme == "http"
+            and not remote_config.is_local(server.hostname or "")
+        ):
             logging.warning("the key goes to %s unencrypted: use https", config.base_url)
         self._jitter = random.Random(os.getpid())
         self._reached = False  # it has answered something, if only an error
         self._cancelled: set[str] = set()
-        self._lock = threading.Lock()
+        self._lock, self._busy = threading.Lock(), threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._open: dict[str, set[asyncio.Task[Any]]] = collections.defaultdict(set)
 
@@ -173,8 +126,24 @@ class RemoteEngine:
         CANCELLED. `answered` are (place, index) that are answered already and left out.
 
         ValueError for a request that has no messages, or asks for what a server cannot do.
-        RemoteError where it refuses the key, the address or the model, or is not there at all.
+        RemoteError where it refuses the key, the address or the model, or is not there at all, and
+        where another thread is in a call of this engine.
         """
+        if not self._busy.acquire(blocking=False):
+            raise RemoteError("this engine is in a call already: give each thread one of its own")
+        before = set(self._cancelled)
+        try:
+            return self._generate(requests, on_answer, answered)
+        finally:
+            self._cancelled -= before | {request.id for request in requests}
+            self._busy.release()
+
+    def _generate(
+        self,
+        requests: Sequence[records.Request],
+        on_answer: OnAnswer | None,
+        answered: Collection[tuple[int, int]],
+    ) -> list[list[records.Response]]:
         for request in requests:
             _require_askable(request)
         waiting = collections.deque(
@@ -184,14 +153,11 @@ class RemoteEngine:
             if (place, index) not in answered
         )
         found: dict[tuple[int, int], records.Response] = {}
-        try:
-            with contextlib.closing(self._answers(requests, waiting)) as come:
-                for place, response in come:
-                    found[place, response.index] = response
-                    if on_answer is not None:
-                        on_answer(place, response)
-        finally:
-            self._cancelled.clear()
+        with contextlib.closing(self._answers(requests, waiting)) as come:
+            for place, response in come:
+                found[place, response.index] = response
+                if on_answer is not None:
+                    on_answer(place, response)
         return [
             [found[p, i] for i in range(r.num_samples) if (p, i) in found]
             for p, r in enumerate(requests)
@@ -373,11 +339,11 @@ class RemoteEngine:
 
     def _fault_of(self, error: Any) -> _Fault:
         status = error.status_code
-        text = self._hide(" ".join(str(error.message).split()))[:500]
+        text = " ".join(self._hide(str(error.message)).split())[:500]
         return _Fault(
             f"status {status}: {text}",
             again=status in _AGAIN or status >= 500,
-            for_all=status in _FOR_ALL,
+            for_all=status in _FOR_ALL or (status in _AT_FIRST and not self.stats.answered),
             wait=_retry_after(error.response.headers.get("retry-after")),
         )
 
@@ -396,11 +362,13 @@ class RemoteEngine:
             if not isinstance(content, str) or not isinstance(apart, str):
                 raise TypeError("content is no text")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-            shown = self._hide(data[:200].decode("utf-8", "replace"))
+            shown = self._hide(data.decode("utf-8", "replace"))[:200]
             raise _Fault(f"its answer is no chat completion: {shown!r}", again=True) from None
         if ending not in _ENDS:
             raise _Fault(f"its answer ended with finish_reason {ending!r}", again=False)
-        thinking, final = (apart, content) if apart else split_thinking(content)
+        thinking, final = apart, content
+        if not apart:
+            thinking, final = split_thinking(content, think=self.config.think)
         return records.Response(
             request_id=request.id,
             index=index,
@@ -429,35 +397,20 @@ class RemoteEngine:
         return None
 
 
-def split_thinking(content: str) -> tuple[str, str | None]:
+def split_thinking(content: str, *, think: bool = False) -> tuple[str, str | None]:
     """(thinking, final) of an answer whose reasoning stands inline.
 
-    It is cut at the first `</think>`: the tag before it may be a part of the prompt. Where one is
-    opened and never closed there is no final response.
+    It is cut at the last `</think>`, as tokenizers cut; the tag that opens it may be a part of the
+    prompt. Where it is open (by its tag, or because the model thinks first) and never closed there
+    is no final response.
     """
-    before, closed, after = content.partition(tokenizer_lib.END_THINK)
-    opened = before.lstrip().startswith(tokenizer_lib.THINK)
+    before, closed, after = content.rpartition(tokenizer_lib.END_THINK)
+    whole = before if closed else content
+    opened = think or whole.lstrip().startswith(tokenizer_lib.THINK)
     if not closed and not opened:
         return "", content
-    thinking = before.lstrip().removeprefix(tokenizer_lib.THINK).strip()
+    thinking = whole.lstrip().removeprefix(tokenizer_lib.THINK).strip()
     return thinking, after.lstrip() if closed else None
-
-
-def _read_key(name: str) -> str:
-    """The key in an environment variable, empty where none is named; ValueError without it."""
-    if not name:
-        return ""
-    key = os.environ.get(name, "").strip()
-    if not key:
-        raise ValueError(
-            f"remote.key_env = {name!r}: the environment has no such variable, or an empty one: "
-            f"export {name}=..., or set remote.key_env = '' for a server that asks for no key"
-        )
-    return key
-
-
-def _is_local(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")
 
 
 def _require_askable(request: records.Request) -> None:

@@ -6,7 +6,9 @@ drawn, so every process of a mesh decides alike.
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+
+from mathv2_jax import records
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,25 @@ class EngineConfig:
     def pages_a_row(self) -> int:
         """The most that a row needs: its prompt and its own tokens each end in a page of theirs."""
         return -(-self.context // self.page) + 1
+
+
+def complaint(config: EngineConfig, request: records.Request, stop_ids: Collection[int]) -> str:
+    """Why a request cannot be answered; empty where it can."""
+    prompt, new = len(request.prompt), request.max_tokens
+    if request.messages:
+        return "it holds messages, and this engine is asked in token ids"
+    if not prompt or new < 1:
+        return f"a prompt of {prompt} tokens with up to {new} new ones: both must be positive"
+    if not all(request.stop):
+        return "an empty stop string would end every answer before it begins"
+    if prompt + new > config.context:
+        return (
+            f"a prompt of {prompt} tokens with up to {new} new ones does not fit "
+            f"engine.context = {config.context}"
+        )
+    if len(stop_ids) > config.most_stops:
+        return f"{len(stop_ids)} stop ids, engine.most_stops = {config.most_stops}"
+    return ""
 
 
 @dataclasses.dataclass(eq=False)

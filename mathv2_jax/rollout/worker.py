@@ -90,6 +90,10 @@ class Worker:
         """Let go of variables and pages."""
         self._variables = self._cache = None
 
+    def forget(self) -> None:
+        """Let go of the pages; a call that failed has taken them with it."""
+        self._cache = None
+
     @contextlib.contextmanager
     def _in_use(self) -> Iterator[tuple[transformer.Variables, transformer.Cache]]:
         """The variables and the pages, which the block gives back."""

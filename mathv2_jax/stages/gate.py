@@ -5,7 +5,7 @@ temperature, a truncated distribution, experts chosen anew, stale pages) show he
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from absl import logging
@@ -20,6 +20,8 @@ from mathv2_jax.stages import steps, updates
 from mathv2_jax.stages.rl_config import RlStage
 
 FLOAT32, BFLOAT16 = 1e-3, 0.2  # what a token's log-probabilities may differ by, unless told
+_ALL = "tokens"
+_BY_CHANCE = 2  # first or last tokens that may be apart in any case
 
 
 class GateError(RuntimeError):
@@ -30,20 +32,43 @@ class GateError(RuntimeError):
 class Gap:
     """|trainer - sampler| over the tokens of answers, in nats: how large, and how often too large.
 
-    `beyond` is the share of tokens above `bound`; `row` and `time` are the place of the largest in
-    the batch.
+    `apart` is how many are above `bound` and of how many, of all tokens and of answers' first and
+    last; `row` and `time` are the place of the largest in the batch.
     """
 
-    tokens: int
     mean: float
     largest: float
-    beyond: float
+    apart: Mapping[str, tuple[int, int]]
+    not_finite: int
     bound: float
     row: int
     time: int
     first: int  # where the answer that the largest is in first parts by more than the bound
     sampler: float
     trainer: float
+
+    @property
+    def tokens(self) -> int:
+        """How many were compared."""
+        return self.apart[_ALL][1]
+
+    @property
+    def beyond(self) -> float:
+        """The share of tokens above the bound."""
+        return self.apart[_ALL][0] / self.tokens
+
+    def fault(self, share: float) -> str:
+        """What is wrong where more than a `share` is apart; empty where nothing is.
+
+        A fault of one place, as the first token, is a small share of all: so first and last tokens
+        are held to it too, two of them excepted, which chance may bring.
+        """
+        if self.not_finite:
+            return f"{self.not_finite} of {self.tokens} log-probabilities are not finite"
+        for name, (apart, number) in self.apart.items():
+            if apart > max(share * number, 0 if name == _ALL else _BY_CHANCE):
+                return f"of {name} {apart} in {number} are more than {self.bound} apart"
+        return ""
 
     def describe(self) -> str:
         """The figures in a line."""
@@ -75,15 +100,24 @@ def measure(batch: packing.Batch, trainer_BT: np.ndarray, bound: float) -> Gap |
     if not real_BT.any():
         return None
     gap_BT = np.abs(trainer_BT.astype(np.float64) - batch.old_logprobs_BT)
-    gap_BT = np.where(real_BT, np.where(np.isfinite(gap_BT), gap_BT, np.inf), 0.0)
+    finite_BT = np.isfinite(gap_BT)
+    gap_BT = np.where(real_BT, np.where(finite_BT, gap_BT, np.inf), 0.0)
+    # Of one answer are the tokens of one segment that count.
+    own_BT = np.pad(np.where(real_BT, batch.segments_BT, 0), ((0, 0), (1, 1)))
+    inner_BT = own_BT[:, 1:-1]
+    places = {
+        _ALL: real_BT,
+        "first tokens of answers": real_BT & (inner_BT != own_BT[:, :-2]),
+        "last tokens of answers": real_BT & (inner_BT != own_BT[:, 2:]),
+    }
     row, time = map(int, np.unravel_index(np.argmax(gap_BT), gap_BT.shape))
     own_T = real_BT[row] & (batch.segments_BT[row] == batch.segments_BT[row, time])
     parted = np.flatnonzero(own_T & (gap_BT[row] > bound))
     return Gap(
-        tokens=int(real_BT.sum()),
         mean=float(gap_BT[real_BT].mean()),
         largest=float(gap_BT[row, time]),
-        beyond=float((gap_BT[real_BT] > bound).mean()),
+        apart={n: (int((gap_BT[at] > bound).sum()), int(at.sum())) for n, at in places.items()},
+        not_finite=int((real_BT & ~finite_BT).sum()),
         bound=bound,
         row=row,
         time=time,
@@ -121,15 +155,18 @@ def check(
         logging.warning("%s: no answer was sampled that the trainer could score", stage.name)
         return None
     print(f"{stage.name}: {gap.describe()}", flush=True)
-    if gap.beyond > stage.rl.gate_share:
+    fault = gap.fault(stage.rl.gate_share)
+    if fault:
         folder = run.workdir / "inspect" / f"{stage.name}-gate"
         processes.first(lambda: steps.write_batches(folder, [batch]))
         raise GateError(
             f"{stage.name}: the trainer's log-probabilities are not the sampler's, so rewards "
-            f"would teach something else. {gap.describe()}; at most {stage.rl.gate_share:.2%} may. "
+            f"would teach something else: {fault}, at most {stage.rl.gate_share:.2%} may be. "
+            f"{gap.describe()}. "
             f"{gap.where(batch, run.tokenizer.decode)} The batch is in {folder}. A sampler in "
             "other dtypes or with other kernels than the trainer's is the usual reason "
-            "(engine.param_dtype), else experts chosen anew (rl.keep_routing = True replays them); "
-            "rl.gate = 0 trains all the same"
+            "(engine.param_dtype, in a new workdir), else experts chosen anew (rl.keep_routing = "
+            f"True replays them, with --restart_stage={stage.name}); rl.gate = 0 trains all the "
+            "same"
         )
     return gap

@@ -91,6 +91,20 @@ class Summary:
     prompt_experts: records.Ints | None = None
 
 
+def unscored(prompt: tuple[int, ...], responses: Sequence[records.Response]) -> Summary:
+    """Answers that have no reward: for what is measured of their tokens alone."""
+    return Summary(
+        prompt=prompt,
+        auto=False,
+        has_signal=True,
+        head_label=None,
+        advantages=(0.0,) * len(responses),
+        answers=tuple(map(Drawn.of, responses)),
+        tallies={},
+        prompt_experts=next((r.prompt_experts for r in responses if r.prompt_experts), None),
+    )
+
+
 def summarise(group: Group) -> Summary:
     """The group's part in its step."""
     responses = [group.answered[i].opinion.response for i in group.kept]

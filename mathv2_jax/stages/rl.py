@@ -12,26 +12,32 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from mathv2_jax import records, roles
+from mathv2_jax import fingerprint, records, roles
 from mathv2_jax.data import sources
+from mathv2_jax.model import transformer
 from mathv2_jax.rl import learner as learner_lib
 from mathv2_jax.rl import optimizer as optimizer_lib
 from mathv2_jax.rl import placement
-from mathv2_jax.rollout import durable
+from mathv2_jax.rollout import durable, engine
 from mathv2_jax.stages import gate, rl_config, scoring, steps, updates
 from mathv2_jax.stages import groups as groups_lib
 from mathv2_jax.stages import run as run_lib
 from mathv2_jax.stages import tasks as tasks_lib
 from mathv2_jax.stages.rl_config import RlConfig, RlStage
 
-# Means over answers with a signal.
-OF_ANSWERS = ("kl", "entropy", "clipped", "dropped", "ratio", "importance")
+_GATED = 4  # groups that are drawn for the gate alone
 
 
 def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
     """Train a policy on a reward; leaves the stage's variables and every sample as records."""
     config = stage.rl
     temperature = require_trainable(stage, run.roles.sampling)
+    if config.updates > 1 and not config.grpo.off_policy_delta:
+        logging.warning(
+            "%s: rl.updates = %d without rl.grpo.off_policy_delta: the recipe masks sequences that "
+            "the policy has left where a rollout serves several updates",
+            *(stage.name, config.updates),
+        )
     stream = task_stream(run, stage)
     learner = run.learner(
         ("rl", config.grpo, config.optimizer.without_rate(), config.auxiliary, temperature),
@@ -43,16 +49,18 @@ def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
         sampler = _Sampler(run, stage, stream, loop)
         for step in loop.remaining():
             found, sampled_at = sampler.take(step)
-            if config.gate != 0.0 and step == loop.first_step == sampled_at:
-                gate.check(run, stage, learner, loop.state.variables, found.summaries)
+            if config.gate != 0.0 and step == loop.first_step:
+                # Of a batch that was drawn ahead the trainer's log-probabilities differ rightly.
+                drawn = found.summaries if sampled_at == step else sampler.draw(step)
+                gate.check(run, stage, learner, loop.state.variables, drawn)
             packed = updates.pack_updates(run, config, found.summaries)
             rate = optimizer_lib.learning_rate(config.optimizer, step, config.steps)
             if config.ahead:
                 sampler.load(step)  # before the update takes the variables over
             state, measured = updates.update(config, learner, loop.state, reference, packed, rate)
             if config.ahead:
-                sampler.sample_ahead(step, found.position)
-            empty = () if any(s.has_signal for s in found.summaries) else OF_ANSWERS
+                sampler.sample_ahead(step, found.position, state.variables)
+            empty = () if any(s.has_signal for s in found.summaries) else updates.OF_ANSWERS
             measured = {name: x for name, x in measured.items() if name not in empty}
             written = groups_lib.to_samples(stage.name, step, found.groups)
             scalars = groups_lib.measure(found.summaries)
@@ -83,6 +91,7 @@ class _Sampler:
         self._scores = make_scores(run, stage, self._responses)
         self._judge = make_judge(run, stage)
         self._ahead: tuple[Collected, int] | None = None
+        self._version = ""  # of the variables that are sampled from
         self._saved = 0
         if stage.rl.ahead and run.runtime.placement.optimizer != placement.RESIDENT:
             raise ValueError(
@@ -96,10 +105,12 @@ class _Sampler:
             found, self._ahead = self._ahead, None
             return found
         self._begin(step)
-        sampled_at = step
+        variables, sampled_at = self._loop.state.variables, step
+        self._version = _version_of(variables)
         if self._stage.rl.ahead and step:
-            if self._responses.is_complete(self._version(step - 1)):
-                sampled_at = step - 1
+            drawn_from = self._responses.completed(self._version)
+            if drawn_from is not None:
+                self._version, sampled_at = drawn_from, step - 1
             else:
                 logging.warning(
                     "%s: the batch of step %d that was drawn ahead is not there: it is drawn anew, "
@@ -107,28 +118,53 @@ class _Sampler:
                     *(self._stage.name, step),
                 )
         with self._loop.sampling():
-            self._run.policy.load(self._loop.state.variables, self._version(sampled_at))
-            found = self._collect(step, self._loop.position.get("next", 0), sampled_at)
+            self._run.policy.load(variables, self._name(sampled_at))
+            found = self._collect(step, self._loop.position.get("next", 0))
         return found, sampled_at
+
+    def draw(self, step: int) -> list[groups_lib.Summary]:
+        """A few answers by the variables of now, which nobody scores or keeps."""
+        run, config = self._run, self._stage.rl
+        position = self._loop.position.get("next", 0)
+
+        def answer(replica: int, places: range) -> list[groups_lib.Summary]:
+            asked = {place: self._stream[position + place] for place in places}
+            where = (self._stage.name, step, "gate")
+            drawn = _draw(run, config, asked, run.policy.engines[replica], where)
+            return [
+                groups_lib.unscored(task.prompt, responses)
+                for task, responses in zip(asked.values(), drawn, strict=True)
+            ]
+
+        with self._loop.sampling():
+            run.policy.load(self._loop.state.variables, self._name(step))
+            found = run.gather(run.each(min(config.groups, _GATED), answer))
+            run.policy.unload()
+        return found
 
     def load(self, step: int) -> None:
         """Sample with a copy of the variables of now, which a step is about to change."""
         if step + 1 < self._stage.rl.steps:
             copy = jax.tree.map(jnp.copy, self._loop.state.variables)
-            self._run.policy.load(copy, self._version(step))
+            self._version = _version_of(copy)
+            self._run.policy.load(copy, self._name(step))
 
-    def sample_ahead(self, step: int, position: int) -> None:
-        """Draw the next step's batch with what `load` was given, while this one's updates run."""
+    def sample_ahead(self, step: int, position: int, updated: transformer.Variables) -> None:
+        """Draw the next step's batch with what `load` was given, while this one's updates run.
+
+        `updated` is what these lead to, and what will be trained on the batch.
+        """
         if step + 1 < self._stage.rl.steps:
             self._begin(step + 1)
-            self._ahead = self._collect(step + 1, position, step), step
-            self._responses.complete(self._version(step))
+            self._ahead = self._collect(step + 1, position), step
+            self._responses.complete(self._version, then=_version_of(updated))
 
     def close(self) -> None:
         """The stage has ended."""
         self._responses.close()
 
-    def _version(self, step: int) -> str:
+    def _name(self, step: int) -> str:
+        """What responses say of the variables that they were drawn from."""
         return f"{self._stage.name}@{step}"
 
     def _begin(self, step: int) -> None:
@@ -138,10 +174,10 @@ class _Sampler:
         if there:
             logging.info("%s: %d responses of step %d are there", self._stage.name, there, step)
 
-    def _collect(self, step: int, position: int, sampled_at: int) -> "Collected":
-        version, led = self._version(sampled_at), self._run.policy.led
+    def _collect(self, step: int, position: int) -> "Collected":
+        led = self._run.policy.led
         policy = {
-            replica: self._responses.of(engine, version, writes=replica in led)
+            replica: self._responses.of(engine, self._version, writes=replica in led)
             for replica, engine in self._run.policy.engines.items()
         }
         with judging(self._run, self._stage, self._judge):
@@ -150,6 +186,11 @@ class _Sampler:
             )
         self._run.policy.unload()
         return found
+
+
+def _version_of(variables: transformer.Variables) -> str:
+    """What tells these variables from all others, those of another run of this workdir too."""
+    return fingerprint.of_tree(variables)
 
 
 def require_trainable(stage: RlStage, sampling: Mapping[str, roles.Sampling]) -> float:
@@ -346,6 +387,26 @@ def _answer(
     where: Sequence[object],
 ) -> list[groups_lib.Group]:
     """A replica's groups of a round, whose tasks are given by their place in it."""
+    responses = _draw(run, config, asked, policy, where)
+    flat = [
+        scoring.Answered(task, roles.understand(task.role, response))
+        for task, found in zip(asked.values(), responses, strict=True)
+        for response in found
+    ]
+    scored = score(flat, (run.seed, *where, "judge"), min(asked) * config.samples)
+    return [
+        groups_lib.make_group(flat[begin:end], scored[begin:end], config.grpo.advantage)
+        for begin, end in ((at, at + config.samples) for at in range(0, len(flat), config.samples))
+    ]
+
+
+def _draw(
+    run: run_lib.Run,
+    config: RlConfig,
+    asked: Mapping[int, tasks_lib.Task],
+    policy: engine.Engine | durable.DurableEngine,
+    where: Sequence[object],
+) -> list[list[records.Response]]:
     requests = [
         records.Request(
             id="/".join(map(str, (*where, at))),
@@ -358,19 +419,7 @@ def _answer(
         )
         for at, task in asked.items()
     ]
-    responses = policy.generate(
-        requests, experts=config.keep_routing, kept=config.keep_sampling_mask
-    )
-    flat = [
-        scoring.Answered(task, roles.understand(task.role, response))
-        for task, found in zip(asked.values(), responses, strict=True)
-        for response in found
-    ]
-    scored = score(flat, (run.seed, *where, "judge"), min(asked) * config.samples)
-    return [
-        groups_lib.make_group(flat[begin:end], scored[begin:end], config.grpo.advantage)
-        for begin, end in ((at, at + config.samples) for at in range(0, len(flat), config.samples))
-    ]
+    return policy.generate(requests, experts=config.keep_routing, kept=config.keep_sampling_mask)
 
 
 def _make_learner(run: run_lib.Run, config: RlConfig, temperature: float) -> learner_lib.Learner:

@@ -18,6 +18,8 @@ from mathv2_jax.stages import groups as groups_lib
 from mathv2_jax.stages import run as run_lib
 from mathv2_jax.stages.rl_config import RlConfig
 
+# Means over answers with a signal.
+OF_ANSWERS = ("kl", "entropy", "clipped", "dropped", "ratio", "importance")
 _NOTHING = packing.Replay()
 
 
@@ -61,8 +63,9 @@ def update(
     """A step's updates on its micro-batches, and the mean of what they measured.
 
     Log-probabilities that stay are those of before the first. `tokens` are all; `finite` is 1 where
-    every update was.
+    every update was; what is of answers is a mean over the updates that have answers.
     """
+    heard = [any((batch.weights_BT > 0).any() for batch in batches) for batches in packed]
     flat = [learner.put(batch) for batch in itertools.chain(*packed)]
     initial = logprobs_of(reference, learner, flat)
     needs_own = config.grpo.importance_cap > 0 and len(packed) > 1
@@ -78,6 +81,9 @@ def update(
         return state, found[0]
     each = {name: jnp.stack([one[name] for one in found]) for name in found[0]}
     joined = {"tokens": jnp.sum, "expert_overflow": jnp.sum, "finite": jnp.min}
+    if any(heard):
+        of_answers = np.flatnonzero(heard)
+        joined |= dict.fromkeys(OF_ANSWERS, lambda x: jnp.mean(x[of_answers]))
     return state, {name: joined.get(name, jnp.mean)(x) for name, x in each.items()}
 
 

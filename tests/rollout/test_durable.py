@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import time
 
 import pytest
 
@@ -77,9 +78,33 @@ def test_a_restart_asks_for_what_is_missing_alone_and_has_the_same_responses(fol
 
 
 def test_responses_are_on_disk_at_most_so_many_seconds_after_they_are_finished(folder, engine):
+    """By the clock: nothing else need be finished, or asked."""
     responses, _ = opened(folder, every=3600.0)
     responses.of(engine, VERSION, writes=True).generate(ASKED)
     assert not folder.exists()
+    responses.flush()
+    assert opened(folder)[1] == 9
+    responses, _ = opened(folder, step=8, every=0.2)
+    responses.of(engine, VERSION, writes=True).generate(ASKED)
+    for _ in range(100):
+        if opened(folder, step=8)[1] == 9:
+            break
+        time.sleep(0.1)
+    assert opened(folder, step=8)[1] == 9
+
+
+def test_a_write_that_fails_in_the_background_is_told_and_tried_again(
+    folder, engine, monkeypatch, caplog
+):
+    def full(path, data):
+        raise OSError("no space left")
+
+    responses, _ = opened(folder, every=0.05)
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(durable.storage, "write_whole", full)
+        responses.of(engine, VERSION, writes=True).generate(ASKED)
+        time.sleep(0.5)
+    assert "could not be written, and will be tried again: no space left" in caplog.text
     responses.flush()
     assert opened(folder)[1] == 9
 
@@ -124,7 +149,14 @@ def test_what_was_lost_or_cancelled_is_asked_again(folder, engine):
     assert again[2] == engine.generate(asked)[2]
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[:-9], lambda data: b"", lambda data: b"[1]"])
+def flipped(at):
+    return lambda data: data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: data[:-9], lambda data: b"", lambda data: b"[1]", *map(flipped, (0, 30, 60, -3))],
+)
 def test_a_damaged_file_is_told_and_its_responses_are_asked_again(folder, engine, damage, caplog):
     expected, _ = answered(folder, engine)
     part = sorted((folder / "000007").iterdir())[1]
@@ -150,23 +182,56 @@ def test_one_that_does_not_speak_for_its_replica_writes_nothing(folder, engine):
     assert not folder.exists()
 
 
-def test_a_step_is_complete_for_the_variables_that_it_was_drawn_from(folder, engine, caplog):
+@pytest.mark.parametrize("body", ['{"version"', '{"version": "a"}', "[]"])
+def test_a_step_is_complete_for_the_variables_that_are_trained_on_it(folder, engine, caplog, body):
     responses, _ = opened(folder)
     responses.of(engine, VERSION, writes=True).generate(ASKED)
-    assert not responses.is_complete(VERSION)
-    responses.complete(VERSION)
+    assert responses.completed("then") is None
+    responses.complete(VERSION, "then")
     again, _ = opened(folder)
-    assert again.is_complete(VERSION) and not again.is_complete("rl@4")
-    (folder / "000007" / "complete.json").write_text('{"version"')
-    assert not again.is_complete(VERSION) and "the step is sampled again" in caplog.text
+    assert again.completed("then") == VERSION and again.completed("others") is None
+    (folder / "000007" / "complete.json").write_text(body)
+    assert again.completed("then") is None and "the step is sampled again" in caplog.text
 
 
-def test_a_step_with_a_damaged_file_is_not_complete(folder, engine):
+@pytest.mark.parametrize("lose", [lambda path: path.write_bytes(b""), lambda path: path.unlink()])
+def test_a_step_without_one_of_its_files_is_not_complete(folder, engine, lose):
     responses, _ = opened(folder)
     responses.of(engine, VERSION, writes=True).generate(ASKED)
-    responses.complete(VERSION)
-    next((folder / "000007").glob("part-*")).write_bytes(b"")
-    assert not opened(folder)[0].is_complete(VERSION)
+    responses.complete(VERSION, "then")
+    lose(next((folder / "000007").glob("part-*")))
+    assert opened(folder)[0].completed("then") is None
+
+
+def test_what_another_process_could_not_read_is_not_taken_here_either(folder, engine, monkeypatch):
+    """Else their engines would go apart, and wait for each other for ever."""
+    answered(folder, engine)
+    missing = sorted(path.name for path in (folder / "000007").iterdir())[2]
+
+    def others(word):
+        if isinstance(word, list):
+            return [word, [name for name in word if name != missing]]
+        return [word, None]
+
+    monkeypatch.setattr(durable.processes, "exchange", others)
+    responses, there = opened(folder)
+    assert there == 8
+    responses.complete(VERSION, "then")
+    assert responses.completed("then") is None
+
+
+def test_a_response_without_finite_log_probabilities_is_not_kept(folder, engine, monkeypatch):
+    generate = engine.generate
+
+    def broken(requests, on_answer, **asked):
+        def one(place, response):
+            on_answer(place, dataclasses.replace(response, logprobs=(float("nan"),)))
+
+        return generate(requests, one, **asked)
+
+    monkeypatch.setattr(engine, "generate", broken)
+    answered(folder, engine)
+    assert opened(folder)[1] == 0
 
 
 def test_steps_that_are_saved_and_stages_that_have_ended_leave_nothing(folder, engine):

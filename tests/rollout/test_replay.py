@@ -27,22 +27,8 @@ def requests(**fields):
     ]
 
 
-def summary(prompt, responses):
-    drawn = tuple(map(groups.Drawn.of, responses))
-    return groups.Summary(
-        prompt=prompt,
-        auto=False,
-        has_signal=True,
-        head_label=None,
-        advantages=(0.0,) * len(drawn),
-        answers=drawn,
-        tallies={},
-        prompt_experts=responses[0].prompt_experts,
-    )
-
-
 def packed(found, routing=None, allowed=0):
-    both = [summary(p, r) for p, r in zip(PROMPTS, found, strict=True)]
+    both = [groups.unscored(p, r) for p, r in zip(PROMPTS, found, strict=True)]
     (batch,) = updates.pack(CONFIG, both, packing.Replay(routing=routing, allowed=allowed))
     return batch
 

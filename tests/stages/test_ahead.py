@@ -1,5 +1,6 @@
 """Batches drawn one step ahead, and steps whose sampling was cut short: the same run in the end."""
 
+import dataclasses
 import logging
 
 import jax
@@ -8,8 +9,8 @@ import pytest
 
 from mathv2_jax import metrics
 from mathv2_jax.cli import inputs
-from mathv2_jax.rl import optimizer, placement
-from mathv2_jax.stages import gate, rl
+from mathv2_jax.rl import grpo, optimizer, placement
+from mathv2_jax.stages import rl
 from mathv2_jax.stages import run as run_lib
 from tests import scripted
 from tests.by_hand import VERDICTS, proof
@@ -193,8 +194,8 @@ def test_a_batch_ahead_that_is_gone_is_told_and_drawn_anew(prepare, caplog):
     assert {name for name, _ in drawn(run)[2]} == {f"{NAME}@2"}
 
 
-def test_the_gate_is_passed_on_the_batch_of_the_variables_of_now_alone(prepare, capsys):
-    """A stale batch differs from the trainer rightly."""
+def test_the_gate_looks_at_answers_of_the_variables_of_now(prepare, ahead, capsys):
+    """A stale batch differs from the trainer rightly: a stage that goes on draws a few more."""
     run = prepare()
     asked = iter(range(3))
     run.should_stop = lambda: next(asked, 0) == 2
@@ -203,8 +204,52 @@ def test_the_gate_is_passed_on_the_batch_of_the_variables_of_now_alone(prepare, 
     assert "trainer and sampler differ by" in capsys.readouterr().out
     run.should_stop = lambda: False
     rl.run_stage(run, stage(ahead=True))
-    assert "trainer and sampler differ by" not in capsys.readouterr().out
-    assert gate.bound_of(run, stage()) == gate.FLOAT32
+    said = capsys.readouterr().out
+    assert "trainer and sampler differ by" in said and "0.00% of tokens" in said
+    assert_same(run, ahead)
+
+
+def test_other_variables_at_the_same_step_do_not_take_each_others_answers(prepare, caplog):
+    """A run that goes on with more steps has another rate, and so another policy at each step."""
+    run = prepare()
+    run.runtime = dataclasses.replace(run.runtime, save_every=2)
+    kill_after(run, 3 * PER_STEP + 5)  # in the step of index 3; saved was that of index 2
+    with pytest.raises(Killed):
+        rl.run_stage(run, stage(steps=4))
+    (engine,) = run.policy.engines.values()
+    del engine.generate
+    found = answers_drawn(run)
+    rl.run_stage(run, stage(steps=8))
+    assert len(found) == 5 * PER_STEP + PER_STEP  # of the killed steps the first is as it was
+    other = prepare()
+    asked = iter(range(3))
+    other.should_stop = lambda: next(asked, 0) == 2
+    with pytest.raises(run_lib.Preempted):
+        rl.run_stage(other, stage(steps=4))
+    other.should_stop = lambda: False
+    rl.run_stage(other, stage(steps=8))
+    assert_same(run, other)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(updates=2, grpo=grpo.GrpoConfig(off_policy_delta=0.1)),
+        dict(keep_routing=True, max_refills=1),
+        dict(grpo=grpo.GrpoConfig(kl_coefficient=0.1, importance_cap=2.0)),
+    ],
+    ids=["updates", "routing, refills", "KL, importance"],
+)
+def test_a_stop_changes_nothing_ahead_with(prepare, fields):
+    whole, run = prepare(), prepare()
+    rl.run_stage(whole, stage(steps=3, ahead=True, **fields))
+    asked = iter(range(3))
+    run.should_stop = lambda: next(asked, 0) == 2
+    with pytest.raises(run_lib.Preempted):
+        rl.run_stage(run, stage(steps=3, ahead=True, **fields))
+    run.should_stop = lambda: False
+    rl.run_stage(run, stage(steps=3, ahead=True, **fields))
+    assert_same(run, whole)
 
 
 def test_ahead_needs_an_optimizer_that_stays(prepare):

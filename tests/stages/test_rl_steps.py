@@ -10,7 +10,7 @@ import pytest
 from mathv2_jax import metrics, roles
 from mathv2_jax.cli import inputs
 from mathv2_jax.rl import grpo, optimizer
-from mathv2_jax.stages import gate, rl
+from mathv2_jax.stages import gate, rl, updates
 from tests import scripted
 from tests.by_hand import STATEMENT, VERDICTS, proof
 
@@ -80,8 +80,8 @@ def test_the_policy_is_asked_what_the_tasks_say(trained):
 
 def test_without_a_group_of_signal_there_is_no_figure_of_its_answers(trained):
     run, figures = trained
-    assert set(rl.OF_ANSWERS) <= set(figures["learned"])
-    assert not set(rl.OF_ANSWERS) & set(figures["flat"])
+    assert set(updates.OF_ANSWERS) <= set(figures["learned"])
+    assert not set(updates.OF_ANSWERS) & set(figures["flat"])
     assert (figures["flat"]["zero_signal"], figures["flat"]["reward"]) == (1.0, 0.0)
     assert math.isfinite(figures["flat"]["loss"])
 
