@@ -234,6 +234,15 @@ def test_a_stage_takes_other_steps_until_it_has_finished():
         require_same(change, done=DONE)
 
 
+def test_the_gate_of_a_stage_that_has_begun_may_change():
+    """It is the way out where it stopped the stage, and nothing that is computed depends on it."""
+    gate = ("stage.verifier-0.rl.gate", "0.5"), ("stage.verifier-0.rl.gate_share", "0.1")
+    require_same(*gate, done=(*DONE, "before"), begun=("verifier-0",))
+    with pytest.raises(ValueError, match=r"only its steps and its gate may change"):
+        routing = ("stage.verifier-0.rl.keep_routing", "True")
+        require_same(*gate, routing, done=(*DONE, "before"), begun=("verifier-0",))
+
+
 def test_every_setting_of_a_stage_that_has_not_begun_may_change():
     rate = ("stage.verifier-0.rl.optimizer.learning_rate", "0.5")
     judge = ("stage.verifier-1.judge", "None")

@@ -292,6 +292,68 @@ def test_a_cancelled_request_is_left_and_the_others_are_answered_as_ever(make_en
     assert said(engine.generate(MIXED)[1]) == said(together[1])  # once, not for ever
 
 
+def test_one_cancelled_during_another_call_is_cancelled_in_the_next(make_engine):
+    engine = make_engine()
+    engine.generate([request("a")], lambda place, response: engine.cancel("b"))
+    (found,) = engine.generate([request("b")])
+    assert {r.finish for r in found} == {records.Finish.CANCELLED}
+    (found,) = engine.generate([request("b")])
+    assert records.Finish.CANCELLED not in {r.finish for r in found}
+
+
+@pytest.mark.parametrize("program", ["prefill", "decode"])
+def test_after_a_call_that_failed_no_page_of_it_is_used(make_engine, monkeypatch, program):
+    """Its prompts' pages were promised before they were computed, and the cache went with it."""
+    engine = make_engine()
+    expected = engine.generate([request("a"), request("b", LONG)])
+    engine.load(engine._worker._variables, "again")
+
+    def fail(*args, **settings):
+        raise MemoryError
+
+    programs = engine._worker.programs
+    with monkeypatch.context() as patch:
+        patch.setattr(programs, program, fail)
+        with pytest.raises(MemoryError):
+            engine.generate([request("a"), request("b", LONG)])
+        if program == "prefill":
+            with pytest.raises(MemoryError):
+                engine.first_opinions([LONG])
+    found = engine.generate([request("a"), request("b", LONG)])
+    for one, other in zip(found, expected, strict=True):
+        assert said(one) == said(other)
+        np.testing.assert_array_equal(logprobs(one), logprobs(other))
+    engine.load(engine._worker._variables, "again")
+
+
+def test_no_program_is_compiled_after_the_first_calls(make_engine):
+    """Whatever is asked, and how much of it; truncation and what is recorded choose programs."""
+    engine = make_engine()
+    programs = engine._worker.programs
+
+    def ask():
+        engine.generate([request("a", num_samples=11), request("b", LONG)])
+        engine.generate([request("c", SHORTEST, temperature=0.0, max_tokens=3)])
+        engine.generate([request("d", top_p=0.9), request("e", LONG, top_k=3, min_p=0.1)])
+        engine.first_opinions([LONG])
+
+    ask()
+    sizes = programs.prefill._cache_size(), programs.decode._cache_size()
+    engine.load(engine._worker._variables, "again")
+    ask()
+    engine.generate([request("f", LONG, num_samples=30, top_p=0.5, max_tokens=9, stop=("a",))])
+    assert (programs.prefill._cache_size(), programs.decode._cache_size()) == sizes
+
+
+def test_a_truncated_neighbour_changes_no_token(make_engine, together):
+    engine = make_engine()
+    asked = MIXED[:2]
+    found = engine.generate([*asked, request("cut", seed=9, num_samples=2, top_p=0.5)])
+    for one, other in zip(found[:2], together[:2], strict=True):
+        assert said(one) == said(other)
+        np.testing.assert_allclose(logprobs(one), logprobs(other), atol=1e-5)
+
+
 def test_a_call_whose_requests_are_all_cancelled_does_not_run(make_engine):
     engine = make_engine()
     engine.cancel("a")

@@ -50,7 +50,7 @@ def test_each_sample_is_one_request_with_a_seed_of_its_own(expected):
     with faulty.serving(server) as url:
         found = engine_at(url).generate(ASKED)
     assert found == [
-        [dataclasses.replace(r, parameter_version=f"tiny@{url}") for r in responses]
+        [dataclasses.replace(r, parameter_version=engine_at(url).version) for r in responses]
         for responses in expected
     ]
     assert [len(responses) for responses in found] == [3, 2, 1]
@@ -139,7 +139,37 @@ def test_a_request_that_the_server_refuses_is_lost_at_once(status):
     assert len(server.asked) == SAMPLES
 
 
-@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_model_that_thinks_first_and_never_ends_has_no_final_response():
+    """The tag that opens its thinking is a part of the prompt."""
+    content = r"Say \boxed{1}? Hm."
+    server = faulty.Server(answer=lambda asked: faulty.completion(content))
+    with faulty.serving(server) as url:
+        ((response,),) = engine_at(url, think=True).generate(ASKED[2:])
+        assert (response.thinking_text, response.final_text) == (content, None)
+        server.answer = lambda asked: faulty.completion("Yes.", reasoning="Hm.")
+        ((response,),) = engine_at(url, think=True).generate(ASKED[2:])
+        assert (response.thinking_text, response.final_text) == ("Hm.", "Yes.")
+
+
+@pytest.mark.parametrize("status", [403, 404])
+def test_what_one_request_is_refused_with_does_not_stop_those_after_answers(status):
+    """A moderator, or one of several servers behind an address."""
+    server = faulty.Server(lambda asked, attempt: status if "about b" in asked.sample[0] else None)
+    with faulty.serving(server) as url:
+        engine = engine_at(url, concurrency=1)
+        found = engine.generate(ASKED)
+    assert ends(found) == [Finish.STOP] * 3 + [Finish.LOST] * 2 + [Finish.STOP]
+    assert len(server.asked) == SAMPLES
+
+
+def test_an_account_that_runs_dry_stops_all_at_once():
+    server = faulty.Server(lambda asked, attempt: 402 if "about b" in asked.sample[0] else None)
+    with faulty.serving(server) as url, pytest.raises(remote.RemoteError, match="status 402"):
+        engine_at(url, concurrency=1).generate(ASKED)
+    assert len(server.asked) == 4
+
+
+@pytest.mark.parametrize("status", [401, 402, 403, 404])
 def test_what_is_wrong_with_every_request_stops_all(status, monkeypatch):
     monkeypatch.setenv("A_KEY", KEY)
     server = faulty.Server(lambda asked, attempt: status)
@@ -223,8 +253,9 @@ def test_an_answer_that_drips_is_timed_out_as_a_whole():
         (dict(text="Yes.", reasoning_content="Hm."), "Hm.", "Yes."),
         (dict(text="Yes.", reasoning="Hm."), "Hm.", "Yes."),
         (dict(text="<think>\nHm.\n</think>\n\nYes."), "Hm.", "Yes."),
-        (dict(text="Hm.</think>Yes. </think>"), "Hm.", "Yes. </think>"),
+        (dict(text="Hm. </think> Hm!</think>Yes."), "Hm. </think> Hm!", "Yes."),
         (dict(text="<think>Hm."), "Hm.", None),
+        (dict(text="<think>Hm.</think>"), "Hm.", ""),
         (dict(text="Yes."), "", "Yes."),
         (dict(text="A <think> in the text"), "", "A <think> in the text"),
     ],
@@ -259,6 +290,31 @@ def test_a_cancelled_request_ends_while_it_hangs():
         assert engine.stats.cancelled == 3
         assert texts(engine.generate(ASKED[1:])) == texts(found[1:])
     assert ends(found) == [Finish.CANCELLED] * 3 + [Finish.STOP] * 3
+
+
+def test_one_cancelled_during_another_call_is_cancelled_in_the_next():
+    server = faulty.Server()
+    with faulty.serving(server) as url:
+        engine = engine_at(url)
+        engine.generate(ASKED[1:], lambda place, response: engine.cancel("a"))
+        assert ends(engine.generate(ASKED[:1])) == [Finish.CANCELLED] * 3
+        assert ends(engine.generate(ASKED[:1])) == [Finish.STOP] * 3
+
+
+def test_a_second_call_at_once_is_refused():
+    server = faulty.Server()
+    caught = []
+
+    def again(place, response):
+        with pytest.raises(remote.RemoteError, match="give each thread one of its own") as error:
+            engine.generate(ASKED)
+        caught.append(error)
+
+    with faulty.serving(server) as url:
+        engine = engine_at(url)
+        found = engine.generate(ASKED[2:], again)
+        assert ends(found) == [Finish.STOP] and len(caught) == 1
+        assert ends(engine.generate(ASKED[2:])) == [Finish.STOP]
 
 
 def test_one_cancelled_before_is_not_asked_and_is_forgotten_after():
@@ -346,6 +402,35 @@ def test_the_key_is_sent_and_shown_nowhere(monkeypatch, caplog, capsys):
     shown += [repr(engine), repr(engine.config), repr(found)]
     assert "(the key)" in caplog.text  # the server repeated it
     assert not any(KEY in text for text in shown)
+
+
+def test_a_key_is_hidden_where_a_text_is_cut(monkeypatch, caplog):
+    monkeypatch.setenv("A_KEY", KEY)
+    body = {"choices": [], "note": "x" * 160 + KEY}
+    server = faulty.Server(answer=lambda asked: body)
+    with faulty.serving(server) as url, caplog.at_level(logging.DEBUG):
+        engine_at(url, key_env="A_KEY", attempts=1).generate(ASKED)
+    ours = [record.getMessage() for record in caplog.records if record.name == "absl"]
+    assert any("is no chat completion" in text for text in ours)
+    assert not any(KEY[:6] in text for text in ours)
+
+
+@pytest.mark.parametrize("value", ["sk-a\nsecond", "sk a", "sk-\u00e4", "sk-\x07"])
+def test_what_cannot_be_a_key_is_refused_and_not_shown(monkeypatch, value):
+    monkeypatch.setenv("A_KEY", value)
+    with pytest.raises(ValueError, match="remote.key_env = 'A_KEY': .* cannot be a key") as caught:
+        engine_at("https://example.org/v1", key_env="A_KEY")
+    assert "sk" not in str(caught.value)
+
+
+def test_all_that_an_answer_depends_on_is_in_its_version():
+    url = "http://127.0.0.1:1/v1"
+    settings = [{}, dict(extra={"reasoning_effort": "high"}), dict(send_seed=False)]
+    settings += [dict(model="other"), dict(think=True), dict(limit_field="most")]
+    versions = {engine_at(url, **each).version for each in settings}
+    named = {engine_at(url, version="v", **each).version for each in settings}
+    assert len(versions) == len(named) == len(settings)
+    assert engine_at(url, concurrency=3, attempts=9).version in versions
 
 
 @pytest.mark.parametrize("value", [None, " "])

@@ -167,6 +167,33 @@ def test_a_log_probability_that_is_not_finite_is_beyond_every_bound(make_engine,
     trainer_BT[row, time] = value
     gap = gate.measure(batch, trainer_BT, 1.0)
     assert gap.largest == np.inf and gap.beyond > 0.0
+    assert gap.fault(0.99) == f"1 of {gap.tokens} log-probabilities are not finite"
+
+
+@pytest.mark.parametrize("edge", ["first", "last"])
+def test_a_fault_of_one_place_is_found_however_long_the_answers_are(edge):
+    """It is one token in 50: below a share of 5 %."""
+    items = [
+        packing.Item(
+            prompt=(3, 4),
+            answers=tuple(
+                packing.Answer(tokens=[5] * 50, weights=[1.0] * 50, old_logprobs=[-1.0] * 50)
+                for _ in range(4)
+            ),
+        )
+    ]
+    (batch,) = packing.pack_all(items, 1, 256)
+    trainer_BT = batch.old_logprobs_BT.copy()
+    assert gate.measure(batch, trainer_BT, 0.1).fault(0.05) == ""
+    begins = np.flatnonzero(batch.weights_BT[0] > 0)[:: 50 if edge == "first" else 1]
+    places = begins if edge == "first" else np.flatnonzero(batch.weights_BT[0] > 0)[49::50]
+    trainer_BT[0, places[:2]] -= 1.0
+    assert gate.measure(batch, trainer_BT, 0.1).fault(0.05) == ""  # two may be chance
+    trainer_BT[0, places] = -3.0
+    gap = gate.measure(batch, trainer_BT, 0.1)
+    assert gap.beyond == pytest.approx(0.02)
+    assert gap.fault(0.05) == f"of {edge} tokens of answers 4 in 4 are more than 0.1 apart"
+    assert "of tokens 4 in 200" in gap.fault(0.01)
 
 
 def test_of_no_tokens_there_is_no_gap():

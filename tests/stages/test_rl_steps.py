@@ -4,11 +4,13 @@ import dataclasses
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mathv2_jax import metrics, roles
 from mathv2_jax.cli import inputs
+from mathv2_jax.data import packing
 from mathv2_jax.rl import grpo, optimizer
 from mathv2_jax.stages import gate, rl, updates
 from tests import scripted
@@ -145,6 +147,33 @@ def test_several_updates_of_a_rollout_are_those_of_its_parts_in_their_order(read
     assert twice["tokens"] == once["tokens"]
     found = [ready.variables(name)["params"]["unembed"] for name in ("once", "twice")]
     assert np.abs(np.subtract(*found)).max() > 1e-3
+
+
+class Measured:
+    """A learner that has measured these, update by update."""
+
+    def __init__(self, *found):
+        self.found = iter(found)
+
+    def put(self, batch):
+        return batch
+
+    def step(self, state, batches, anchors, rate):
+        values = dict(tokens=2.0, expert_overflow=1.0, finite=1.0, head_loss=0.0) | next(self.found)
+        return state, {name: jnp.float32(value) for name, value in values.items()}
+
+
+@pytest.mark.parametrize(
+    ("weights", "ratio"), [((0.0, 1.0, 1.0), 1.5), ((1.0, 1.0, 1.0), 1.0), ((0.0, 0.0, 0.0), 1.0)]
+)
+def test_an_update_without_answers_has_no_part_in_what_is_said_of_answers(weights, ratio):
+    empty = packing.empty_batch(1, 4)
+    packed = [[empty._replace(weights_BT=empty.weights_BT + weight)] for weight in weights]
+    learner = Measured(*(dict(ratio=r, head_loss=h) for r, h in ((0, 3), (1, 0), (2, 0))))
+    config = small(updates=3).rl
+    _, found = updates.update(config, learner, None, None, packed, 0.1)
+    assert found["ratio"] == ratio and found["head_loss"] == 1.0
+    assert (found["tokens"], found["expert_overflow"], found["finite"]) == (6.0, 3.0, 1.0)
 
 
 def test_with_an_importance_cap_the_ratio_is_against_the_policy_before_the_first_update(ready):
