@@ -28,10 +28,12 @@ class RlConfig:
     answer's `checkpoint` says whose it is). It takes a copy of the parameters.
 
     `keep_routing` sends tokens to the experts that the rollout sent them to; `keep_sampling_mask`
-    has the softmax over the ids that could be drawn, which truncated sampling needs. `gate` bounds
-    how far the trainer's log-probability of a sampled token may lie from the sampler's when a stage
-    begins, or goes on: of at most `gate_share` of the tokens it may be more, or the run stops. None
-    is 1e-3 in float32 and 0.2 where either has bfloat16 parameters; 0 asks for no such check.
+    has the softmax over the ids that could be drawn, which truncated sampling needs. The reference
+    of a KL term reads the same experts and ids. `gate` bounds how far the trainer's log-probability
+    of a sampled token may lie from the sampler's when a stage begins, or goes on: of at most
+    `gate_share` of the tokens, and of answers' first and last ones, it may be more, or the run
+    stops. None is 1e-3 in float32 and 0.2 where either has bfloat16 parameters; 0 asks for no such
+    check.
 
     `on_length`: a response cut at
     its own limit earns 0 (`zero`) or leaves its group (`mask`). `head_weight` and
