@@ -69,6 +69,7 @@ def make_kernels(
         attend=attend,
         gathers=gathers,
         slots=64 if platform == "cpu" else 512,
+        rows=8 if platform == "cpu" else 0,
         experts=choose_experts(runtime.model_kernels, platform, model),
         exchange=exchange.choose(platform, runtime.expert_buffer),
     )

@@ -27,12 +27,14 @@ MTP_NAMES = ("off", "on", "detached")
 class Kernels:
     """Chosen once per platform: attention, grouped experts, and how tokens reach them.
 
-    `slots` of a sampler's pages are attended to together (model/paged.py).
+    `slots` of a sampler's pages are attended to together, in `rows` of its rows (0: in all of them;
+    model/paged.py).
     """
 
     attend: attention.Attend = attention.attend_densely
     gathers: picked.Gathers = picked.never
     slots: int = 64
+    rows: int = 8
     experts: grouped.Experts = grouped.sorted_blocks
     exchange: exchange_lib.Exchange = exchange_lib.Exchange()
 
@@ -91,6 +93,7 @@ class Block(nn.Module):
             self.signals.align,
             kernels.gathers,
             kernels.slots,
+            kernels.rows,
             name="attention",
         )
         normed_BTD = layers.RMSNorm(c.norm_eps, c.param_dtype, name="attention_norm")(x_BTD)

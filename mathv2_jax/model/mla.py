@@ -23,7 +23,7 @@ class LatentAttention(nn.Module):
     """MLA of one layer. `attend` is the expanded form's kernel, chosen at construction.
 
     `gathers` tells which rows' narrowed attention is of picked latents instead; of pages, `slots`
-    are attended to together.
+    are attended to together, in `rows` of a sampler's rows (0: in all).
 
     With an indexer, attention is narrowed to the tokens that it picks, unless `align` is "dense".
     """
@@ -33,6 +33,7 @@ class LatentAttention(nn.Module):
     align: str = "off"
     gathers: picked.Gathers = picked.never
     slots: int = 64
+    rows: int = 0
 
     def setup(self):
         c = self.config
@@ -152,7 +153,7 @@ class LatentAttention(nn.Module):
         index = None
         if self.indexer is not None and c.index_topk < cache_lib.capacity(pages, view):
             index = self.indexer.queries(x_BTD, q_in_BTQ, positions_BT)
-        held = paged.Held(pages, layer, view, self.slots)
+        held = paged.Held(pages, layer, view, self.slots, self.rows)
         out_BTHU = paged.attend(
             q_BTHK, q_BTHR, self.kv_b_CHK, held, self.scale, index, c.index_topk
         )

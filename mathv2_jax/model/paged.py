@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from mathv2_jax import sharding
 from mathv2_jax.model import cache as cache_lib
 from mathv2_jax.model import dsa, layers
 
@@ -26,13 +27,28 @@ def pages_together(slots: int, size: int, pages_a_row: int) -> int:
     return min(max(1, slots // size), pages_a_row)
 
 
+def rows_together(rows: int, most: int) -> int:
+    """Of so many rows those that are attended to at once: a divisor, `most` or near it, or all.
+
+    Rows of one part of a mesh alone are divided.
+    """
+    if not most or sharding.ways("batch") > 1:
+        return rows
+    divisor = next(each for each in range(min(most, rows), 0, -1) if rows % each == 0)
+    return divisor if 2 * divisor > most else rows
+
+
 class Held(NamedTuple):
-    """A layer's pages, and who stands where in them; `slots` are looked at together."""
+    """A layer's pages, and who stands where in them.
+
+    `slots` of a row are looked at together, and of rows that get one new token `rows` (0: all).
+    """
 
     pages: cache_lib.Pages
     layer: jax.Array
     view: cache_lib.PageView
     slots: int
+    rows: int = 0
 
     @property
     def together(self) -> int:
@@ -85,10 +101,27 @@ def attend(
     q_BTHC = jnp.einsum("BTHK,CHK->BTHC", q_BTHK, key_CHK)
     q_BTHX = jnp.concatenate([q_BTHC, q_BTHR], axis=-1)
     if index is None:
-        mixed_BTHC = _absorbed(q_BTHX, latent, held, scale)
+        mixed_BTHC = _by_rows(q_BTHX, latent, held, scale)
     else:
         mixed_BTHC = _picked(q_BTHX, latent, held, scale, index, topk)
     return jnp.einsum("BTHC,CHU->BTHU", mixed_BTHC.astype(q_BTHK.dtype), value_CHU)
+
+
+def _by_rows(q_BTHX: jax.Array, latent: int, held: Held, scale: float) -> jax.Array:
+    """Some rows after the others: what they look at stays in a CPU's cache, and of rows that stand
+    by their length the short ones do not wait for the long.
+    """
+    rows, length = q_BTHX.shape[:2]
+    some = rows_together(rows, held.rows) if length == 1 else rows
+    if some == rows:
+        return _absorbed(q_BTHX, latent, held, scale)
+
+    def one(given: tuple[jax.Array, cache_lib.PageView]) -> jax.Array:
+        return _absorbed(given[0], latent, held._replace(view=given[1]), scale)
+
+    parts = jax.tree.map(lambda x: x.reshape(-1, some, *x.shape[1:]), (q_BTHX, held.view))
+    found = jax.lax.map(one, parts)
+    return found.reshape(rows, *found.shape[2:])
 
 
 def _absorbed(
@@ -161,7 +194,9 @@ def _over_blocks(
     )
     with jax.named_scope("attend"):
         _, total_BTH, mixed_BTHC = jax.lax.fori_loop(0, held.number, one, start)
-    return mixed_BTHC / total_BTH[..., None]
+    # The largest weighs 1. Of rows that are not in use there may be no block: theirs are zeros, for
+    # what is not finite would travel to others by the page that nobody owns.
+    return mixed_BTHC / jnp.maximum(total_BTH, 1.0)[..., None]
 
 
 def _picked(

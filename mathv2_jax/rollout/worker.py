@@ -152,8 +152,12 @@ class Worker:
         experts: bool = False,
         kept: bool = False,
     ) -> decode.Drawn:
-        """Some tokens for the answers in the rows, as NumPy arrays; see decode.decode."""
-        rows = self._rows(answers)
+        """Some tokens for the answers in the rows, as NumPy arrays; see decode.decode.
+
+        They are computed by their length, the longest first, for rows that are attended to apart.
+        """
+        order = self._by_length(answers)
+        rows = self._rows([answers[row] for row in order])
         asked = sharding.put(np.int32(least), sharding.replicated(self.mesh))
         with self._in_use() as (variables, pages):
             self._cache, drawn = self.programs.decode(
@@ -166,7 +170,21 @@ class Worker:
                 experts=experts,
                 most_kept=self.config.most_kept if kept else 0,
             )
-        return sharding.on_host(drawn)
+        drawn, back = sharding.on_host(drawn), np.argsort(order)
+        sent = drawn.experts_KLBA
+        found = jax.tree.map(lambda x_B: x_B[back], drawn._replace(experts_KLBA=None))
+        return found._replace(experts_KLBA=None if sent is None else sent[:, :, back])
+
+    def _by_length(self, answers: Sequence[answers_lib.Answer | None]) -> list[int]:
+        """The rows of each part, those that hold most tokens first."""
+
+        def length(row: int) -> int:
+            answer = answers[row]
+            return 0 if answer is None else answer.lease.length + len(answer.tokens) + 1
+
+        each = self.sizes.rows_a_part
+        parts = [range(begin, begin + each) for begin in range(0, len(answers), each)]
+        return [row for part in parts for row in sorted(part, key=length, reverse=True)]
 
     def _rows(self, answers: Sequence[answers_lib.Answer | None]) -> decode.Rows:
         config, taps, number = self.config, self.programs.config.embedding_taps, len(answers)

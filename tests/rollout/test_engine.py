@@ -5,10 +5,11 @@ import pytest
 
 from mathv2_jax import records
 from mathv2_jax.data import packing
+from mathv2_jax.model import paged, transformer
 from mathv2_jax.rl import learner as learner_lib
 from mathv2_jax.rl import optimizer as optimizer_lib
+from mathv2_jax.rollout import decode, schedule
 from mathv2_jax.rollout import engine as engine_lib
-from mathv2_jax.rollout import schedule
 
 SHORT = (3, 40, 41, 42, 7)
 SHORTEST = (3,)  # shorter than the embedding taps
@@ -383,6 +384,42 @@ def test_answers_are_the_same_to_the_last_bit_whatever_runs_beside_them(make_eng
     for one, wanted in zip(asked, found, strict=True):
         (alone,) = make_engine().generate([one])
         assert exactly(alone) == exactly(wanted)
+
+
+def test_rows_that_are_attended_to_apart_get_what_all_at_once_would_get(
+    programs, config, tokenizer, mesh, variables
+):
+    """Three times eight rows, by their length; and to the last bit whatever runs beside them."""
+    apart, at_once = programs, decode.Programs(config, transformer.Kernels(rows=0))
+    limits = schedule.EngineConfig(rows=24, context=22, page=4, chunk=4, chunks=4, steps=4)
+    asked = [
+        request(str(at), LONG[: 2 + at % 7], num_samples=7, seed=at, max_tokens=1 + (5 * at) % 12)
+        for at in range(9)
+    ]
+
+    def engine_of(programs):
+        made = engine_lib.Engine(programs, tokenizer, limits, mesh)
+        made.load(variables, "v")
+        return made
+
+    found = engine_of(apart).generate(asked, experts=True)
+    others = engine_of(at_once).generate(asked, experts=True)
+    for one, other in zip(found, others, strict=True):
+        assert said(one) == said(other)
+        np.testing.assert_allclose(logprobs(one), logprobs(other), atol=1e-5)
+        assert [r.experts for r in one] == [r.experts for r in other]
+    found = engine_of(apart).generate(asked)
+    for one, wanted in zip(asked[::4], found[::4], strict=True):
+        (alone,) = engine_of(apart).generate([one])
+        assert exactly(alone) == exactly(wanted)
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "together"),
+    [(24, 8, 8), (30, 8, 6), (8, 8, 8), (4, 8, 4), (64, 0, 64), (31, 8, 31), (10, 8, 5), (9, 2, 9)],
+)
+def test_rows_are_divided_into_equal_parts_near_the_size_that_is_wanted(rows, most, together):
+    assert paged.rows_together(rows, most) == together
 
 
 def test_answers_of_a_prompt_share_its_pages_and_all_pages_come_back(make_engine):
