@@ -121,6 +121,13 @@ class Responses:
             storage.write_whole(self._step / name, data)
             self._fresh.clear()
 
+    def flush_if_possible(self) -> None:
+        """As `flush`; where it fails that is told, and the next one tries again."""
+        try:
+            self.flush()
+        except Exception as error:
+            logging.warning("responses could not be written, and will be tried again: %s", error)
+
     def drop_before(self, step: int) -> None:
         """Those of steps before this one are not needed any more."""
         if processes.is_first():
@@ -146,15 +153,9 @@ class Responses:
             if self._every <= 0.0:
                 self.flush()
             elif self._timer is None:
-                self._timer = threading.Timer(self._every, self._flush_in_time)
+                self._timer = threading.Timer(self._every, self.flush_if_possible)
                 self._timer.daemon = True
                 self._timer.start()
-
-    def _flush_in_time(self) -> None:
-        try:
-            self.flush()
-        except Exception as error:  # the next flush is the caller's, and raises it there
-            logging.warning("responses could not be written, and will be tried again: %s", error)
 
     def _free_number(self) -> int:
         """A number that no file of this process has, of this session or of one before."""
@@ -216,7 +217,7 @@ class DurableEngine:
         try:
             drawn = self.engine.generate(requests, done, answered=there, **recorded)
         except BaseException:
-            self.responses.flush()
+            self.responses.flush_if_possible()  # the error that is on its way is told
             raise
         found = there | {(p, r.index): r for p, each in enumerate(drawn) for r in each}
         return [[found[p, i] for i in range(r.num_samples)] for p, r in enumerate(requests)]

@@ -130,6 +130,18 @@ def test_a_response_to_anything_else_is_not_taken(folder, engine, change, drawn)
     assert found == engine.generate(change.get("asked", ASKED), **recorded)
 
 
+def test_a_disk_that_is_full_does_not_hide_why_a_call_failed(folder, engine, monkeypatch, caplog):
+    def full(path, data):
+        raise OSError("no space left")
+
+    responses, _ = opened(folder, every=3600.0)
+    monkeypatch.setattr(durable.storage, "write_whole", full)
+    engine.most = engine.drawn + 4
+    with pytest.raises(Killed), caplog.at_level(logging.WARNING):
+        responses.of(engine, VERSION, writes=True).generate(ASKED)
+    assert "could not be written" in caplog.text
+
+
 def test_what_was_recorded_of_a_response_comes_back_with_it(folder, engine):
     asked = [request("a", top_p=0.9), request("b", LONG)]
     first, _ = answered(folder, engine, asked, experts=True, kept=True)
