@@ -1,8 +1,8 @@
 """What n verifications of one 2,000-token proof cost an engine, beside n of n different proofs.
 
-    PYTHONPATH=tools python experiments/cost_of_n/measure.py [--out=FILE.json] [--repeats=3] \
+    python experiments/cost_of_n/measure.py [--out=FILE.json] [--repeats=3] \
         [--prompt=2000] [--answer=64] [--samples=1,4,16,64]
-    PYTHONPATH=tools python experiments/cost_of_n/measure.py --draw=FILE.json
+    python experiments/cost_of_n/measure.py --draw=FILE.json
 
 A random model of 1.6 M parameters samples n answers of 64 tokens each, forced, to one prompt; then
 one answer to each of n prompts that differ in their first token, so that no page can be shared.
@@ -15,20 +15,22 @@ import json
 import os
 import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))  # for tools
 
 import jax  # noqa: E402 - after the platform is set
 import numpy as np  # noqa: E402
-import rollout_calls  # noqa: E402  # pyright: ignore[reportMissingImports] - in tools, on the path
 
 from mathv2_jax import records, sharding  # noqa: E402
 from mathv2_jax.model import transformer  # noqa: E402
 from mathv2_jax.model.config import ModelConfig  # noqa: E402
 from mathv2_jax.rollout import engine, schedule  # noqa: E402
+from tools import rollout_calls  # noqa: E402
 
 MODEL = ModelConfig(
     vocab_size=1024,

@@ -4,4 +4,4 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
-PYTHONPATH=tools .venv/bin/python experiments/cost_of_n/measure.py --out=experiments/cost_of_n/result.json
+.venv/bin/python experiments/cost_of_n/measure.py --out=experiments/cost_of_n/result.json

@@ -91,7 +91,7 @@ class _Sampler:
         self._scores = make_scores(run, stage, self._responses)
         self._judge = make_judge(run, stage)
         self._ahead: tuple[Collected, int] | None = None
-        self._version = ""  # of the variables that are sampled from
+        self._version = self._now = ""  # of the variables that are sampled from, and of the newest
         self._saved = 0
         if stage.rl.ahead and run.runtime.placement.optimizer != placement.RESIDENT:
             raise ValueError(
@@ -106,9 +106,9 @@ class _Sampler:
             return found
         self._begin(step)
         variables, sampled_at = self._loop.state.variables, step
-        self._version = _version_of(variables)
+        self._version = self._now = fingerprint.of_tree(variables)
         if self._stage.rl.ahead and step:
-            drawn_from = self._responses.completed(self._version)
+            drawn_from = self._responses.completed(self._now)
             if drawn_from is not None:
                 self._version, sampled_at = drawn_from, step - 1
             else:
@@ -146,7 +146,7 @@ class _Sampler:
         """Sample with a copy of the variables of now, which a step is about to change."""
         if step + 1 < self._stage.rl.steps:
             copy = jax.tree.map(jnp.copy, self._loop.state.variables)
-            self._version = _version_of(copy)
+            self._version = self._now
             self._run.policy.load(copy, self._name(step))
 
     def sample_ahead(self, step: int, position: int, updated: transformer.Variables) -> None:
@@ -157,7 +157,8 @@ class _Sampler:
         if step + 1 < self._stage.rl.steps:
             self._begin(step + 1)
             self._ahead = self._collect(step + 1, position), step
-            self._responses.complete(self._version, then=_version_of(updated))
+            self._now = fingerprint.of_tree(updated)
+            self._responses.complete(self._version, then=self._now)
 
     def close(self) -> None:
         """The stage has ended."""
@@ -186,11 +187,6 @@ class _Sampler:
             )
         self._run.policy.unload()
         return found
-
-
-def _version_of(variables: transformer.Variables) -> str:
-    """What tells these variables from all others, those of another run of this workdir too."""
-    return fingerprint.of_tree(variables)
 
 
 def require_trainable(stage: RlStage, sampling: Mapping[str, roles.Sampling]) -> float:

@@ -20,7 +20,7 @@ def runs(tmp_path_factory):
     subprocess.run(
         [sys.executable, "experiments/cost_of_n/measure.py", f"--out={out}", *sizes],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"},
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
         check=True,
     )
     return json.loads(out.read_text())["runs"]
