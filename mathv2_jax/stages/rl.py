@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from mathv2_jax import fingerprint, records, roles
+from mathv2_jax import fingerprint, processes, records, roles
 from mathv2_jax.data import sources
 from mathv2_jax.model import transformer
 from mathv2_jax.rl import learner as learner_lib
@@ -172,8 +172,9 @@ class _Sampler:
         self._responses.drop_before(self._saved)
         self._saved = self._loop.saved_step  # it may still be on its way to the disk
         there = self._responses.begin(step)
-        if there:
-            logging.info("%s: %d responses of step %d are there", self._stage.name, there, step)
+        if there and processes.is_first():
+            name = self._stage.name
+            print(f"{name}: {there} responses of step {step + 1} were finished before", flush=True)
 
     def _collect(self, step: int, position: int) -> "Collected":
         led = self._run.policy.led

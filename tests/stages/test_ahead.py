@@ -144,7 +144,7 @@ def test_a_stage_that_has_ended_leaves_no_responses(ahead, in_turn):
 
 
 @pytest.mark.parametrize("stop", range(1, 4))
-def test_a_stop_between_steps_changes_nothing_ahead(prepare, ahead, stop, caplog):
+def test_a_stop_between_steps_changes_nothing_ahead(prepare, ahead, stop, capsys):
     run = prepare()
     asked = iter(range(stop + 1))
     run.should_stop = lambda: next(asked, 0) == stop
@@ -152,9 +152,9 @@ def test_a_stop_between_steps_changes_nothing_ahead(prepare, ahead, stop, caplog
         rl.run_stage(run, stage(ahead=True))
     run.should_stop = lambda: False
     found = answers_drawn(run)
-    with caplog.at_level(logging.INFO):
-        rl.run_stage(run, stage(ahead=True))
-    assert f"{PER_STEP} responses of step {stop} are there" in caplog.text
+    rl.run_stage(run, stage(ahead=True))
+    said = f"{PER_STEP} responses of step {stop + 1} were finished before"
+    assert said in capsys.readouterr().out
     assert len(found) == (4 - stop - 1) * PER_STEP
     assert_same(run, ahead)
 
