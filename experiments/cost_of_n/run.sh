@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One prompt of 2,000 tokens answered n times, beside n such prompts: about 5 minutes on two idle
+# One prompt of 2,000 tokens answered n times, beside n such prompts: two minutes on two idle
 # cores. The figure wants: pip install -e ".[experiments]".
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
