@@ -22,17 +22,20 @@ class Chip:
 
 
 # Flags of libtpu, grouped as MaxText groups them (benchmarks/xla_flags_library.py). libtpu 0.0.42.1
-# takes them all, and ends the process at one that it does not know. What they do to a time was
-# never measured here; what they do to a program is in tests/pods/test_chips.py.
+# and 0.0.48.1 take them all, and end the process at one that they do not know. What they do to a
+# time was never measured here.
 #
-# The weights of what comes next are gathered while this computes. v5e does so unasked, v5p and v6e
-# do not.
-_GATHER_AHEAD = (
+# The weights of what comes next are gathered while this computes.
+_GATHER_BESIDE = (
+    "--xla_tpu_overlap_compute_collective_tc=true",
+    "--xla_enable_async_all_gather=true",
+)
+# The same in one operation with what is computed. On v5p and v6e libtpu 0.0.48.1 compiles nothing
+# with it, since results might be wrong there; 0.0.42.1 compiled it without a word.
+_FUSED = (
     "--xla_tpu_enable_async_collective_fusion=true",
     "--xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
     "--xla_tpu_enable_async_collective_fusion_multiple_steps=true",
-    "--xla_tpu_overlap_compute_collective_tc=true",
-    "--xla_enable_async_all_gather=true",
 )
 # The sum of gradients over replicas, which may cross slices, goes beside the backward pass.
 _REDUCE_BESIDE = (
@@ -49,21 +52,21 @@ CHIPS = {
         hbm_bytes=15.75 * GIB,
         hbm_bandwidth=819e9,
         ici_bandwidth=200e9,
-        xla_flags=(*_GATHER_AHEAD, *_REDUCE_BESIDE),
+        xla_flags=(*_FUSED, *_GATHER_BESIDE, *_REDUCE_BESIDE),
     ),
     "v5p": Chip(
         bf16_flops=459e12,
         hbm_bytes=95.73 * GIB,
         hbm_bandwidth=2765e9,
         ici_bandwidth=600e9,
-        xla_flags=(*_GATHER_AHEAD, *_REDUCE_BESIDE),
+        xla_flags=(*_GATHER_BESIDE, *_REDUCE_BESIDE),
     ),
     "v6e": Chip(
         bf16_flops=918e12,
         hbm_bytes=31.24 * GIB,
         hbm_bandwidth=1638e9,
         ici_bandwidth=400e9,
-        xla_flags=(*_GATHER_AHEAD, *_REDUCE_BESIDE, *_VMEM),
+        xla_flags=(*_GATHER_BESIDE, *_REDUCE_BESIDE, *_VMEM),
     ),
     "tpu7x": Chip(
         bf16_flops=2307e12 / 2,

@@ -83,7 +83,9 @@ def test_the_gradients_execute_little_beyond_the_models_flops(tmp_path, config, 
 
 
 def test_the_whole_step_of_quick_compiles_for_a_few_chips(tmp_path):
-    """Of two layers. Its widths are below the TPU kernels' tiles, so its experts' products grow."""
+    """Of two layers. Its widths are below the TPU kernels' tiles: by libtpu 0.0.42 its experts'
+    products grow, which the exit code says; by 0.0.48 they do not.
+    """
     to = tmp_path / "result.json"
     done = on_libtpu(
         "-m",
@@ -104,7 +106,9 @@ def test_the_whole_step_of_quick_compiles_for_a_few_chips(tmp_path):
         assert sent != "unknown" and sum(sent.values()) > 0, name
         assert program["executed_over_model"] is None or program["executed_over_model"] > 1.0
     assert {phase["fits"] for phase in found["phases"].values()} == {True}
-    assert done.returncode == 1 and found["experts"]["scales"], done.stderr[-3000:]
+    assert done.returncode == int(found["experts"]["scales"]), done.stderr[-3000:]
+    flops = found["experts"]["flops"]
+    assert found["experts"]["scales"] == (flops["8"] > 1.5 * flops["2"])
 
 
 PROGRAM = """
