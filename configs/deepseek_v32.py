@@ -20,7 +20,8 @@ def get_config() -> ml_collections.ConfigDict:
     c = on_pod(deepseek_v32.model(), 1024, mesh, prompt=1024, answer=3072)
     c.runtime.sampling = dict(replicas=16, data=1, expert=16, tensor=4)
     c.runtime.placement = dict(reference="host")
-    c.engine.update(param_dtype="bfloat16", rows=8 * 64)
+    # 4,096 tokens of prompts at once on every four chips: more do not fit beside judge and policy.
+    c.engine.update(param_dtype="bfloat16", rows=8 * 64, chunks=8 * 16)
     return c
 
 
