@@ -10,6 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 from mathv2_jax import sharding
 from mathv2_jax.model.config import ModelConfig
 
+_LANES = 128  # of a TPU's registers
+
 
 class Layout(NamedTuple):
     """Where the tokens of a row stand. Segment 0 is padding.
@@ -38,9 +40,9 @@ class LatentPair(NamedTuple):
 class Pages(NamedTuple):
     """The cache of some layers: a pool of N pages of Z slots, each with one token's latents.
 
-    `lines` holds a token's kv latent and its rope key side by side (X = C + R), `keys` the
-    indexer's keys where there is one. Page 0 takes what nobody reads. Where a mesh splits rows, N
-    is split alike: each part is a pool of its own, with a page 0.
+    `lines` holds a token's kv latent and its rope key side by side (X = C + R, and what `lanes`
+    adds), `keys` the indexer's keys where there is one. Page 0 takes what nobody reads. Where a
+    mesh splits rows, N is split alike: each part is a pool of its own, with a page 0.
     """
 
     lines_LNZX: Float[Array, "L N Z X"]
@@ -113,6 +115,15 @@ def capacity(pages: Pages, view: PageView) -> int:
     return view.table_BM.shape[1] * pages.lines_LNZX.shape[2]
 
 
+def lanes(width: int) -> int:
+    """How wide a line is kept: beyond 128 a multiple of that.
+
+    TPUs would keep others in an order of their own, in which nothing can be computed: every call
+    made a copy of the pool, as large as itself (libtpu 0.0.42.1).
+    """
+    return -(-width // _LANES) * _LANES if width > _LANES else width
+
+
 def empty_pages(config: ModelConfig, layers: int, number: int, page: int) -> Pages | None:
     """A pool for `layers` layers; None for none."""
     if not layers:
@@ -120,8 +131,8 @@ def empty_pages(config: ModelConfig, layers: int, number: int, page: int) -> Pag
     width, dtype = config.kv_latent_width + config.head_rope_width, config.compute_dtype
     keys = None
     if config.index_topk:
-        keys = jnp.zeros((layers, number, page, config.index_head_width), dtype)
-    return Pages(jnp.zeros((layers, number, page, width), dtype), keys)
+        keys = jnp.zeros((layers, number, page, lanes(config.index_head_width)), dtype)
+    return Pages(jnp.zeros((layers, number, page, lanes(width)), dtype), keys)
 
 
 def _by_part(
@@ -154,7 +165,9 @@ def write(pages: Pages, layer: jax.Array, view: PageView, new: LatentPair) -> Pa
 
     def put(pool_LNZX: jax.Array, x_BTX: jax.Array, page_BT: Any, place_BT: Any, layer: Any) -> Any:
         at = pool_LNZX.at[layer, page_BT, place_BT]
-        return at.set(x_BTX.astype(pool_LNZX.dtype), mode="promise_in_bounds")
+        more = pool_LNZX.shape[-1] - x_BTX.shape[-1]
+        x_BTX = jnp.pad(x_BTX.astype(pool_LNZX.dtype), ((0, 0), (0, 0), (0, more)))
+        return at.set(x_BTX, mode="promise_in_bounds")
 
     put = _by_part(put, ("pool", "rows", "rows", "rows"), "pool")
     lines_BTX = jnp.concatenate([new.latent, new.rope_key], axis=-1)
@@ -165,15 +178,18 @@ def write(pages: Pages, layer: jax.Array, view: PageView, new: LatentPair) -> Pa
 
 
 def read(
-    pool_LNZX: Float[Array, "L N Z X"], layer: jax.Array, pages_BM: Int[Array, "B m"]
-) -> Float[Array, "B S X"]:
-    """Whole pages of a layer, one after another: S = m Z."""
+    pool_LNZX: Float[Array, "L N Z X"],
+    layer: jax.Array,
+    pages_BM: Int[Array, "B m"],
+    width: int,
+) -> Float[Array, "B S W"]:
+    """Whole pages of a layer, one after another, S = m Z: the first `width` of each line."""
 
     def get(pool_LNZX: jax.Array, pages_BM: jax.Array, layer: jax.Array) -> jax.Array:
         num_pages = pool_LNZX.shape[1]
         flat = pool_LNZX.reshape(-1, *pool_LNZX.shape[2:])
         found = flat.at[layer * num_pages + pages_BM].get(mode="promise_in_bounds")
-        return found.reshape(found.shape[0], -1, found.shape[-1])
+        return found.reshape(found.shape[0], -1, found.shape[-1])[..., :width]
 
     return _by_part(get, ("pool", "rows"), "rows")(pool_LNZX, pages_BM, layer)
 
@@ -183,8 +199,9 @@ def read_slots(
     layer: jax.Array,
     table_BM: Int[Array, "B M"],
     slots_BY: Int[Array, "B ..."],
-) -> Float[Array, "B ... X"]:
-    """What stands in single slots of rows."""
+    width: int,
+) -> Float[Array, "B ... W"]:
+    """What stands in single slots of rows: the first `width` of each line."""
 
     def get(pool_LNZX: jax.Array, table_BM: Any, slots_BY: Any, layer: jax.Array) -> jax.Array:
         num_pages, size = pool_LNZX.shape[1:3]
@@ -193,7 +210,7 @@ def read_slots(
         lines = pool_LNZX.reshape(-1, pool_LNZX.shape[-1])
         at_BY = (layer * num_pages + pages_BY) * size + flat_BY % size
         found = lines.at[at_BY].get(mode="promise_in_bounds")
-        return found.reshape(*slots_BY.shape, found.shape[-1])
+        return found[..., :width].reshape(*slots_BY.shape, width)
 
     return _by_part(get, ("pool", "rows", "rows"), "rows")(pool_LNZX, table_BM, slots_BY, layer)
 

@@ -66,16 +66,16 @@ class Held(NamedTuple):
         """Blocks that the longest sequence reaches into."""
         return jnp.max(self.view.slots_BT) // self.span + 1
 
-    def read(self, pool_LNZX: jax.Array, block: jax.Array) -> Float[Array, "B s X"]:
-        """What a pool holds of a block of each row; beyond the table's end page 0."""
+    def read(self, pool_LNZX: jax.Array, block: jax.Array, width: int) -> Float[Array, "B s W"]:
+        """What a pool's lines begin with, of a block of each row; beyond the table's end page 0."""
         table_BM = self.view.table_BM
         at_m = block * self.together + jnp.arange(self.together)
         inside_m = at_m < table_BM.shape[1]
         pages_Bm = table_BM[:, jnp.where(inside_m, at_m, 0)]
         pages_Bm = jnp.where(inside_m[None], pages_Bm, 0)
-        found_BsX = cache_lib.read(pool_LNZX, self.layer, pages_Bm)
+        found_BsW = cache_lib.read(pool_LNZX, self.layer, pages_Bm, width)
         # Else the CPU's compiler would gather inside its products, several times as slowly.
-        return jax.lax.optimization_barrier(found_BsX)
+        return jax.lax.optimization_barrier(found_BsW)
 
 
 def attend(
@@ -137,7 +137,7 @@ def _absorbed(
         # Of whole lines: CPUs would copy the latents out of them, for longer than the product.
         return _scores("BTHs,BsX->BTHX", weight_BTHs, lines_BsX)
 
-    return _over_blocks(q_BTHX.shape, held, scale, block, mix)[..., :latent]
+    return _over_blocks(q_BTHX.shape, q_BTHX.shape[-1], held, scale, block, mix)[..., :latent]
 
 
 def _expanded(
@@ -160,21 +160,26 @@ def _expanded(
         return _scores("BTHs,BsHU->BTHU", weight_BTHs, value_BsHU)
 
     shape = (*q_BTHK.shape[:-1], kv_b_CHX.shape[2] - width)
-    return _over_blocks(shape, held, scale, block, mix).astype(q_BTHK.dtype)
+    line = latent + q_BTHR.shape[-1]
+    return _over_blocks(shape, line, held, scale, block, mix).astype(q_BTHK.dtype)
 
 
 def _over_blocks(
     shape: tuple[int, ...],
+    line: int,
     held: Held,
     scale: float,
     block: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
     mix: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    """Softmax attention block by block: a running maximum, sum and mix, in float32."""
+    """Softmax attention block by block: a running maximum, sum and mix, in float32.
+
+    `shape` is that of what is mixed, `line` the width of what a slot holds.
+    """
 
     def one(at: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         best_BTH, total_BTH, mixed_BTHC = carry
-        score_BTHs, values = block(held.read(held.pages.lines_LNZX, at))
+        score_BTHs, values = block(held.read(held.pages.lines_LNZX, at, line))
         seen_BTs = cache_lib.seen_slots(held.view, at * held.span + jnp.arange(held.span))
         score_BTHs = jnp.where(seen_BTs[:, :, None], score_BTHs * scale, layers.MASKED)
         new_BTH = jnp.maximum(best_BTH, jnp.max(score_BTHs, axis=-1))
@@ -212,7 +217,7 @@ def _picked(
     turns = -(-view.table_BM.shape[1] // held.together)
 
     def one(at: jax.Array, score_BTS: jax.Array) -> jax.Array:
-        found_BTs = dsa.scores(index, held.read(keys, at))
+        found_BTs = dsa.scores(index, held.read(keys, at, index.heads_BTJW.shape[-1]))
         return jax.lax.dynamic_update_slice_in_dim(score_BTS, found_BTs, at * held.span, axis=2)
 
     with jax.named_scope("index"):
@@ -227,7 +232,7 @@ def _picked(
             )
             slots_BtY, count_Bt1 = dsa.pick(score_BtS, seen_BtS, topk)
         lines_BtYX = cache_lib.read_slots(
-            held.pages.lines_LNZX, held.layer, view.table_BM, slots_BtY
+            held.pages.lines_LNZX, held.layer, view.table_BM, slots_BtY, q_BtHX.shape[-1]
         )
         lines_BtYX = jax.lax.optimization_barrier(lines_BtYX)
         score_BtHY = _scores("BtHX,BtYX->BtHY", q_BtHX, lines_BtYX) * scale

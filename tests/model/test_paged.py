@@ -1,7 +1,9 @@
 """Pieces of prompts long enough for every form of attention over pages."""
 
+import dataclasses
 import functools
 
+import flax.core
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,3 +95,19 @@ def test_devices_that_split_rows_each_have_pages_of_their_own(layer):
     with jax.set_mesh(mesh):
         together = over_pages(layer, x_BTD, 56, 8, mesh=mesh)
     np.testing.assert_allclose(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_lines_that_are_kept_wider_than_they_are_change_nothing(layer):
+    """As those of released models are: 512 + 64 in 640."""
+    narrow, _, _ = layer
+    index = dict(index_head_width=136) if narrow.index_topk else {}
+    config = dataclasses.replace(narrow, kv_latent_width=124, head_rope_width=8, **index)
+    assert cache.empty_pages(config, 1, 3, PAGE).lines_LNZX.shape[-1] == 256
+    module = mla.LatentAttention(config, attention.attend_densely, slots=8)
+    x_BTD = draw(4, ROWS, LENGTH, config.width)
+    layout = cache.plain_layout(jnp.full((ROWS,), LENGTH), LENGTH)
+    made = module.init(jax.random.key(0), x_BTD, layout, method="expanded")
+    variables = {"params": jax.tree.map(lambda x: x + 0.1, flax.core.meta.unbox(made)["params"])}
+    wanted_BTD, _ = module.apply(variables, x_BTD, layout, method="expanded")
+    got_BTD = over_pages((config, module, variables), x_BTD, 40, 23, 1)
+    np.testing.assert_allclose(got_BTD, wanted_BTD, rtol=1e-4, atol=2e-5)
