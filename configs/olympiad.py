@@ -1,8 +1,10 @@
 """The whole recipe on real, human-graded proofs, with settings so small that nothing is learned.
 
+    bash tools/import_real.sh FILES DIR
     mathv2-train --config=configs/olympiad.py --config.data=DIR --workdir=runs/olympiad
 
-DIR holds `graded/*.jsonl` and `problems/*.jsonl`, as data/README of the real data describes them.
+FILES holds `graded/*.jsonl` and `problems/*.jsonl`, as data/README of the real data describes them;
+DIR is what mathv2-records makes of them.
 The stages are those of configs/quick.py, with a few steps each at sequences of 4,096 tokens. It
 shows that real files go through every stage and what the records look like; a model of this size
 cannot prove anything. There is no exact judge for this data: `metrics` in summary.json is null,
@@ -32,9 +34,6 @@ def get_config() -> ml_collections.ConfigDict:
     c.world = None
     c.real = dict(
         scales=dict(pairs=SCALE_PAIRS),
-        # All critiques that a person judged are about three problems of ProofBench. D_mv has no
-        # other source, so these three leave the evaluation; all others stay evaluation only.
-        withdraw=("graded/analyses_rprover.jsonl",),
         num_probe=2,
         num_test=2,
         max_prompt_tokens=PROMPT,

@@ -68,6 +68,8 @@ def require_score(value: object, where: str) -> float:
 class Label:
     """A trusted score: of a proof under I_v, or of an analysis under I_mv.
 
+    `votes` are the scores that it was made of: analyses', or those of several raters. `comment` is
+    what a person said beside it. `rubric` names the rubric, and its version where that has one.
     `scale` names how the score was made from the rater's own scale (say `full-marks`, or
     `opc-5-of-7`); labels of different scales are never mixed without a stated map.
     """
@@ -78,11 +80,20 @@ class Label:
     rater: str = ""
     votes: tuple[float, ...] = ()
     rubric: str = "I_v"
+    comment: str = ""
 
     def __post_init__(self):
         require_score(self.score, f"label by {self.source}")
         if self.source not in ("human", "auto", "world"):
             raise ValueError(f"label source {self.source!r} is not human, auto or world")
+
+    @property
+    def hardness(self) -> float:
+        """How much the analyses behind it disagree: 4 times the variance of their votes, 0 to 1.
+
+        0 without votes. Ours: the paper asks for hard proofs and gives no formula.
+        """
+        return 4.0 * float(np.var(self.votes)) if self.votes else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,12 +110,21 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """X. `cluster` is shared by problems that must not be split between training and test."""
+    """X. `cluster` is shared by problems that must not be split between training and test.
+
+    A `reference` solution, an `answer` and a grader's `guidelines` are for evaluation. Any proof of
+    a statement that is a `false_variant_of` another problem scores 0.
+    """
 
     id: str
     statement: str
     source: str
     cluster: str
+    answer: str | None = _absent_where_none()
+    reference: str | None = _absent_where_none()
+    guidelines: str | None = _absent_where_none()
+    false_variant_of: str | None = _absent_where_none()
+    parents: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

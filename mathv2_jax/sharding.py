@@ -259,6 +259,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, partition_spec(("batch",), "batch"))
 
 
+def own_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Those of a batch's rows that devices of this process hold."""
+    parts = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({row for part in parts if part for row in range(*part[0].indices(rows))})
+
+
 def batch_ways(mesh: Mesh) -> int:
     """In how many parts a batch's rows are split."""
     return math.prod(mesh.shape[a] for a in LOGICAL_TO_MESH["batch"])

@@ -233,24 +233,31 @@ class Parts:
         """The parts that count, by step and process."""
         return sorted(self._committed, key=_place)
 
+    def digest(self, name: str) -> Digest:
+        """What a part that counts was when it was committed."""
+        return self._committed[name]
+
     def read(self) -> Iterator[str]:
         """The lines of the parts that count, by step, without their ends.
 
         ValueError names a part that is gone or whose bytes are not those committed.
         """
         for name in self.names():
-            path = self._directory / name
-            want = self._committed[name]
-            if not path.exists():
-                raise ValueError(f"{path} is missing, though it was committed; restore the file")
-            data = read_bytes(path)
-            found = Digest.of(data)
-            if found != want:
-                raise ValueError(
-                    f"{path} is damaged: {found.size} bytes with sha256 {found.sha256[:16]}, "
-                    f"committed were {want.size} with {want.sha256[:16]}; restore the file"
-                )
-            yield from data.decode("utf-8").split("\n")[:-1]
+            yield from self.read_part(name).decode("utf-8").split("\n")[:-1]
+
+    def read_part(self, name: str) -> bytes:
+        """The bytes of a part that counts; ValueError as in `read`."""
+        path, want = self._directory / name, self._committed[name]
+        if not path.exists():
+            raise ValueError(f"{path} is missing, though it was committed; restore the file")
+        data = read_bytes(path)
+        found = Digest.of(data)
+        if found != want:
+            raise ValueError(
+                f"{path} is damaged: {found.size} bytes with sha256 {found.sha256[:16]}, "
+                f"committed were {want.size} with {want.sha256[:16]}; restore the file"
+            )
+        return data
 
     def _write_manifest(self, upto_step: int) -> None:
         merged = {**self._committed, **self._pending}

@@ -15,7 +15,7 @@ from etils import epath
 
 from mathv2_jax import records, storage
 from mathv2_jax.data import corpus as real_corpus
-from mathv2_jax.data import sources
+from mathv2_jax.data import importing, sources, store, table
 from mathv2_jax.stages import experts
 from mathv2_jax.text import parse, prompts, tokenizer_files
 from mathv2_jax.text import tokenizer as tokenizer_lib
@@ -64,7 +64,7 @@ def write_real(
     templates: str,
     tokenizer: Callable[[], tokenizer_lib.Tokenizer],
 ) -> dict[str, int]:
-    """Every file of the real data's corpus, and `rejects`; how many records each holds.
+    """Every file of the corpus of imported records, and `rejects`; how many records each holds.
 
     `tokenizer` makes (or reads back) the run's tokenizer from the files that are written, since
     only it can say what is too long. What is left out is printed, by file and rule.
@@ -72,7 +72,7 @@ def write_real(
     if not folder.exists():
         raise FileNotFoundError(f"config.data={folder}: there is no such folder")
     loaded = prompts.load(templates)
-    made = real_corpus.make_corpus(folder, config, loaded)
+    made = real_corpus.make_corpus(store.require(folder), config, loaded)
     write_files(workdir, made.records())
     trained = tokenizer()
 
@@ -80,15 +80,14 @@ def write_real(
         return len(trained.encode([tokenizer_lib.Message("user", text)], think=True))
 
     made = real_corpus.within_limits(made, config, loaded, num_tokens)
-    print(f"left out:\n{real_corpus.describe(made.rejects)}", flush=True)
+    print(f"left out:\n{importing.describe(made.rejects)}", flush=True)
     return write_files(workdir, made.records())
 
 
 def write_files(workdir: epath.Path, files: Mapping[str, Sequence[Any]]) -> dict[str, int]:
     """One JSON-lines file a kind under `records/input`; the counts."""
     for name, items in sorted(files.items()):
-        path = workdir / "records" / "input" / f"{name}.jsonl"
-        storage.write_whole(path, records.to_lines(items))
+        table.write_file(workdir / "records" / "input" / f"{name}.jsonl", items)
     return {name: len(items) for name, items in sorted(files.items())}
 
 

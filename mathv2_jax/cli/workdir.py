@@ -17,7 +17,7 @@ import mathv2_jax
 from mathv2_jax import metrics, storage
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import inputs, shell
-from mathv2_jax.data import sources
+from mathv2_jax.data import sources, table
 from mathv2_jax.stages import autolabel, experts, rejection
 from mathv2_jax.text import tokenizer as tokenizer_lib
 
@@ -62,7 +62,9 @@ def begin(workdir: epath.Path, config: config_lib.RunConfig) -> None:
     shown = "  ".join(f"{name} {count}" for name, count in counts.items())
     print(f"input: {shown}", flush=True)
     metrics.write_timing(workdir, "input", {"seconds": time.monotonic() - began})
-    write_config(workdir, config, _digests(workdir, storage.list_names(workdir / INPUT, "*.*")))
+    names = storage.list_names(workdir / INPUT, "*.*")
+    kept = [name for name in names if not name.endswith(table.INDEX)]  # which can be made anew
+    write_config(workdir, config, _digests(workdir, kept))
 
 
 def write_config(

@@ -17,49 +17,30 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
 from mathv2_jax import records
 from mathv2_jax.data import clusters as clusters_lib
-from mathv2_jax.data import graded
+from mathv2_jax.data import graded, importing
+from mathv2_jax.data import store as store_lib
 from mathv2_jax.text import parse, prompts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RealConfig:
-    """Which files are read, which labels are learned from together, what is held out, and limits.
+    """Which labels are learned from together, what is held out, and limits.
 
-    File names are relative to the data folder. A row of `listed_analyses` has issues and no score.
-    `scales` names each source's scale; labels of a scale other than `scales.target` are learned
-    from only by `scales.pairs`, which is empty by default: nothing is mixed.
-
-    `withdraw` settles a conflict between training and evaluation the other way: problems of these
-    training files are withdrawn from the evaluation files instead. By default evaluation wins.
-    `near` is the share of a shorter statement's text that makes two statements one cluster.
+    Labels of a scale other than `scales.target` are learned from only by `scales.pairs`, which is
+    empty by default: nothing is mixed. `sources` are those that are used, empty: all.
+    `judged_needed` says that D_mv may not be empty. `near` is the share of a shorter statement's
+    text that makes two statements one cluster.
 
     `num_probe`, `num_test` and `num_validation` count clusters: of graded problems for the first
     two, of unlabelled ones for the third. Prompts over `max_prompt_tokens` and demonstrations over
     `max_example_tokens` are left out.
     """
 
-    proofs: tuple[str, ...] = (
-        "graded/opc.jsonl",
-        "graded/mathconverse.jsonl",
-        "graded/rprover.jsonl",
-    )
-    judged_analyses: tuple[str, ...] = ("graded/analyses_rprover.jsonl",)
-    listed_analyses: tuple[str, ...] = ("graded/analyses_opc.jsonl",)
-    problems: tuple[str, ...] = ("problems/proof_pilot_pool.jsonl",)
-    evaluation_problems: tuple[str, ...] = (
-        "problems/proofbench.jsonl",
-        "problems/usamo2025.jsonl",
-    )
-    evaluation_proofs: tuple[str, ...] = ("graded/deepseek_math_v2.jsonl",)
-    source_scales: Mapping[str, str] = dataclasses.field(
-        default_factory=lambda: dict(graded.SCALES)
-    )
+    sources: tuple[str, ...] = ()
     scales: graded.ScaleMap = dataclasses.field(default_factory=graded.ScaleMap)
-    withdraw: tuple[str, ...] = ()
+    judged_needed: bool = True
     near: float = 0.8
     num_probe: int = 6
     num_test: int = 3
@@ -68,12 +49,6 @@ class RealConfig:
     max_example_tokens: int = 4096
 
     def __post_init__(self):
-        unknown = sorted(set(self.withdraw) - {*self.proofs, *self.judged_analyses})
-        if unknown:
-            raise ValueError(
-                f"real.withdraw names {', '.join(unknown)}: it may name files of real.proofs and "
-                "real.judged_analyses"
-            )
         if not 0.5 <= self.near <= 1.0:
             raise ValueError(f"real.near = {self.near}: must lie in 0.5..1")
         for name in ("num_probe", "num_test", "num_validation"):
@@ -83,19 +58,26 @@ class RealConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A record with the row that it comes from and its problem's cluster."""
+    """A record with the file and line that it comes from, and its problem's cluster."""
 
     record: Any
-    row: graded.Row
+    file: str
+    line: int
     cluster: str
+
+    def reject(self, rule: str, reason: str) -> store_lib.Reject:
+        """It, left out by `rule`."""
+        return store_lib.Reject(
+            file=self.file, line=self.line, id=self.record.id, rule=rule, reason=reason
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """The input files by name, with where each record comes from, and all rows left out."""
+    """The input files by name, with where each record comes from, and all records left out."""
 
     files: Mapping[str, list[Item]]
-    rejects: list[graded.Reject]
+    rejects: list[store_lib.Reject]
 
     def records(self) -> dict[str, list[Any]]:
         """What is written: the records of each file, and the rejects."""
@@ -108,76 +90,89 @@ HELD_OUT = ("probe", "validation_problems", "test_problems", "test_proofs", "tes
 
 
 class _Reader:
-    """Files to items, in one order of clusters; keeps the rejects."""
+    """A store's records by what they are for; keeps the rejects."""
 
-    def __init__(self, folder: epath.Path, config: RealConfig):
-        self.folder, self.rejects = folder, list[graded.Reject]()
+    def __init__(self, store: store_lib.Store, config: RealConfig):
+        self.rejects: list[store_lib.Reject] = []
         self._clusters = clusters_lib.Clusters(config.near)
+        self.evaluation: list[Item] = []
+        self.training: list[Item] = []
+        self.withdrawn: dict[str, str] = {}  # the file that withdraws, by cluster
+        imports = store.imports()
+        known = {source for source in map(_source, store.latest()) if source}
+        unknown = sorted(set(config.sources) - known)
+        if unknown:
+            raise ValueError(
+                f"real.sources names {', '.join(unknown)}; {store.folder} has "
+                f"{', '.join(sorted(known))}"
+            )
+        for record in store.latest():
+            if isinstance(record, store_lib.Import | store_lib.Reject):
+                continue
+            if config.sources and _source(record) not in config.sources:
+                continue
+            number, line = store_lib.import_of(record)
+            came_by = imports[number]
+            item = Item(record, came_by.file, line, self._clusters.of(record.statement))
+            (self.evaluation if came_by.evaluation else self.training).append(item)
+            if came_by.withdraws:
+                self.withdrawn.setdefault(item.cluster, came_by.file)
 
-    def items(
-        self,
-        files: Sequence[str],
-        make: Callable[[graded.Row, str], Any],
-        *,
-        remember: bool = True,
+    def of(self, kind: type, items: Sequence[Item]) -> list[Item]:
+        """Those of a kind; statements that are false on purpose are no problems to learn from."""
+        return [
+            item
+            for item in items
+            if isinstance(item.record, kind) and not getattr(item.record, "false_variant_of", None)
+        ]
+
+    def part(
+        self, items: Sequence[Item], clusters: Collection[str], rule: str, reason: str
     ) -> list[Item]:
-        """Usable rows of the files as items, each text once."""
-        found: dict[str, Item] = {}
-        for file in files:
-            for row in graded.read_rows(self.folder, file, self.rejects):
-                try:
-                    cluster = self._clusters.of(row.text("problem"), remember=remember)
-                    item = Item(make(row, cluster), row, cluster)
-                except (ValueError, RecursionError) as error:
-                    self.rejects.append(row.reject("malformed", str(error)))
-                    continue
-                first = found.setdefault(item.record.id, item)
-                if first is not item:
-                    self.rejects.append(_again(first, item))
-        return list(found.values())
-
-    def part(self, items: Sequence[Item], clusters: Collection[str], rule: str, reason: str) -> Any:
-        """(items outside `clusters`); those inside go to the rejects by `rule`."""
+        """Items outside `clusters`; those inside go to the rejects by `rule`."""
         for item in items:
             if item.cluster in clusters:
-                self.rejects.append(item.row.reject(rule, reason))
+                self.rejects.append(item.reject(rule, reason))
         return [i for i in items if i.cluster not in clusters]
 
 
-def make_corpus(folder: epath.Path, config: RealConfig, templates: prompts.PromptSet) -> Corpus:
+def _source(record: Any) -> str:
+    return getattr(record, "source", "")
+
+
+def make_corpus(store: store_lib.Store, config: RealConfig, templates: prompts.PromptSet) -> Corpus:
     """Everything but the limits on length (`within_limits`).
 
-    FileNotFoundError names a file that is missing. ValueError says why nothing is left of a file
-    (`require_enough`), or that too few graded problems are left to hold some out.
+    ValueError says why nothing is left of a file (`require_enough`), or that too few graded
+    problems are left to hold some out.
     """
-    reader = _Reader(folder, config)
-
-    def proof(row: graded.Row, _: str) -> records.Proof:
-        return graded.proof_of(row, config.source_scales)
-
-    # Evaluation comes first, so that clusters bear its problems' names.
-    test_problems = reader.items(config.evaluation_problems, graded.statement_of)
-    test_proofs = reader.items(config.evaluation_proofs, proof)
-    proofs = reader.items(config.proofs, proof)
-    judged = reader.items(config.judged_analyses, lambda row, _: graded.judged_analysis_of(row))
-    listed = reader.items(config.listed_analyses, lambda row, _: graded.listed_analysis_of(row))
-    problems = reader.items(config.problems, graded.statement_of, remember=False)
-
-    withdrawn = {i.cluster for i in (*proofs, *judged) if i.row.file in config.withdraw}
-    reason = f"{', '.join(config.withdraw)} trains on its problem, so it measures nothing"
+    reader = _Reader(store, config)
     test_problems, test_proofs = (
-        reader.part(items, withdrawn, "withdrawn", reason) for items in (test_problems, test_proofs)
+        reader.of(kind, reader.evaluation) for kind in (records.Problem, records.Proof)
+    )
+    problems, proofs, analyses = (
+        reader.of(kind, reader.training)
+        for kind in (records.Problem, records.Proof, records.Analysis)
+    )
+    reason = "a file that was imported with --withdraw trains on its problem"
+    test_problems, test_proofs = (
+        reader.part(items, reader.withdrawn, "withdrawn", reason)
+        for items in (test_problems, test_proofs)
     )
     test_problems = _once(reader, test_problems)
     evaluated = {i.cluster for i in (*test_problems, *test_proofs)}
     reason = "its problem, or one that reads nearly the same, is kept for evaluation"
-    proofs, judged, listed, problems = (
+    proofs, analyses, problems = (
         reader.part(items, evaluated, "evaluation", reason)
-        for items in (proofs, judged, listed, problems)
+        for items in (proofs, analyses, problems)
     )
+    judged = [i for i in analyses if i.record.label is not None]
+    listed = [i for i in analyses if i.record.label is None]
 
+    proofs = [i for i in proofs if i.record.label is not None]
+    verdicts = {i.record.id: i.record.label for i in proofs if i.record.label.source == "human"}
     proofs = _mapped(reader, proofs, config.scales)
-    busy = {i.cluster for i in judged} | withdrawn
+    busy = {i.cluster for i in judged} | set(reader.withdrawn)
     probe, test = _hold_out({i.cluster for i in proofs} - busy, config)
     test_analyses = [i for i in listed if i.cluster in test]
     reason = "its problem is held out for the probe or the test"
@@ -191,7 +186,7 @@ def make_corpus(folder: epath.Path, config: RealConfig, templates: prompts.Promp
         "proofs": learned,
         "analyses": judged,
         "demonstrations": [
-            *_verifier_demonstrations(reader, listed, config, templates),
+            *_verifier_demonstrations(reader, listed, verdicts, config, templates),
             *(_meta_demonstration(i, templates) for i in judged),
             *_generator_demonstrations(reader, learned, templates),
         ],
@@ -206,27 +201,14 @@ def make_corpus(folder: epath.Path, config: RealConfig, templates: prompts.Promp
     return require_enough(corpus, config)
 
 
-def _again(first: Item, item: Item) -> graded.Reject:
-    """Why a text that was read before is left out: its label tells a duplicate from a conflict."""
-    where = f"{first.row.file}, line {first.row.line}"
-    old, new = (getattr(i.record, "label", None) for i in (first, item))
-    if old is None or new is None or old.score == new.score:
-        return item.row.reject("duplicate", f"the same text as {where}")
-    reason = (
-        f"the same text as {where}, which is a {old.score:g} ({old.scale}); here it is a "
-        f"{new.score:g} ({new.scale})"
-    )
-    return item.row.reject("conflicting-label", reason)
-
-
 def _once(reader: _Reader, items: Sequence[Item]) -> list[Item]:
     """One evaluation problem a cluster: contests are found in several files."""
     first: dict[str, Item] = {}
     for item in items:
         if first.setdefault(item.cluster, item) is not item:
-            same = first[item.cluster].row
-            reason = f"its problem reads nearly as {same.id} of {same.file}"
-            reader.rejects.append(item.row.reject("duplicate", reason))
+            same = first[item.cluster]
+            reason = f"its problem reads nearly as that of {same.file}, line {same.line}"
+            reader.rejects.append(item.reject("duplicate", reason))
     return list(first.values())
 
 
@@ -236,7 +218,7 @@ def _mapped(reader: _Reader, items: Sequence[Item], scales: graded.ScaleMap) -> 
         try:
             label = scales.mapped(item.record.label)
         except ValueError as error:
-            reader.rejects.append(item.row.reject("scale", str(error)))
+            reader.rejects.append(item.reject("scale", str(error)))
             continue
         found.append(dataclasses.replace(item, record=_labelled(item.record, label)))
     return found
@@ -277,37 +259,33 @@ def _demonstration(item: Item, role: str, problem_id: str, user: str, assistant:
 
 
 def _verifier_demonstrations(
-    reader: _Reader, items: Sequence[Item], config: RealConfig, templates: prompts.PromptSet
+    reader: _Reader,
+    items: Sequence[Item],
+    verdicts: Mapping[str, records.Label],
+    config: RealConfig,
+    templates: prompts.PromptSet,
 ) -> list[Item]:
+    """`verdicts` are people's, by the id of a proof."""
     found = []
     for item in items:
         analysis: records.Analysis = item.record
-        if item.row.fields.get("human_score") is None:
+        label = verdicts.get(analysis.proof_id)
+        if label is None:
             reason = "nobody judged its proof, so no score can stand below it"
-            reader.rejects.append(item.row.reject("no-verdict", reason))
+            reader.rejects.append(item.reject("no-verdict", reason))
             continue
         try:
-            score = _verdict(item, config)
+            score = config.scales.mapped(label).score
         except ValueError as error:
-            reader.rejects.append(item.row.reject("scale", str(error)))
+            reader.rejects.append(item.reject("scale", str(error)))
             continue
         if score != analysis.score:
             reason = f"its issues speak for a {analysis.score:g}, the human verdict is {score:g}"
-            reader.rejects.append(item.row.reject("contradiction", reason))
+            reader.rejects.append(item.reject("contradiction", reason))
             continue
         user = prompts.fill(templates.verifier, statement=analysis.statement, proof=analysis.proof)
         found.append(_demonstration(item, "verifier", analysis.problem_id, user, analysis.text))
     return found
-
-
-def _verdict(item: Item, config: RealConfig) -> float:
-    """Our score of the proof that a listed analysis is about."""
-    source = item.record.source
-    if source not in config.source_scales:
-        raise ValueError(f"source {source!r} has no scale: name it in config.real.source_scales")
-    scale = config.source_scales[source]
-    label = records.Label(score=graded.human_score(item.row), source="human", scale=scale)
-    return config.scales.mapped(label).score
 
 
 def _meta_demonstration(item: Item, templates: prompts.PromptSet) -> Item:
@@ -316,9 +294,8 @@ def _meta_demonstration(item: Item, templates: prompts.PromptSet) -> Item:
     agrees = analysis.label.score == 1.0
     said = "confirms the defect" if agrees else "does not confirm the defect"
     body = f"A person who checked the solution {said} that the evaluation names."
-    comments = item.row.fields.get("human_comments")
-    if isinstance(comments, list) and comments:
-        body += "\n" + "\n".join(str(c) for c in comments)
+    if analysis.label.comment:
+        body += f"\n{analysis.label.comment}"
     user = prompts.fill(
         templates.meta_verifier,
         statement=analysis.statement,
@@ -341,7 +318,7 @@ def _generator_demonstrations(
         try:
             text = parse.write_generation(proof.text, parse.write_analysis(body, 1.0))
         except ValueError as error:
-            reader.rejects.append(item.row.reject("format", str(error)))
+            reader.rejects.append(item.reject("format", str(error)))
             continue
         user = prompts.fill(templates.generator, statement=proof.statement)
         found.append(_demonstration(item, "generator", proof.problem_id, user, text))
@@ -355,7 +332,7 @@ def require_disjoint(corpus: Corpus) -> None:
         for item in corpus.files[name]:
             if item.cluster in held:
                 raise ValueError(
-                    f"{item.row.file}, line {item.row.line} ({item.row.id}) is in the training "
+                    f"{item.file}, line {item.line} ({item.record.id}) is in the training "
                     f"file {name}, its problem also in {held[item.cluster]}"
                 )
 
@@ -364,10 +341,10 @@ def require_enough(corpus: Corpus, config: RealConfig) -> Corpus:
     """The corpus; ValueError where a file that a run needs is empty, or the probe holds one
     proof, with what was left out.
 
-    D_mv may be empty only where `config` names no files for it.
+    D_mv may be empty only where `config.judged_needed` is False.
     """
     needed = ["problems", "proofs", "demonstrations", "probe"]
-    if config.judged_analyses:
+    if config.judged_needed:
         needed.append("analyses")
     for name in needed:
         least = 2 if name == "probe" else 1  # one error alone has no standard error
@@ -375,22 +352,11 @@ def require_enough(corpus: Corpus, config: RealConfig) -> Corpus:
             raise ValueError(
                 f"the real data leave {len(corpus.files[name])} records for records/input/"
                 f"{name}.jsonl, which needs {least}; left out were:\n"
-                f"{describe(corpus.rejects) or 'no rows at all'}\n"
+                f"{importing.describe(corpus.rejects) or 'no rows at all'}\n"
                 "scales are mapped by config.real.scales.pairs, and evaluation problems given up "
-                "to a training file by config.real.withdraw"
+                "to a training file by mathv2-records --withdraw"
             )
     return corpus
-
-
-def describe(rejects: Sequence[graded.Reject]) -> str:
-    """How many rows each rule left out of each file, with one example of a reason."""
-    counted: dict[tuple[str, str], list[graded.Reject]] = {}
-    for reject in rejects:
-        counted.setdefault((reject.file, reject.rule), []).append(reject)
-    return "\n".join(
-        f"{file}: {len(found)} {rule} (line {found[0].line}: {found[0].reason:.120})"
-        for (file, rule), found in sorted(counted.items())
-    )
 
 
 def within_limits(
@@ -415,7 +381,7 @@ def within_limits(
                 kept[name].append(item)
             else:
                 reason = f"{size} tokens in {name}, the limit is {limit}"
-                rejects.append(item.row.reject("too-long", reason))
+                rejects.append(item.reject("too-long", reason))
     return require_enough(Corpus(kept, rejects), config)
 
 

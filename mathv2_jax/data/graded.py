@@ -1,20 +1,19 @@
-"""Rows of human-graded files to records; a row that cannot be used is named, not just dropped.
+"""Rows of human-graded files as records; a row that cannot be used is named, not just dropped.
 
-A file is JSON lines. A graded row has id, source, problem, proof, human_score and human_max; a row
-of analyses has, beside the proof, `analysis` and its analyst. Each source grades on a scale of its
-own, whose name every label keeps; `ScaleMap` says which scales may be learned from together.
+A graded row has `problem`, `proof` and a score: `score` of 0, 0.5 or 1, or `human_score` of
+`human_max` marks with a stated map. A row of analyses has, beside the proof, an `analysis`. Each
+source grades on a scale of its own, whose name every label keeps; `ScaleMap` says which scales may
+be learned from together.
 """
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
-from absl import logging
-from etils import epath
-
-from mathv2_jax import records, storage
+from mathv2_jax import records
+from mathv2_jax.data import raw_files
+from mathv2_jax.data import store as store_lib
 from mathv2_jax.text import parse
 
 # What a 1 means in each public source: `source` of a row -> name of its scale.
@@ -33,75 +32,122 @@ _MIN_NAME = 4  # shorter names of writers (o3) are also names of points
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reject:
-    """A row that is not used, or not for what its file is for. `rule` is a word to count by.
-
-    `line` counts from 1; `id` is empty where none was read.
-    """
-
-    file: str
-    line: int
-    id: str
-    rule: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One JSON object and where it stood."""
+    """One row of a file, its columns by our names; `most` bytes of text may stand in one."""
 
     file: str
     line: int
     fields: Mapping[str, Any]
+    most: int = 1_000_000
 
     @property
     def id(self) -> str:
         """The row's own id."""
         return str(self.fields.get("id", ""))
 
-    def reject(self, rule: str, reason: str) -> Reject:
+    def reject(self, rule: str, reason: str) -> store_lib.Reject:
         """This row, left out by `rule`."""
-        return Reject(file=self.file, line=self.line, id=self.id, rule=rule, reason=reason)
+        return store_lib.Reject(
+            file=self.file, line=self.line, id=self.id, rule=rule, reason=reason
+        )
 
     def text(self, name: str) -> str:
-        """A field that must hold text; ValueError where it holds none that can be encoded."""
+        """A field that must hold text; ValueError where it holds none that can be encoded.
+
+        TooLongError where it holds too much.
+        """
         value = self.fields.get(name)
         if not isinstance(value, str) or not value.strip():
             raise ValueError(f"field {name!r} holds no text")
         if any("\ud800" <= c <= "\udfff" for c in value):
             raise ValueError(f"field {name!r} holds a lone surrogate, which is no text")
+        size = len(value.encode())
+        if size > self.most:
+            raise TooLongError(
+                f"field {name!r} holds {size} bytes, --max_text_bytes is {self.most}"
+            )
         return value.strip()
 
+    def optional_text(self, name: str) -> str | None:
+        """As `text`; None where the field is missing, null or blank."""
+        value = self.fields.get(name)
+        missing = value is None or (isinstance(value, str) and not value.strip())
+        return None if missing else self.text(name)
 
-def read_rows(folder: epath.Path, file: str, rejects: list[Reject]) -> list[Row]:
-    """The objects of a JSON-lines file, malformed lines to `rejects`.
+    def number(self, name: str) -> float | None:
+        """A field that holds a number, or digits; None where there is none, ValueError else."""
+        value = raw_files.as_number(self.fields.get(name))
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            raise ValueError(f"field {name!r} is {value!r:.40}, no number")
+        return float(value)
 
-    FileNotFoundError names a file that is not there.
+
+class TooLongError(ValueError):
+    """A text is longer than is taken."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreMap:
+    """What other scores are in 0, 0.5 and 1.
+
+    By `marks`: of the row's human_max, or of `best`; all of them 1, at least 85 % of them (6 of 7)
+    0.5, less 0. Else by `pairs` (theirs, ours), and `otherwise` for the rest; None rejects it.
     """
-    path = folder / file
-    if not storage.exists(path):
-        raise FileNotFoundError(
-            f"{path} does not exist: a folder of real data holds graded/*.jsonl and "
-            "problems/*.jsonl; config.data names the folder, config.real its files"
-        )
-    rows = []
-    for number, line in enumerate(storage.read_bytes(path).split(b"\n"), start=1):
-        if not line.strip():
-            continue
+
+    marks: bool = False
+    best: float | None = None
+    pairs: tuple[tuple[float, float], ...] = ()
+    otherwise: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "ScoreMap":
+        """From a flag: `marks`, `marks:7`, or pairs like `7:1,6:0.5,else:0`; ValueError else."""
+        name, _, best = text.partition(":")
         try:
-            body = json.loads(line.decode("utf-8"))
-        except (ValueError, RecursionError) as error:  # the latter where it nests too deeply
-            body, fault = None, f"no JSON: {error}"
-        else:
-            fault = f"a row is a JSON object, this is a {type(body).__name__}"
-        row = Row(file=file, line=number, fields=body if isinstance(body, dict) else {})
-        if isinstance(body, dict):
-            rows.append(row)
-        else:
-            rejects.append(row.reject("malformed", fault))
-    if not rows:
-        logging.warning("%s holds no row that can be read, though config.real names it", path)
-    return rows
+            if name == "marks":
+                made = cls(marks=True, best=float(best) if best else None)
+                if made.best is not None and not 0.0 < made.best < float("inf"):
+                    raise ValueError(f"{best} marks")
+                return made
+            pairs, otherwise = [], None
+            for part in text.split(","):
+                theirs, colon, ours = part.partition(":")
+                if not colon:
+                    raise ValueError(f"{part!r} has no colon")
+                score = records.require_score(float(ours), part)
+                if theirs.strip() == "else":
+                    otherwise = score
+                else:
+                    pairs.append((float(theirs), score))
+        except ValueError as error:
+            raise ValueError(
+                f"--score_map={text}: {error}; give marks, marks:7, or pairs like "
+                "7:1,6:0.5,else:0 (theirs:ours)"
+            ) from error
+        if len({theirs for theirs, _ in pairs}) < len(pairs):
+            raise ValueError(f"--score_map={text}: a score stands there twice")
+        return cls(pairs=tuple(pairs), otherwise=otherwise)
+
+    def score(self, value: float, best: float | None) -> float:
+        """Ours of theirs, `best` being the row's marks; ValueError where the map has none."""
+        if not self.marks:
+            found = dict(self.pairs).get(value, self.otherwise)
+            if found is None:
+                raise ValueError(f"score {value:g} is none that --score_map names")
+            return found
+        best = self.best if best is None else best
+        if best is None:
+            raise ValueError("field 'human_max' is missing: --score_map=marks:N says of how many")
+        return of_marks(value, best)
+
+
+def of_marks(score: float, best: float) -> float:
+    """All marks 1, at least 85 percent of them 0.5, else 0; ValueError where they are no marks."""
+    if not 0 <= score <= best or best <= 0:
+        raise ValueError(f"human_score {score:g} does not lie in 0..human_max = {best:g}")
+    return 1.0 if score == best else 0.5 if score >= NEARLY_FULL * best else 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,43 +184,88 @@ class ScaleMap:
         return dataclasses.replace(label, score=scores[label.score])
 
 
-def human_score(row: Row) -> float:
-    """Full marks 1, at least 85 percent 0.5, else 0; ValueError where the row's `score` differs."""
-    score, best = row.fields.get("human_score"), row.fields.get("human_max")
-    for name, value in (("human_score", score), ("human_max", best)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise ValueError(f"field {name!r} is {value!r:.40}, no number")
-    assert isinstance(score, int | float) and isinstance(best, int | float)
-    if not 0 <= score <= best or best <= 0:
-        raise ValueError(f"human_score {score} does not lie in 0..human_max = {best}")
-    found = 1.0 if score == best else 0.5 if score >= NEARLY_FULL * best else 0.0
-    stated = row.fields.get("score", found)
-    if stated != found:
-        raise ValueError(f"score {stated!r:.40}, but {score} of {best} marks are a {found}")
-    return found
+def score_of(row: Row, given: ScoreMap | None) -> float | None:
+    """The row's score, None where it has none; ValueError where it is none of ours, without a map.
+
+    Where marks stand beside a score they must agree.
+    """
+    score, marks, best = (row.number(name) for name in ("score", "human_score", "human_max"))
+    if given is not None and (marks if score is None else score) is not None:
+        theirs = marks if marks is not None else score
+        assert theirs is not None
+        return given.score(theirs, best)
+    if score is None and marks is not None:
+        raise ValueError(f"human_score {marks:g} has no map: --score_map=marks, or pairs")
+    if score is None:
+        return None
+    if score not in records.SCORES:
+        raise ValueError(f"score {score:g} is none of 0, 0.5, 1 and has no map: give --score_map")
+    if marks is not None and best is not None and of_marks(marks, best) != score:
+        raise ValueError(
+            f"score {score:g}, but {marks:g} of {best:g} marks are a {of_marks(marks, best):g}"
+        )
+    return score
 
 
-def statement_of(row: Row, cluster: str) -> records.Problem:
-    """The problem that a row is about."""
+class Scale(Protocol):
+    """What is said of the scores of all rows: the scale's name, "" where rows say, and a map."""
+
+    @property
+    def scale(self) -> str: ...
+
+    @property
+    def score_map(self) -> ScoreMap | None: ...
+
+
+def label_of(row: Row, source: str, given: Scale) -> records.Label | None:
+    """The human label of a graded row, None without a score; ValueError says what is wrong."""
+    score = score_of(row, given.score_map)
+    if score is None:
+        return None
+    named = given.scale or str(row.fields.get("scale") or "") or SCALES.get(source, "")
+    if not named:
+        raise ValueError(
+            f"source {source!r} has no known scale: --scale=NAME ({records.FULL_MARKS} where a 1 "
+            "is every mark)"
+        )
+    rater = str(row.fields.get("rater") or "")
+    return records.Label(score=score, source="human", scale=named, rater=rater)
+
+
+def problems_of(row: Row, source: str, cluster: str, parents: tuple[str, ...]) -> Any:
+    """The problem that a row is about, and its false variant where the row has one."""
     statement = row.text("problem")
-    return records.Problem(
+    problem = records.Problem(
         id=records.content_id("problem", statement),
         statement=statement,
-        source=str(row.fields.get("source", "")),
+        source=source,
         cluster=cluster,
+        answer=row.optional_text("answer"),
+        reference=row.optional_text("reference_solution"),
+        guidelines=row.optional_text("grading_guidelines"),
+        parents=parents,
     )
+    wrong = row.optional_text("false_variant")
+    if wrong is None:
+        return [problem]
+    variant = records.Problem(
+        id=records.content_id("problem", wrong),
+        statement=wrong,
+        source=source,
+        cluster=cluster,
+        false_variant_of=problem.id,
+        parents=parents,
+    )
+    return [problem, variant]
 
 
-def proof_of(row: Row, scales: Mapping[str, str]) -> records.Proof:
-    """A graded row as a labelled proof, its score on the scale of its source.
-
-    ValueError where a field is missing or wrong, the source has no known scale, or a text names
-    the model that wrote the proof.
+def proof_of(
+    row: Row, source: str, label: records.Label | None, parents: tuple[str, ...]
+) -> records.Proof:
+    """A row's proof; ValueError where a field is missing or wrong, or a text names the model that
+    wrote it.
     """
     statement, text = row.text("problem"), row.text("proof")
-    source = str(row.fields.get("source", ""))
-    if source not in scales:
-        raise ValueError(f"source {source!r} has no scale: name it in config.real.source_scales")
     require_anonymous((statement, text), str(row.fields.get("model") or ""))
     return records.Proof(
         id=records.content_id("proof", statement, text),
@@ -182,40 +273,75 @@ def proof_of(row: Row, scales: Mapping[str, str]) -> records.Proof:
         statement=statement,
         text=text,
         source=source,
-        label=records.Label(score=human_score(row), source="human", scale=scales[source]),
-        parents=(row.id,),
+        label=label,
+        parents=parents,
     )
 
 
-def judged_analysis_of(row: Row) -> records.Analysis:
-    """A critique that a person judged: ms is 1 where the person agrees with it, else 0.
+def analysis_of(
+    row: Row, source: str, given: Scale, parents: tuple[str, ...]
+) -> list[records.Analysis | records.Proof]:
+    """A row's analysis, and the proof that it is about where the row has people's marks of that.
 
-    The critique's own verdict stands in `<verification>` tags, true or false; it becomes the score
-    1 or 0 of an analysis in the verifier's format, without tags and chunk marks.
+    The analysis is in the verifier's format, by what the row says of it:
+
+    `human_agrees_with_analyst`: a critique that a person judged (ms 1 or 0), whose own verdict
+    stands in `<verification>` tags; `issues`, a list: an analysis that scores 0 where it has any,
+    else 1; `verdict`: its score; else its text is in the verifier's format.
     """
     agrees = row.fields.get("human_agrees_with_analyst")
+    body = row.text("analysis")
+    label = None
+    if agrees is not None:
+        body, score, label = _judged(row, body, agrees)
+    elif row.fields.get("issues") is not None:
+        issues = row.fields["issues"]
+        if not isinstance(issues, list):
+            raise ValueError(f"issues is {issues!r:.40}, no list")
+        score = 0.0 if issues else 1.0
+    elif row.fields.get("verdict") is not None:
+        score = records.require_score(row.number("verdict"), "verdict")
+    else:
+        parsed = parse.parse_analysis(body)
+        if parsed is None:
+            raise ValueError(
+                "the analysis is not in the verifier's format, and no field says its verdict "
+                "(verdict, issues, or human_agrees_with_analyst)"
+            )
+        body, score = parsed
+    analysis = _analysis(row, body, score, label, source, parents)
+    if row.number("human_score") is None:
+        return [analysis]
+    return [analysis, proof_of(row, source, label_of(row, source, given), parents)]
+
+
+def _judged(row: Row, raw: str, agrees: Any) -> tuple[str, float, records.Label]:
+    """A critique without tags and chunk marks, its verdict, and what a person thinks of it."""
     if not isinstance(agrees, bool):
         raise ValueError(f"human_agrees_with_analyst is {agrees!r:.40}, neither true nor false")
-    raw = row.text("analysis")
     verdicts = {verdict.lower() for verdict in _VERDICT_TAG.findall(raw)}
     if not verdicts:
         raise ValueError("the critique holds no verdict in <verification> tags")
     body = _CHUNK_MARK.sub("", _VERDICT_TAG.sub("", raw)).strip()
+    comments = row.fields.get("human_comments")
     label = records.Label(
-        score=1.0 if agrees else 0.0, source="human", scale=AGREEMENT, rubric="I_mv"
+        score=1.0 if agrees else 0.0,
+        source="human",
+        scale=AGREEMENT,
+        rubric="I_mv",
+        comment="\n".join(map(str, comments)) if isinstance(comments, list) else "",
     )
-    return _analysis(row, body, 0.0 if "false" in verdicts else 1.0, label)
+    return body, 0.0 if "false" in verdicts else 1.0, label
 
 
-def listed_analysis_of(row: Row) -> records.Analysis:
-    """An analysis that lists issues and gives no score: 0 where it lists any, else 1."""
-    issues = row.fields.get("issues")
-    if not isinstance(issues, list):
-        raise ValueError(f"issues is {issues!r:.40}, no list")
-    return _analysis(row, row.text("analysis"), 0.0 if issues else 1.0, None)
-
-
-def _analysis(row: Row, body: str, score: float, label: records.Label | None) -> records.Analysis:
+def _analysis(  # noqa: PLR0913 - what an analysis is made of
+    row: Row,
+    body: str,
+    score: float,
+    label: records.Label | None,
+    source: str,
+    parents: tuple[str, ...],
+) -> records.Analysis:
     statement, proof = row.text("problem"), row.text("proof")
     require_anonymous((statement, proof, body), str(row.fields.get("analyst") or ""))
     text = parse.write_analysis(body, score)
@@ -227,9 +353,9 @@ def _analysis(row: Row, body: str, score: float, label: records.Label | None) ->
         proof=proof,
         text=text,
         score=score,
-        source=str(row.fields.get("source", "")),
+        source=source,
         label=label,
-        parents=(row.id,),
+        parents=parents,
     )
 
 

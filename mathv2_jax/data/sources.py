@@ -1,11 +1,10 @@
-"""Files to typed data, with errors that name file, line and fault; records to endless streams."""
+"""Files to typed data, with errors that name file, line and fault."""
 
+import functools
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import grain
 from etils import epath
 
 from mathv2_jax import records, storage
@@ -21,11 +20,15 @@ def read(path: epath.PathLike, kind: type[T]) -> list[T]:
 
 def parse_lines(lines: Sequence[str | bytes], kind: type[T], where: str) -> list[T]:
     """As `read`, of lines (in UTF-8 where they are bytes) that came from `where`."""
+    return parse(lines, functools.partial(records.from_json, kind), where)
+
+
+def parse(lines: Sequence[str | bytes], make: Callable[[str], T], where: str) -> list[T]:
+    """As `parse_lines`, where `make` makes a record of a line or raises ValueError."""
     found = []
     for number, line in enumerate(lines, start=1):
         try:
-            text = line if isinstance(line, str) else line.decode("utf-8")
-            found.append(records.from_json(kind, text))
+            found.append(make(line if isinstance(line, str) else line.decode("utf-8")))
         except ValueError as error:
             raise ValueError(f"{where}, line {number}: {error}") from error
     return found
@@ -48,29 +51,3 @@ def read_object(path: epath.PathLike, fields: Sequence[str], way_out: str) -> di
         fault = f"it has no field {missing[0]!r}" if missing else "it is no JSON object"
         raise ValueError(f"{path} is damaged ({fault}); {way_out}")
     return body
-
-
-def stream(
-    sources: Mapping[str, Sequence[Any]], weights: Mapping[str, float], seed: int
-) -> grain.MapDataset:
-    """An endless, shuffled mixture with random access: element i is a function of (seed, i).
-
-    Each source is reshuffled every epoch. A stage's data position is one number, the index of
-    the next element, whatever the number of hosts or workers. A source of weight 0 is left out;
-    ValueError names one that is empty, or whose weight is negative or not finite.
-    """
-    for name, weight in weights.items():
-        if not 0.0 <= weight < math.inf:
-            raise ValueError(f"source {name!r} has weight {weight}: give it 0 or more")
-    names = sorted(name for name in sources if weights.get(name, 0.0) > 0.0)
-    if not names:
-        raise ValueError(f"no source has a positive weight among {sorted(sources)}")
-    parts = []
-    for place, name in enumerate(names):
-        if not sources[name]:
-            raise ValueError(f"source {name!r} is empty: give it records or take its weight away")
-        part = grain.MapDataset.source(sources[name]).seed((seed + place) % 2**31)
-        parts.append(part.shuffle().repeat())
-    if len(parts) == 1:
-        return parts[0]
-    return grain.MapDataset.mix(parts, weights=[weights[name] for name in names])

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -13,13 +13,12 @@ import jax.numpy as jnp
 from absl import logging
 
 from mathv2_jax import fingerprint, processes, records, roles
-from mathv2_jax.data import sources
 from mathv2_jax.model import transformer
 from mathv2_jax.rl import learner as learner_lib
 from mathv2_jax.rl import optimizer as optimizer_lib
 from mathv2_jax.rl import placement
 from mathv2_jax.rollout import durable, engine
-from mathv2_jax.stages import gate, rl_config, scoring, steps, updates
+from mathv2_jax.stages import gate, scoring, steps, task_stream, updates
 from mathv2_jax.stages import groups as groups_lib
 from mathv2_jax.stages import run as run_lib
 from mathv2_jax.stages import tasks as tasks_lib
@@ -38,7 +37,7 @@ def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
             "the policy has left where a rollout serves several updates",
             *(stage.name, config.updates),
         )
-    stream = task_stream(run, stage)
+    stream = task_stream.make(run, stage)
     learner = run.learner(
         ("rl", config.grpo, config.optimizer.without_rate(), config.auxiliary, temperature),
         functools.partial(_make_learner, run, config, temperature),
@@ -48,6 +47,9 @@ def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
         reference = make_reference(run, stage)
         sampler = _Sampler(run, stage, stream, loop)
         for step in loop.remaining():
+            if not sampler.has_next():
+                print(f"{stage.name}: its data end after {step} steps", flush=True)
+                break
             found, sampled_at = sampler.take(step)
             if config.gate != 0.0 and step == loop.first_step:
                 # Of a batch that was drawn ahead the trainer's log-probabilities differ rightly.
@@ -56,7 +58,7 @@ def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
             packed = updates.pack_updates(run, config, found.summaries)
             rate = optimizer_lib.learning_rate(config.optimizer, step, config.steps)
             if config.ahead:
-                sampler.load(step)  # before the update takes the variables over
+                sampler.load(step, found.position)  # before the update takes the variables over
             state, measured = updates.update(config, learner, loop.state, reference, packed, rate)
             if config.ahead:
                 sampler.sample_ahead(step, found.position, state.variables)
@@ -68,7 +70,8 @@ def run_stage(run: run_lib.Run, stage: RlStage) -> dict[str, float]:
                 scalars["staleness"] = float(step - sampled_at)
             alarms.check(step + 1, scalars)
             batches = list(itertools.chain(*packed))
-            loop.advance(state, measured, batches, {"next": found.position}, scalars, written)
+            after = {"next": found.position}
+            loop.advance(state, measured, batches, lambda after=after: after, scalars, written)
             del state  # the loop's, to give away and to move
         figures = loop.finish()
         sampler.close()
@@ -98,6 +101,11 @@ class _Sampler:
                 f"stage {stage.name}: rl.ahead samples while the optimizer is in use: it needs "
                 f"runtime.placement.optimizer = {placement.RESIDENT!r}"
             )
+
+    def has_next(self, position: int | None = None) -> bool:
+        """Whether the stream has a step's tasks from there on, or from where the stage stands."""
+        begin = self._loop.position.get("next", 0) if position is None else position
+        return begin + self._stage.rl.groups <= len(self._stream)
 
     def take(self, step: int) -> tuple["Collected", int]:
         """A step's batch, and the step whose variables it was drawn from."""
@@ -142,9 +150,9 @@ class _Sampler:
             run.policy.unload()
         return found
 
-    def load(self, step: int) -> None:
+    def load(self, step: int, position: int) -> None:
         """Sample with a copy of the variables of now, which a step is about to change."""
-        if step + 1 < self._stage.rl.steps:
+        if step + 1 < self._stage.rl.steps and self.has_next(position):
             copy = jax.tree.map(jnp.copy, self._loop.state.variables)
             self._version = self._now
             self._run.policy.load(copy, self._name(step))
@@ -154,7 +162,7 @@ class _Sampler:
 
         `updated` is what these lead to, and what will be trained on the batch.
         """
-        if step + 1 < self._stage.rl.steps:
+        if step + 1 < self._stage.rl.steps and self.has_next(position):
             self._begin(step + 1)
             self._ahead = self._collect(step + 1, position), step
             self._now = fingerprint.of_tree(updated)
@@ -267,66 +275,6 @@ def judging(
         run.judge.unload()
 
 
-def task_stream(run: run_lib.Run, stage: RlStage) -> grain.MapDataset:
-    """The stage's tasks as one endless stream by weight: element i is a function of (seed, i)."""
-    found: dict[str, list[tasks_lib.Task]] = {}
-    weights: dict[str, float] = {}
-    for name, weight in stage.mixture.items():
-        role = run.roles.named(name)
-        if name == roles.GENERATOR:
-            problems = run.input("problems", records.Problem)
-            found[name] = tasks_lib.generator_tasks(role, run.tokenizer, problems)
-            weights[name] = weight
-        elif name == roles.META_VERIFIER:
-            analyses = run.input("analyses", records.Analysis)
-            found[name] = tasks_lib.meta_verifier_tasks(role, run.tokenizer, analyses)
-            weights[name] = weight
-        else:
-            labelled = _labelled_proofs(run, stage)
-            for source, share in _proof_shares(stage, labelled).items():
-                key = f"{name}:{source}"
-                found[key] = tasks_lib.verifier_tasks(role, run.tokenizer, labelled[source])
-                weights[key] = weight * share
-    for name, items in found.items():
-        room = [
-            len(t.prompt) + t.role.sampling.max_tokens
-            <= min(run.engine_config.context, stage.rl.row_length)
-            for t in items
-        ]
-        limit = (
-            "engine.context and row_length with an answer at full length: engine.context = "
-            f"{run.engine_config.context}, row_length = {stage.rl.row_length}"
-        )
-        steps.report_left_out(f"{stage.name}/{name}", room.count(False), len(items), limit)
-        found[name] = [t for t, fits in zip(items, room, strict=True) if fits]
-    return sources.stream(found, weights, run.seed_for(stage.name, "tasks"))
-
-
-def _labelled_proofs(run: run_lib.Run, stage: RlStage) -> dict[str, list[records.Proof]]:
-    """D_v by where it comes from; sources without a labelled proof are reported and left out."""
-    found = {}
-    for source in stage.proofs:
-        proofs = (
-            run.input(source, records.Proof)
-            if source == rl_config.INPUT_PROOFS
-            else run.stage_records(source, records.Proof)
-        )
-        found[source] = [p for p in proofs if p.label is not None]
-        if not found[source]:
-            logging.warning("%s: %s holds no labelled proof", stage.name, source)
-    return {source: labelled for source, labelled in found.items() if labelled}
-
-
-def _proof_shares(stage: RlStage, sources_left: Collection[str]) -> dict[str, float]:
-    """The sources' weights, which sum to 1, or to 0 where only weightless ones are left."""
-    fresh = [p for p in sources_left if p != rl_config.INPUT_PROOFS]
-    shares = {p: stage.fresh_share / len(fresh) for p in fresh}
-    if rl_config.INPUT_PROOFS in sources_left:
-        shares[rl_config.INPUT_PROOFS] = 1.0 - stage.fresh_share if fresh else 1.0
-    total = sum(shares.values())
-    return {p: share / total if total else 0.0 for p, share in shares.items()}
-
-
 class Collected(NamedTuple):
     """A step's groups in stream order, and where the stream stands afterwards.
 
@@ -352,6 +300,7 @@ def collect(
     found = Collected([], {}, position)
     for refill in range(config.max_refills + 1):
         missing = config.groups - sum(s.has_signal for s in found.summaries)
+        missing = min(missing, len(stream) - found.position)
         if not missing:
             break
         where = (stage.name, step, refill)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from mathv2_jax import reward as reward_lib
 from mathv2_jax import roles
+from mathv2_jax.data import mixture as mixture_lib
 from mathv2_jax.rl import auxiliary as auxiliary_lib
 from mathv2_jax.rl import grpo as grpo_lib
 from mathv2_jax.rl import optimizer as optimizer_lib
@@ -94,8 +95,51 @@ class RlConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Change:
+    """Other weights, once `after` tasks of the stage have been drawn."""
+
+    after: int
+    mixture: Mapping[str, float]
+    fresh_share: float = 0.5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How a stage's tasks are drawn beside their weights.
+
+    `schedule` changes these as the stage goes on. A record is drawn 1 + `hardness` x the
+    disagreement of the votes behind its label (records.Label.hardness) times as often as one
+    without any. A source that has been gone through begins again, in another order (`exhausted`
+    repeat), leaves its weight to the others (drop), or ends the stage (stop), as it does where all
+    are dropped. With `buckets` above 1 so many steps' tasks are sorted by the length of their
+    prompts, and each step gets prompts of like length.
+    """
+
+    schedule: tuple[Change, ...] = ()
+    hardness: float = 0.0
+    exhausted: str = mixture_lib.REPEAT
+    buckets: int = 1
+
+    def __post_init__(self):
+        if self.exhausted not in mixture_lib.EXHAUSTED:
+            raise ValueError(
+                f"data.exhausted = {self.exhausted!r}: must be one of {mixture_lib.EXHAUSTED}"
+            )
+        if not 0.0 <= self.hardness < math.inf:
+            raise ValueError(f"data.hardness = {self.hardness}: must not be negative")
+        if self.buckets < 1:
+            raise ValueError(f"data.buckets = {self.buckets}: must be at least 1")
+        begins = [0, *(change.after for change in self.schedule)]
+        if sorted(set(begins)) != begins:
+            raise ValueError(
+                f"data.schedule changes after {begins[1:]} tasks: each later than the one before"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RlStage:
-    """One RL stage. `mixture` weighs the roles that the policy trains in.
+    """One RL stage. `mixture` weighs the roles that the policy trains in, `data` says what else
+    decides which tasks are drawn.
 
     `judge` names the stage whose variables judge: with verifier tasks it turns R_meta on, with
     generator tasks it is the frozen verifier. `proofs` names what D_v is made of: the input file
@@ -109,25 +153,37 @@ class RlStage:
     judge: str | None = None
     proofs: tuple[str, ...] = (INPUT_PROOFS,)
     fresh_share: float = 0.5
+    data: DataConfig = DataConfig()
     rl: RlConfig
 
     def __post_init__(self):
-        unknown = sorted(set(self.mixture) - set(roles.NAMES))
-        if unknown or not self.mixture:
-            raise ValueError(
-                f"stage {self.name}: mixture {dict(self.mixture)} must weigh some of {roles.NAMES}"
-            )
-        weights = self.mixture.values()
-        if not all(0.0 <= w < math.inf for w in weights) or not any(weights):
-            raise ValueError(
-                f"stage {self.name}: mixture {dict(self.mixture)}: a weight must not be negative, "
-                "and one must be positive"
-            )
-        if not 0.0 <= self.fresh_share <= 1.0:
-            raise ValueError(
-                f"stage {self.name}: fresh_share = {self.fresh_share} must lie in 0..1"
-            )
+        for mixture, fresh_share in (
+            (self.mixture, self.fresh_share),
+            *((change.mixture, change.fresh_share) for change in self.data.schedule),
+        ):
+            self._check_weights(mixture, fresh_share)
+        for change in self.data.schedule:
+            if set(change.mixture) - set(self.mixture):
+                raise ValueError(
+                    f"stage {self.name}: data.schedule weighs {dict(change.mixture)}: a role that "
+                    "comes later stands in the mixture from the start, with weight 0"
+                )
         if roles.GENERATOR in self.mixture and self.judge is None:
             raise ValueError(f"stage {self.name}: a generator needs a judge, name its stage")
         if roles.GENERATOR in self.mixture and len(self.mixture) > 1:
             raise ValueError(f"stage {self.name}: a generator trains alone, against a frozen judge")
+
+    def _check_weights(self, mixture: Mapping[str, float], fresh_share: float) -> None:
+        unknown = sorted(set(mixture) - set(roles.NAMES))
+        if unknown or not mixture:
+            raise ValueError(
+                f"stage {self.name}: mixture {dict(mixture)} must weigh some of {roles.NAMES}"
+            )
+        weights = mixture.values()
+        if not all(0.0 <= w < math.inf for w in weights) or not any(weights):
+            raise ValueError(
+                f"stage {self.name}: mixture {dict(mixture)}: a weight must not be negative, and "
+                "one must be positive"
+            )
+        if not 0.0 <= fresh_share <= 1.0:
+            raise ValueError(f"stage {self.name}: fresh_share = {fresh_share} must lie in 0..1")

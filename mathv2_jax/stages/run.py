@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from mathv2_jax import checkpoint, processes, records, roles, sharding, storage
 from mathv2_jax import metrics as metrics_lib
-from mathv2_jax.data import sources
+from mathv2_jax.data import sources, table
 from mathv2_jax.hf import folder
 from mathv2_jax.model import transformer
 from mathv2_jax.model.config import ModelConfig
@@ -53,6 +53,7 @@ class RuntimeConfig:
     # load; more is left out, and counted in the metric expert_overflow. None: room for all.
     expert_buffer: float | None = None
     profile_steps: tuple[int, ...] = ()  # (a, b): steps a to b of every training stage are traced
+    data_workers: int = 0  # processes beside each of the run's that tokenise and pack
     # Seconds between two writes of the finished responses of a training step that has not ended.
     responses_every: float = 30.0
     lost_alarm: float = 0.05  # shares of votes or answers beyond which a stage warns
@@ -66,6 +67,8 @@ class RuntimeConfig:
             raise ValueError(
                 f"runtime.responses_every = {self.responses_every}: seconds, not negative"
             )
+        if self.data_workers < 0:
+            raise ValueError(f"runtime.data_workers = {self.data_workers}: must not be negative")
         if self.save_every < 1:
             raise ValueError(f"runtime.save_every = {self.save_every}: must be at least 1")
         asked = self.profile_steps
@@ -153,9 +156,10 @@ class Run:
         parts.commit(step)
         processes.meet()  # the next may read the manifest
 
-    def input(self, name: str, kind: type[sources.T]) -> list[sources.T]:
+    def input(self, name: str, kind: type[sources.T]) -> table.Table[sources.T]:
         """Records that the run was given: before its first stage, or by experts, in between."""
-        return sources.read(self.input_path(name), kind)
+        read = functools.partial(records.from_json, kind)
+        return table.Table.of_file(self.input_path(name), read)
 
     def input_path(self, name: str) -> epath.Path:
         """Where the file of `input` stands."""

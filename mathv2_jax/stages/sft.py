@@ -1,12 +1,16 @@
 """Supervised stages: the cold start, and rejection fine-tuning on a run's own best responses."""
 
+import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import Sequence
 from typing import Any
 
-from mathv2_jax import records
-from mathv2_jax.data import packing, sources
+from absl import logging
+
+from mathv2_jax import records, sharding
+from mathv2_jax.data import mixture, packing, rows
 from mathv2_jax.rl import auxiliary as auxiliary_lib
 from mathv2_jax.rl import learner as learner_lib
 from mathv2_jax.rl import optimizer as optimizer_lib
@@ -97,33 +101,45 @@ def train(
     demonstrations: Sequence[records.Demonstration],
 ) -> dict[str, Any]:
     """The supervised loop. Conversations longer than a row are left out, counted and reported."""
+    if not demonstrations:
+        raise ValueError(f"stage {name}: there is nothing to learn from, its source is empty")
     item = functools.partial(
         supervised_item,
         run.tokenizer,
         prompt_weight=config.prompt_weight,
         think=run.roles.generator.think,
     )
-    items = [item(d) for d in demonstrations]
-    fitting = [i for i in items if len(i) <= config.row_length]
-    limit = f"rows of {config.row_length} tokens (row_length)"
-    steps.report_left_out(name, len(items) - len(fitting), len(items), limit)
-    stream = sources.stream(
-        {"demonstrations": fitting}, {"demonstrations": 1.0}, run.seed_for(name)
-    )
+    only = [mixture.Phase(begin=0, weights={"demonstrations": 1.0})]
+    stream = mixture.stream({"demonstrations": demonstrations}, only, run.seed_for(name)).map(item)
     learner = run.learner(
         ("sft", config.optimizer.without_rate(), config.auxiliary),
         functools.partial(_make_learner, run, config),
     )
     with steps.Loop(run, name, config.steps, learner, init) as loop:
-        position = loop.position.get("next", 0)
-        for step in loop.remaining():
-            packer = packing.Packer(config.rows, config.row_length)
-            while packer.add(stream[position]):
-                position += 1
-            rate = optimizer_lib.learning_rate(config.optimizer, step, config.steps)
-            fresh = learner.step(loop.state, [learner.put(packer.batch)], [None], rate)
-            loop.advance(*fresh, [packer.batch], {"next": position}, {}, [])
-        return loop.finish()
+        reader = rows.Reader(
+            stream,
+            config.rows,
+            config.row_length,
+            rows.Position.from_json(loop.position),
+            sharding.own_rows(run.mesh, config.rows),
+            run.runtime.data_workers,
+        )
+        with contextlib.closing(reader):
+            for step in loop.remaining():
+                began = time.monotonic()
+                batch = reader.read()
+                waited = time.monotonic() - began
+                assert batch is not None, "the stream has no end"
+                rate = optimizer_lib.learning_rate(config.optimizer, step, config.steps)
+                fresh = learner.step(loop.state, [learner.put(batch)], [None], rate)
+                loop.advance(*fresh, [batch], reader.where, {}, [], waited)
+            if reader.left_out:
+                logging.warning(
+                    "%s: %d items of the stream did not fit rows of %d tokens (row_length), and "
+                    "were left out",
+                    *(name, reader.left_out, config.row_length),
+                )
+            return loop.finish()
 
 
 def _make_learner(run: run_lib.Run, config: SftConfig) -> learner_lib.Learner:

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,18 @@ from mathv2_jax.stages import run as run_lib
 
 class NotFiniteError(FloatingPointError):
     """A loss or gradient was not finite; the state is the last good one, the batch is on disk."""
+
+
+INPUT_SECONDS = f"{metrics.TIME_PREFIX}input_seconds"
+# Step, moment of its dispatch, seconds it waited for data, measured, scalars, batches.
+_Pending = tuple[
+    int,
+    float,
+    float | None,
+    Mapping[str, Any],
+    Mapping[str, float],
+    Sequence[packing.Batch],
+]
 
 
 def report_left_out(stage: str, left_out: int, total: int, limit: str) -> None:
@@ -57,7 +69,7 @@ class Loop:
         initial = run.variables(init)
         self.state = learner.start(initial)
         del initial
-        self.position: Mapping[str, Any] = {}
+        self._where: Callable[[], Mapping[str, Any]] = dict
         self.first_step = 0
         self._checkpoints = run.checkpoints(name)
         found = None
@@ -68,7 +80,8 @@ class Loop:
             del self.state  # there need not be room for two
             found = self._checkpoints.restore(shapes)
         if found is not None:
-            self.state, self.position, self.first_step = found
+            self.state, saved, self.first_step = found
+            self._where = lambda: saved
             if self.first_step > num_steps:
                 raise ValueError(
                     f"stage {name} has taken {self.first_step} steps and is now to have "
@@ -88,9 +101,14 @@ class Loop:
             writes=processes.is_first(),
         )
         processes.meet()  # the others read what it went back to
-        self._pending: tuple[int, float, Mapping[str, Any], Mapping[str, float], Any] | None = None
+        self._pending: _Pending | None = None
         self._before: float | None = None  # the moment of the step before, in this session
         self._last = self._figures_of(self.first_step)
+
+    @property
+    def position(self) -> Mapping[str, Any]:
+        """Where the stage stands in its data; of several processes all ask together."""
+        return self._where()
 
     @property
     def saved_step(self) -> int:
@@ -138,16 +156,21 @@ class Loop:
         state: learner_lib.TrainState,
         measured: Mapping[str, jax.Array],
         batches: Sequence[packing.Batch],
-        position: Mapping[str, Any],
+        position: Callable[[], Mapping[str, Any]],
         scalars: Mapping[str, float],
         written: Sequence[records.Sample],
+        waited: float | None = None,
     ) -> None:
-        """Take over a step's outcome; `batches` are kept for inspection until it proves finite."""
+        """Take over a step's outcome; `batches` are kept for inspection until it proves finite.
+
+        `position` says, when a checkpoint is written, where the next step's data begin; the step
+        has `waited` so many seconds for its own.
+        """
         moment = time.monotonic()  # of the dispatch: metrics are read sooner or later
         self._read_pending()
         self._step += 1
-        self.state, self.position = state, position
-        self._pending = (self._step, moment, measured, scalars, batches)
+        self.state, self._where = state, position
+        self._pending = (self._step, moment, waited, measured, scalars, batches)
         if written:
             name = storage.part_name(self._step, processes.index())
             self._parts.write_part(name, records.to_lines(written))
@@ -192,7 +215,7 @@ class Loop:
     def _read_pending(self) -> None:
         if self._pending is None:
             return
-        step, moment, measured, scalars, batches = self._pending
+        step, moment, waited, measured, scalars, batches = self._pending
         self._pending = None
         values = {name: float(x) for name, x in jax.device_get(dict(measured)).items()}
         if not values.pop("finite"):
@@ -212,7 +235,10 @@ class Loop:
                 *(self.name, step, values["expert_overflow"], self.run.runtime.expert_buffer),
             )
         self._last = {**values, **scalars}
-        self._writer.write(step, self._last | self._figures_of_time(moment, batches), at=moment)
+        times = self._figures_of_time(moment, batches)
+        if waited is not None:
+            times[INPUT_SECONDS] = waited
+        self._writer.write(step, self._last | times, at=moment)
         self._before = moment
 
     def _figures_of_time(self, moment: float, batches: Sequence[packing.Batch]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """What a policy is asked in reinforcement learning: prompts of three roles with their labels."""
 
 import dataclasses
-from collections.abc import Sequence
+from typing import Any
 
 from mathv2_jax import records, roles
 from mathv2_jax.text import tokenizer as tokenizer_lib
@@ -25,75 +25,37 @@ class Task:
     prompt: tuple[int, ...]
 
 
-def generator_tasks(
+def make_task(
     role: roles.Role,
     tokenizer: tokenizer_lib.Tokenizer,
-    problems: Sequence[records.Problem],
-) -> list[Task]:
-    """One task a problem of D_p."""
-    return [
-        Task(
-            role=role,
-            problem_id=p.id,
-            target=p.id,
-            statement=p.statement,
-            prompt=role.prompt(tokenizer, statement=p.statement),
-        )
-        for p in problems
-    ]
+    record: records.Problem | records.Proof | records.Analysis,
+) -> Task:
+    """What a role is asked about a record of D_p, D_v or D_mv.
+
+    ValueError names a proof or an analysis without a label.
+    """
+    fields: dict[str, Any] = dict(statement=record.statement)
+    label, problem_id = None, record.id
+    if isinstance(record, records.Problem):
+        pass
+    elif isinstance(record, records.Proof):
+        fields |= dict(proof=record.text)
+        label, problem_id = _label_of(record, "proof"), record.problem_id
+    else:
+        fields |= dict(proof=record.proof, analysis=record.text)
+        label, problem_id = _label_of(record, "analysis"), record.problem_id
+    return Task(
+        role=role,
+        problem_id=problem_id,
+        target=record.id,
+        label=None if label is None else label.score,
+        auto=label is not None and label.source == "auto",
+        prompt=role.prompt(tokenizer, **fields),
+        **fields,
+    )
 
 
-def verifier_tasks(
-    role: roles.Role,
-    tokenizer: tokenizer_lib.Tokenizer,
-    proofs: Sequence[records.Proof],
-) -> list[Task]:
-    """One task a labelled proof of D_v; ValueError names an unlabelled one."""
-    tasks = []
-    for proof in proofs:
-        if proof.label is None:
-            raise ValueError(f"proof {proof.id} of {proof.source!r} has no label to learn from")
-        tasks.append(
-            Task(
-                role=role,
-                problem_id=proof.problem_id,
-                target=proof.id,
-                statement=proof.statement,
-                proof=proof.text,
-                label=proof.label.score,
-                auto=proof.label.source == "auto",
-                prompt=role.prompt(tokenizer, statement=proof.statement, proof=proof.text),
-            )
-        )
-    return tasks
-
-
-def meta_verifier_tasks(
-    role: roles.Role,
-    tokenizer: tokenizer_lib.Tokenizer,
-    analyses: Sequence[records.Analysis],
-) -> list[Task]:
-    """One task a labelled analysis of D_mv; ValueError names an unlabelled one."""
-    tasks = []
-    for analysis in analyses:
-        if analysis.label is None:
-            raise ValueError(f"analysis {analysis.id} of {analysis.source!r} has no label")
-        tasks.append(
-            Task(
-                role=role,
-                problem_id=analysis.problem_id,
-                target=analysis.id,
-                statement=analysis.statement,
-                proof=analysis.proof,
-                analysis=analysis.text,
-                label=analysis.label.score,
-                auto=analysis.label.source == "auto",
-                prompt=role.prompt(
-                    tokenizer,
-                    statement=analysis.statement,
-                    proof=analysis.proof,
-                    analysis=analysis.text,
-                ),
-            )
-        )
-    return tasks
+def _label_of(record: records.Proof | records.Analysis, kind: str) -> records.Label:
+    if record.label is None:
+        raise ValueError(f"{kind} {record.id} of {record.source!r} has no label to learn from")
+    return record.label

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import pathlib
 import random
 import string
@@ -13,7 +12,9 @@ from etils import epath
 
 from mathv2_jax import records
 from mathv2_jax.data import corpus, graded
+from mathv2_jax.data import store as store_lib
 from mathv2_jax.text import parse, prompts
+from tests import imported
 
 BINARY = ((0.0, 0.0), (1.0, 1.0))
 MAP = graded.ScaleMap(pairs={"opc-5-of-7": BINARY, "one-reader-6-of-6": BINARY})
@@ -21,7 +22,7 @@ SMALL = corpus.RealConfig(scales=MAP, num_probe=2, num_test=1, num_validation=2)
 TEMPLATES = prompts.load("olympiad")
 REAL = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data"
 
-Rows = dict[str, list[dict[str, Any]]]
+Rows = imported.Rows
 
 
 def problem(name: str) -> str:
@@ -79,16 +80,28 @@ def real_rows() -> Rows:
     }
 
 
-def write(folder: pathlib.Path, rows: Rows) -> epath.Path:
-    for name, items in rows.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
-    return epath.Path(folder)
+def make(
+    folder: pathlib.Path,
+    rows: Rows,
+    config: corpus.RealConfig = SMALL,
+    withdraw: tuple[str, ...] = (),
+) -> corpus.Corpus:
+    """The corpus of these files, with what their import left out; files as `rows` names them."""
+    files = imported.write(folder / "files", rows)
+    store = imported.store_of(files, list(rows), folder / "records", withdraw)
+    found = corpus.make_corpus(store, config, TEMPLATES)
+
+    def short(named: Any) -> Any:
+        return dataclasses.replace(named, file=str(pathlib.Path(named.file).relative_to(files)))
+
+    return corpus.Corpus(
+        {name: list(map(short, items)) for name, items in found.files.items()},
+        list(map(short, (*store.of(store_lib.Reject), *found.rejects))),
+    )
 
 
-def make(folder: pathlib.Path, rows: Rows, config: corpus.RealConfig = SMALL) -> corpus.Corpus:
-    return corpus.make_corpus(write(folder, rows), config, TEMPLATES)
+def row_id(item: corpus.Item) -> str:
+    return item.record.parents[1]
 
 
 def rules(found: corpus.Corpus, file: str) -> collections.Counter[str]:
@@ -187,7 +200,7 @@ def test_an_evaluation_problem_in_a_training_file_is_left_out_and_named(
         ("graded/opc.jsonl", 17, "opc/copy/w"),
         ("problems/proof_pilot_pool.jsonl", 4, "copy"),
     ]
-    assert {i.row.id for i in found.files["test_problems"]} == {"contest-1", "contest-2"}
+    assert {row_id(i) for i in found.files["test_problems"]} == {"contest-1", "contest-2"}
 
 
 def test_judged_critiques_of_evaluation_problems_are_left_out_unless_these_are_withdrawn(
@@ -199,20 +212,20 @@ def test_judged_critiques_of_evaluation_problems_are_left_out_unless_these_are_w
         ValueError, match=r"input/analyses\.jsonl(?s:.*)rprover\.jsonl: 1 evaluation"
     ):
         make(tmp_path, rows)
-    without = make(tmp_path, rows, dataclasses.replace(SMALL, judged_analyses=()))
+    without = make(tmp_path / "2", rows, dataclasses.replace(SMALL, judged_needed=False))
     assert not without.files["analyses"]
 
-    withdraw = dataclasses.replace(SMALL, withdraw=("graded/analyses_rprover.jsonl",))
-    found = make(tmp_path, rows, withdraw)
+    found = make(tmp_path / "3", rows, withdraw=("graded/analyses_rprover.jsonl",))
     assert len(found.files["analyses"]) == 1
-    assert [i.row.id for i in found.files["test_problems"]] == ["contest-2"]
+    assert [row_id(i) for i in found.files["test_problems"]] == ["contest-2"]
     assert rules(found, "problems/proofbench.jsonl") == {"withdrawn": 1}
     assert rules(found, "graded/deepseek_math_v2.jsonl") == {"withdrawn": 1}
 
 
-def test_only_training_files_can_be_withdrawn_for() -> None:
-    with pytest.raises(ValueError, match=r"real\.withdraw names problems/proofbench\.jsonl"):
-        corpus.RealConfig(withdraw=("problems/proofbench.jsonl",))
+def test_a_source_that_is_not_there_is_named(tmp_path: pathlib.Path) -> None:
+    config = dataclasses.replace(SMALL, sources=("opc", "pol"))
+    with pytest.raises(ValueError, match=r"real\.sources names pol; .* has .*opc, pool"):
+        make(tmp_path, real_rows(), config)
 
 
 def test_a_training_record_in_a_held_out_cluster_is_refused(tmp_path: pathlib.Path) -> None:
@@ -224,15 +237,17 @@ def test_a_training_record_in_a_held_out_cluster_is_refused(tmp_path: pathlib.Pa
 
 def test_demonstrations_say_what_the_graders_said(tmp_path: pathlib.Path) -> None:
     found = make(tmp_path, real_rows())
+    rows = real_rows()
     by_role = collections.defaultdict(list)
     for item in found.files["demonstrations"]:
-        by_role[item.record.role].append((item.row, item.record.assistant))
+        row = rows[item.file][item.line - 1]
+        by_role[item.record.role].append((row, item.record.assistant))
     for row, text in by_role["verifier"]:
-        assert parse.parse_analysis(text) == ("Step 2 fails.", row.fields["human_score"])
+        assert parse.parse_analysis(text) == ("Step 2 fails.", row["human_score"])
     for row, text in by_role["generator"]:
         written = parse.parse_generation(text)
-        assert written is not None and row.fields["human_score"] == 1
-        assert (written.proof, written.self_score) == (row.text("proof"), 1.0)
+        assert written is not None and row["human_score"] == 1
+        assert (written.proof, written.self_score) == (row["proof"], 1.0)
         assert "opc-5-of-7" in written.self_analysis
     ((_, text),) = by_role["meta_verifier"]
     judged = parse.parse_meta_analysis(text)
@@ -243,12 +258,12 @@ def test_demonstrations_say_what_the_graders_said(tmp_path: pathlib.Path) -> Non
 def test_an_analysis_against_the_human_verdict_is_no_demonstration(tmp_path: pathlib.Path) -> None:
     rows = real_rows()
     for row in rows["graded/analyses_opc.jsonl"]:
-        row["human_score"] = 1
-    found = make(tmp_path, rows)
+        row["issues"] = []
+    found = make(tmp_path / "1", rows)
     assert rules(found, "graded/analyses_opc.jsonl") == {"contradiction": 5, "held-out": 2}
     for row in rows["graded/analyses_opc.jsonl"]:
-        row["human_score"] = None
-    found = make(tmp_path, rows)
+        row |= dict(human_score=None, proof="Another proof.")
+    found = make(tmp_path / "2", rows)
     assert rules(found, "graded/analyses_opc.jsonl") == {"no-verdict": 5, "held-out": 2}
 
 
@@ -329,15 +344,22 @@ def test_a_probe_of_one_proof_is_refused_before_the_run(tmp_path: pathlib.Path) 
         corpus.require_enough(dataclasses.replace(enough, files=files), SMALL)
 
 
-def test_the_shared_data_keep_their_stated_counts_and_lose_no_row() -> None:
+def test_the_shared_data_keep_their_stated_counts_and_lose_no_row(tmp_path: pathlib.Path) -> None:
     if not REAL.exists():
         pytest.skip("the real data are not here: ../shared/data of the checkout")
     maps = {scale: BINARY for scale in ("opc-5-of-7", "one-reader-6-of-6", "disputed-gold")}
     judged = "graded/analyses_rprover.jsonl"
-    config = corpus.RealConfig(scales=graded.ScaleMap(pairs=maps), withdraw=(judged,))
-    found = corpus.make_corpus(epath.Path(REAL), config, TEMPLATES)
+    config = corpus.RealConfig(scales=graded.ScaleMap(pairs=maps))
+    names = [*imported.EVALUATION, judged, *(f"graded/{name}.jsonl" for name in TRAINING)]
+    names.append("problems/proof_pilot_pool.jsonl")
+    store = imported.store_of(epath.Path(REAL), names, tmp_path, withdraw=(judged,))
+    found = corpus.make_corpus(store, config, TEMPLATES)
+    rejects = [*store.of(store_lib.Reject), *found.rejects]
+    left_out = collections.Counter(
+        (shown(r.file), r.rule) for r in rejects if r.rule not in ("format", "contradiction")
+    )
     labels = collections.Counter(
-        (item.row.file, item.record.label.score)
+        (shown(item.file), item.record.label.score)
         for name in ("proofs", "probe", "test_proofs")
         for item in found.files[name]
     )
@@ -348,17 +370,24 @@ def test_the_shared_data_keep_their_stated_counts_and_lose_no_row() -> None:
         "graded/rprover.jsonl": (7, 0, 5),
     }
     for file, counts in readme.items():
-        left_out = sum(r.file == file and r.rule != "format" for r in found.rejects)
-        assert sum(labels[file, score] for score in records.SCORES) == sum(counts) - left_out
-        if not left_out:
+        lost = sum(number for (name, _), number in left_out.items() if name == file)
+        assert sum(labels[file, score] for score in records.SCORES) == sum(counts) - lost, file
+        if not lost:
             assert tuple(labels[file, score] for score in records.SCORES) == counts
-    assert rules(found, "graded/deepseek_math_v2.jsonl") == {"withdrawn": 3}
+    assert left_out["graded/deepseek_math_v2.jsonl", "withdrawn"] == 3
     quality = collections.Counter(i.record.label.score for i in found.files["analyses"])
     assert quality == {0.0: 5, 1.0: 7}
     held = (*corpus.HELD_OUT, *corpus.TRAINING)
-    seen = {(i.row.file, i.row.line) for name in held for i in found.files[name]}
-    seen |= {(r.file, r.line) for r in found.rejects}
+    seen = {(shown(i.file), i.line) for name in held for i in found.files[name]}
+    seen |= {(shown(r.file), r.line) for r in rejects}
     stated = {"problems/proof_pilot_pool.jsonl": 9812, "graded/analyses_opc.jsonl": 594}
     stated |= {"problems/proofbench.jsonl": 38, "problems/usamo2025.jsonl": 2, judged: 12}
     for file, number in stated.items():
-        assert sum(name == file for name, _ in seen) == number
+        assert sum(name == file for name, _ in seen) == number, file
+
+
+TRAINING = ("opc", "mathconverse", "rprover", "analyses_opc")
+
+
+def shown(file: str) -> str:
+    return "/".join(pathlib.Path(file).parts[-2:])

@@ -1,5 +1,7 @@
 """Rows of graded files: scores, scales and their map, critiques, names, malformed lines."""
 
+import contextlib
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -10,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mathv2_jax import records
-from mathv2_jax.data import graded
+from mathv2_jax.data import graded, importing, raw_files
 from mathv2_jax.text import parse
 
-OPC = {"opc": "opc-5-of-7"}
+MARKS = graded.ScoreMap(marks=True)
+GIVEN = importing.ImportConfig(score_map=MARKS)
 
 
 def row(**fields: Any) -> graded.Row:
@@ -53,36 +56,83 @@ def label(score: float, scale: str) -> records.Label:
     ],
 )
 def test_marks_become_scores(score: float, best: float, ours: float) -> None:
-    assert graded.human_score(row(human_score=score, human_max=best)) == ours
+    marks = row(human_score=score, human_max=best)
+    assert graded.score_of(marks, MARKS) == ours
+    assert graded.score_of(row(human_score=score, human_max=best, score=ours), None) == ours
 
 
 @pytest.mark.parametrize(
-    "fields",
+    ("fields", "given"),
     [
-        dict(human_score=None),
-        dict(human_score=True),
-        dict(human_score="7", human_max=7),
-        dict(human_score=8, human_max=7),
-        dict(human_score=-1, human_max=7),
-        dict(human_score=0, human_max=0),
-        dict(human_score=6, human_max=7, score=1.0),
+        (dict(human_score=True), MARKS),
+        (dict(human_score="seven", human_max=7), MARKS),
+        (dict(human_score=8, human_max=7), MARKS),
+        (dict(human_score=-1, human_max=7), MARKS),
+        (dict(human_score=0, human_max=0), MARKS),
+        (dict(human_score=float("nan"), human_max=7), MARKS),
+        (dict(human_score=1, human_max=None), MARKS),
+        (dict(human_score=6, human_max=7, score=1.0), None),
+        (dict(human_score=6, human_max=7), None),
+        (dict(human_score=None, score=0.3), None),
+        (dict(human_score=None, score=True), None),
     ],
 )
-def test_marks_that_make_no_sense_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="human_score|score 1.0|marks"):
-        graded.human_score(row(**fields))
+def test_marks_and_scores_that_make_no_sense_are_refused(fields: Any, given: Any) -> None:
+    with pytest.raises(ValueError, match="human_score|human_max|score|marks"):
+        graded.score_of(row(**fields), given)
+
+
+@pytest.mark.parametrize(
+    ("text", "scores"),
+    [
+        ("marks:7", {7.0: 1.0, 6.0: 0.5, 5.0: 0.0}),
+        ("7:1,6:0.5,else:0", {7.0: 1.0, 6.0: 0.5, 5.0: 0.0, 99.0: 0.0}),
+        ("1:1, 0:0", {1.0: 1.0, 0.0: 0.0, 0.5: None}),
+    ],
+)
+def test_a_score_map_is_read_from_a_flag(text: str, scores: dict[float, float | None]) -> None:
+    given = graded.ScoreMap.parse(text)
+    for theirs, ours in scores.items():
+        if ours is None:
+            with pytest.raises(ValueError, match="none that --score_map names"):
+                given.score(theirs, None)
+        else:
+            assert given.score(theirs, None) == ours
+
+
+@pytest.mark.parametrize("text", ["", "7", "7:2", "marks:0", "marks:x", "7:1,7:0", "a:1"])
+def test_a_score_map_that_cannot_be_read_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=f"--score_map={text}"):
+        graded.ScoreMap.parse(text)
+
+
+def made(one: graded.Row) -> records.Proof:
+    return graded.proof_of(one, "opc", graded.label_of(one, "opc", GIVEN), (one.id,))
+
+
+def analysed(one: graded.Row) -> records.Analysis:
+    found = graded.analysis_of(one, "opc", GIVEN, (one.id,))[0]
+    assert isinstance(found, records.Analysis)
+    return found
 
 
 def test_a_proof_keeps_the_scale_of_its_source_and_the_row_that_it_came_from() -> None:
-    proof = graded.proof_of(row(), OPC)
+    proof = made(row())
     assert proof.label == records.Label(score=1.0, source="human", scale="opc-5-of-7")
     assert proof.parents == ("opc/1/grok-3",)
     assert "grok" not in proof.statement + proof.text
 
 
-def test_a_source_without_a_scale_is_refused() -> None:
-    with pytest.raises(ValueError, match="'opc' has no scale.*source_scales"):
-        graded.proof_of(row(), {"rprover": "disputed-gold"})
+def test_a_row_without_a_score_is_a_proof_without_a_label() -> None:
+    assert made(row(human_score=None, human_max=None)).label is None
+
+
+def test_a_source_without_a_scale_is_refused_unless_one_is_given() -> None:
+    with pytest.raises(ValueError, match="'mine' has no known scale: --scale=NAME"):
+        graded.label_of(row(), "mine", GIVEN)
+    named = importing.ImportConfig(score_map=MARKS, scale="full-marks")
+    label = graded.label_of(row(), "mine", named)
+    assert label is not None and label.scale == "full-marks"
 
 
 def test_labels_of_another_scale_need_a_map() -> None:
@@ -116,23 +166,25 @@ def test_a_map_holds_scores_and_each_once(pairs: Any) -> None:
 def test_a_judged_critique_is_an_analysis_whose_quality_is_the_persons_agreement(
     agrees: bool,
 ) -> None:
-    analysis = graded.judged_analysis_of(critique(human_agrees_with_analyst=agrees))
+    analysis = analysed(critique(human_agrees_with_analyst=agrees))
     assert analysis.label is not None
     assert (analysis.label.score, analysis.label.rubric) == (float(agrees), "I_mv")
     assert parse.parse_analysis(analysis.text) == ("Step 3 has no reason.", 0.0)
-    assert analysis.proof_id == graded.proof_of(row(), OPC).id
+    assert analysis.proof_id == made(row()).id
 
 
 def test_a_critique_without_a_judgement_or_a_verdict_is_refused() -> None:
     with pytest.raises(ValueError, match="neither true nor false"):
-        graded.judged_analysis_of(critique(human_agrees_with_analyst=None))
+        analysed(critique(human_agrees_with_analyst="yes"))
+    with pytest.raises(ValueError, match="not in the verifier's format"):
+        analysed(critique())
     with pytest.raises(ValueError, match="no verdict"):
-        graded.judged_analysis_of(row(analysis="Fine.", human_agrees_with_analyst=True))
+        analysed(row(analysis="Fine.", human_agrees_with_analyst=True))
 
 
 @pytest.mark.parametrize(("issues", "score"), [([], 1.0), ([{"category": "gap"}], 0.0)])
 def test_a_listed_analysis_scores_by_whether_it_lists_issues(issues: Any, score: float) -> None:
-    analysis = graded.listed_analysis_of(row(analysis="The proof is short.", issues=issues))
+    analysis = analysed(row(analysis="The proof is short.", issues=issues))
     assert analysis.label is None
     assert parse.parse_analysis(analysis.text) == ("The proof is short.", score)
 
@@ -141,14 +193,14 @@ def test_a_listed_analysis_scores_by_whether_it_lists_issues(issues: Any, score:
 @pytest.mark.parametrize("field", ["problem", "proof"])
 def test_a_text_that_names_its_writer_is_refused(name: str, field: str) -> None:
     with pytest.raises(ValueError, match="names its writer"):
-        graded.proof_of(row(**{field: f"This is by {name}."}), OPC)
+        made(row(**{field: f"This is by {name}."}))
 
 
 def test_the_analyst_may_not_be_named_either() -> None:
     with pytest.raises(ValueError, match="names its writer, 'gpt-5'"):
         text = "<verification>false</verification> GPT-5 disagrees."
         fields = dict(analysis=text, analyst="GPT-5 (verdict: False)")
-        graded.judged_analysis_of(row(human_agrees_with_analyst=True, **fields))
+        analysed(row(human_agrees_with_analyst=True, **fields))
 
 
 @pytest.mark.parametrize("text", ["O3 is a point on o4.", "a grokking argument", "mini high pro"])
@@ -160,28 +212,22 @@ def test_short_names_and_parts_of_words_are_no_names(text: str) -> None:
 @pytest.mark.parametrize("proof", [None, "", "  \n", 3, "\ud800 lone"])
 def test_a_row_without_text_is_refused(proof: Any) -> None:
     with pytest.raises(ValueError, match="'proof' holds"):
-        graded.proof_of(row(proof=proof), OPC)
+        made(row(proof=proof))
 
 
-def read(folder: pathlib.Path, data: bytes) -> tuple[list[graded.Row], list[graded.Reject]]:
-    (folder / "rows.jsonl").write_bytes(data)
-    rejects: list[graded.Reject] = []
-    return graded.read_rows(epath.Path(folder), "rows.jsonl", rejects), rejects
+def test_an_analysis_brings_the_proof_that_people_marked() -> None:
+    found = graded.analysis_of(row(analysis="Short.", issues=[]), "opc", GIVEN, ("i:1",))
+    assert [type(one).__name__ for one in found] == ["Analysis", "Proof"]
+    assert found[1] == dataclasses.replace(made(row()), parents=("i:1",))
 
 
-def test_a_malformed_line_is_named_by_file_and_line(tmp_path: pathlib.Path) -> None:
+def test_a_malformed_line_is_named_by_its_number(tmp_path: pathlib.Path) -> None:
     lines = [b'{"id": "a"}', b'{"id": ', b"", b"[1]", b'{"id": "\xff"}', b'{"id": "b\\u2028"}']
-    rows, rejects = read(tmp_path, b"\n".join(lines))
-    assert [(r.line, r.id) for r in rows] == [(1, "a"), (6, "b\u2028")]
-    assert [(r.file, r.line, r.rule) for r in rejects] == [
-        ("rows.jsonl", number, "malformed") for number in (2, 4, 5)
-    ]
-    assert "list" in rejects[1].reason
-
-
-def test_a_missing_file_is_named(tmp_path: pathlib.Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"graded/opc\.jsonl does not exist"):
-        graded.read_rows(epath.Path(tmp_path), "graded/opc.jsonl", [])
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    found = list(raw_files.read(epath.Path(tmp_path / "rows.jsonl")))
+    assert [(r.line, r.fields["id"]) for r in found if not r.fault] == [(1, "a"), (6, "b\u2028")]
+    assert [r.line for r in found if r.fault] == [2, 4, 5]
+    assert "list" in found[2].fault
 
 
 @given(st.dictionaries(st.text(max_size=3), st.none() | st.booleans() | st.text(max_size=3)))
@@ -189,22 +235,6 @@ def test_no_object_makes_a_reader_raise_anything_but_value_errors(body: dict[str
     base = json.loads(json.dumps(dict(row().fields)))
     for fields in (body, {**base, **body}, {**base, "analysis": "x", "issues": [], **body}):
         found = graded.Row(file="f", line=1, fields=fields)
-        for make in (
-            graded.judged_analysis_of,
-            graded.listed_analysis_of,
-            lambda r: graded.proof_of(r, OPC),
-        ):
-            try:
+        for make in (analysed, made):
+            with contextlib.suppress(ValueError):
                 make(found)
-            except ValueError as error:
-                assert str(error)
-
-
-def test_a_row_that_nests_too_deeply_is_a_reject_and_an_empty_file_is_said_so(tmp_path, caplog):
-    depth = 100_000
-    (tmp_path / "deep.jsonl").write_text('{"id": ' + "[" * depth + "]" * depth + "}\n")
-    rejects: list[graded.Reject] = []
-    assert graded.read_rows(epath.Path(tmp_path), "deep.jsonl", rejects) == []
-    (reject,) = rejects
-    assert (reject.line, reject.rule) == (1, "malformed") and "no JSON" in reject.reason
-    assert "deep.jsonl holds no row that can be read" in caplog.text

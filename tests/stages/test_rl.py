@@ -9,7 +9,7 @@ from mathv2_jax import records, roles, storage
 from mathv2_jax.cli import inputs
 from mathv2_jax.rl import optimizer
 from mathv2_jax.rollout import durable
-from mathv2_jax.stages import groups, rl, updates
+from mathv2_jax.stages import groups, rl, task_stream, updates
 from tests import scripted
 from tests.by_hand import RATINGS, STATEMENT, VERDICTS, proof, task
 
@@ -139,7 +139,7 @@ def test_fresh_proofs_have_their_share_and_unlabelled_ones_none(make_run):
         fresh_share=0.25,
         rl=config(row_length=400),
     )
-    tasks = rl.task_stream(run, mixed)
+    tasks = task_stream.make(run, mixed)
     drawn = [tasks[n] for n in range(80)]
     assert sum(t.auto for t in drawn) == 20
     assert {t.target for t in drawn} == {p.id for p in (*human, *auto)}
@@ -163,23 +163,22 @@ def test_a_source_without_labels_leaves_its_weight_to_the_others_of_its_role(mak
     parts = run.parts("label")
     parts.write_part(storage.part_name(1), records.to_lines([proof("u", text="U")]))
     parts.commit(1)
-    tasks = rl.task_stream(run, stage(proofs=proofs, fresh_share=0.75, rl=config(row_length=400)))
+    tasks = task_stream.make(run, stage(proofs=proofs, fresh_share=0.75, rl=config(row_length=400)))
     drawn = [tasks[n].role.name for n in range(40)]
     assert drawn.count(roles.VERIFIER) == drawn.count(roles.META_VERIFIER) == 20
 
 
 def test_fresh_proofs_alone_have_the_whole_weight_of_the_verifier():
-    alone = stage(proofs=("a", "b"), fresh_share=0.25)
-    assert rl._proof_shares(alone, ["a", "b"]) == {"a": 0.5, "b": 0.5}
-    both = stage(proofs=("proofs", "a", "b"), fresh_share=0.25)
-    assert rl._proof_shares(both, both.proofs) == {"a": 0.125, "b": 0.125, "proofs": 0.75}
+    assert task_stream.proof_shares(["a", "b"], 0.25) == {"a": 0.5, "b": 0.5}
+    both = task_stream.proof_shares(["proofs", "a", "b"], 0.25)
+    assert both == {"a": 0.125, "b": 0.125, "proofs": 0.75}
 
 
 def test_a_stage_without_any_labelled_proof_says_so(make_run):
     run = make_run()
     write_inputs(run, proofs=[proof("u")])
     with pytest.raises(ValueError, match="no source has a positive weight"):
-        rl.task_stream(run, stage(mixture={"verifier": 1.0}))
+        task_stream.make(run, stage(mixture={"verifier": 1.0}))
 
 
 def test_tasks_that_no_row_holds_are_left_out_and_none_left_is_an_error(make_run, caplog):
@@ -188,11 +187,11 @@ def test_tasks_that_no_row_holds_are_left_out_and_none_left_is_an_error(make_run
         run, proofs=[proof("s", score=1.0), proof("l", text="A implies B " * 60, score=1.0)]
     )
     short = stage(mixture={"verifier": 1.0}, rl=config(row_length=100))
-    tasks = rl.task_stream(run, short)
+    tasks = task_stream.make(run, short)
     assert {tasks[n].target for n in range(6)} == {"s"}
     assert "1 of 2 items do not fit engine.context and row_length" in caplog.text
     with pytest.raises(ValueError, match=r"none of 2 items fits .*row_length = 5"):
-        rl.task_stream(run, stage(mixture={"verifier": 1.0}, rl=config(row_length=5)))
+        task_stream.make(run, stage(mixture={"verifier": 1.0}, rl=config(row_length=5)))
 
 
 # Settings.

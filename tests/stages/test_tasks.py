@@ -28,7 +28,7 @@ def analysis(name, score, source="human"):
 
 def test_a_generator_is_asked_the_problem_and_has_no_label(house):
     problem = records.Problem(id="x", statement=STATEMENT, source="s", cluster="c")
-    (task,) = tasks.generator_tasks(ROLES.generator, house.tokenizer, [problem])
+    task = tasks.make_task(ROLES.generator, house.tokenizer, problem)
     asked = scripted.shown(ROLES.generator, statement=STATEMENT)
     assert house.tokenizer.decode(task.prompt) == asked and STATEMENT in asked
     assert (task.label, task.auto, task.target, task.problem_id) == (None, False, "x", "x")
@@ -36,7 +36,7 @@ def test_a_generator_is_asked_the_problem_and_has_no_label(house):
 
 def test_a_verifier_is_asked_the_proof_and_labelled_by_its_score(house):
     labelled = [proof("a", score=0.0), proof("b", score=0.5, source="auto"), proof("c", score=1.0)]
-    made = tasks.verifier_tasks(ROLES.verifier, house.tokenizer, labelled)
+    made = [tasks.make_task(ROLES.verifier, house.tokenizer, p) for p in labelled]
     assert [(t.target, t.label, t.auto) for t in made] == [
         ("a", 0.0, False),
         ("b", 0.5, True),
@@ -49,7 +49,7 @@ def test_a_verifier_is_asked_the_proof_and_labelled_by_its_score(house):
 
 def test_a_meta_verifier_is_asked_the_analysis_and_labelled_by_its_quality(house):
     labelled = [analysis("a", 0.0), analysis("b", 1.0, "auto")]
-    made = tasks.meta_verifier_tasks(ROLES.meta_verifier, house.tokenizer, labelled)
+    made = [tasks.make_task(ROLES.meta_verifier, house.tokenizer, a) for a in labelled]
     assert [(t.target, t.label, t.auto) for t in made] == [("a", 0.0, False), ("b", 1.0, True)]
     fields = dict(statement=STATEMENT, proof=PROOF, analysis=VERDICTS[0.5])
     asked = scripted.shown(ROLES.meta_verifier, **fields)
@@ -60,6 +60,6 @@ def test_a_meta_verifier_is_asked_the_analysis_and_labelled_by_its_quality(house
 
 def test_what_has_no_label_is_named(house):
     with pytest.raises(ValueError, match="proof u of '' has no label"):
-        tasks.verifier_tasks(ROLES.verifier, house.tokenizer, [proof("u")])
+        tasks.make_task(ROLES.verifier, house.tokenizer, proof("u"))
     with pytest.raises(ValueError, match="analysis u of '' has no label"):
-        tasks.meta_verifier_tasks(ROLES.meta_verifier, house.tokenizer, [analysis("u", None)])
+        tasks.make_task(ROLES.meta_verifier, house.tokenizer, analysis("u", None))

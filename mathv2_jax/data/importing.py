@@ -1,0 +1,318 @@
+"""Files of others into a store: every row becomes records, or a reject that says why.
+
+Texts are met once: the same proof again is a duplicate, with another score a conflict. Statements
+that read nearly the same share a cluster, and nothing in the cluster of an evaluation problem is
+taken for training (`data/clusters.py`). Where too many rows are bad, nothing is written.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from mathv2_jax import records, storage
+from mathv2_jax.data import clusters as clusters_lib
+from mathv2_jax.data import graded, raw_files
+from mathv2_jax.data import store as store_lib
+
+BAD = ("malformed", "too-long", "duplicate-id", "conflicting-label")
+KINDS = ("auto", "problem", "proof", "analysis")
+FIELDS = (
+    *("id", "source", "scale", "rater", "problem", "proof", "model", "score", "human_score"),
+    *("human_max", "analysis", "analyst", "issues", "verdict", "human_agrees_with_analyst"),
+    *("human_comments", "answer", "reference_solution", "grading_guidelines", "false_variant"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """How rows become records.
+
+    `fields` maps names of ours to columns of the files. `kind` auto: a row with an analysis is one,
+    else one with a proof, else a problem. `source` names the source of rows that do not; without
+    either it is the file's name. `scale` names how their labels were made. `evaluation` and
+    `withdraw` are Import's. `near` is the share of a statement that makes two of them one cluster.
+    """
+
+    fields: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    kind: str = "auto"
+    source: str = ""
+    scale: str = ""
+    score_map: graded.ScoreMap | None = None
+    evaluation: bool = False
+    withdraw: bool = False
+    max_bad_share: float = 0.05
+    max_text_bytes: int = 1_000_000
+    near: float = 0.8
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"--kind={self.kind}: one of {', '.join(KINDS)}")
+        if not 0.0 <= self.max_bad_share <= 1.0:
+            raise ValueError(f"--max_bad_share={self.max_bad_share}: must lie in 0..1")
+        if self.max_text_bytes < 1:
+            raise ValueError(f"--max_text_bytes={self.max_text_bytes}: must be at least 1")
+        if not 0.5 <= self.near <= 1.0:
+            raise ValueError(f"--near={self.near}: must lie in 0.5..1")
+        if self.evaluation and self.withdraw:
+            raise ValueError("--evaluation and --withdraw exclude each other")
+
+    def settings(self) -> str:
+        """As a line of JSON."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+@dataclasses.dataclass
+class Report:
+    """What came of a command: rows, records by kind, and the rows that were left out."""
+
+    rows: int = 0
+    kept: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    rejects: list[store_lib.Reject] = dataclasses.field(default_factory=list)
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def num_bad(self) -> int:
+        """Rows with a fault of their own: duplicates and evaluation problems have none."""
+        return sum(reject.rule in BAD for reject in self.rejects)
+
+
+class TooManyBadError(ValueError):
+    """More rows are bad than may be; nothing was written."""
+
+
+class Importer:
+    """What a store holds, by text, id and cluster, and rows on their way into it."""
+
+    def __init__(self, store: store_lib.Store, config: ImportConfig):
+        self._config = config
+        self._imports = store.imports()
+        self._clusters = clusters_lib.Clusters(config.near)
+        self._known: dict[str, tuple[str, Any]] = {}  # where, and itself, by id
+        self._rows: dict[tuple[str, str], tuple[str, str]] = {}  # where, text; by source and row id
+        self._evaluated: dict[str, str] = {}  # where, by cluster
+        self._withdrawn: set[str] = set()
+        self._trained: dict[str, int] = collections.Counter()
+        self.made: list[Any] = []
+        self.report = Report()
+        for record in store:
+            if not isinstance(record, store_lib.Import | store_lib.Reject):
+                number, line = store_lib.import_of(record)
+                came_by = self._imports[number]
+                self._note(record, came_by, f"{came_by.file}, line {line}")
+
+    def read(self, path: epath.Path) -> None:
+        """Every row of a file; one that was imported with the same settings is left out."""
+        settings, data = self._config.settings(), storage.read_bytes(path)
+        digest = hashlib.sha256(data).hexdigest()
+        number = records.content_id("import", digest, settings)
+        if number in self._imports:
+            self.report.notes.append(f"{path} was imported before, with the same settings")
+            return
+        came_by = store_lib.Import(
+            id=number,
+            file=os.fspath(path),
+            sha256=digest,
+            settings=settings,
+            rows=0,
+            evaluation=self._config.evaluation,
+            withdraws=self._config.withdraw,
+        )
+        self._imports[number] = came_by
+        rows, at = 0, len(self.made)
+        for raw in raw_files.read(path):
+            rows += 1
+            self._row(raw, came_by)
+        self.made.insert(at, dataclasses.replace(came_by, rows=rows))
+        self.report.rows += rows
+
+    def _row(self, raw: raw_files.Raw, came_by: store_lib.Import) -> None:
+        config = self._config
+        fields = dict(raw.fields)
+        fields |= {ours: raw.fields.get(theirs) for ours, theirs in config.fields.items()}
+        row = graded.Row(
+            file=came_by.file, line=raw.line, fields=fields, most=config.max_text_bytes
+        )
+        try:
+            if raw.fault:
+                raise ValueError(raw.fault)
+            made = self._records(row, (f"{came_by.id}:{row.line}", *filter(None, [row.id])))
+        except graded.TooLongError as error:
+            self._reject(row, "too-long", str(error))
+            return
+        except ValueError as error:
+            self._reject(row, "malformed", str(error))
+            return
+        self._take(row, made, came_by)
+
+    def _records(self, row: graded.Row, parents: tuple[str, ...]) -> list[Any]:
+        config, fields = self._config, row.fields
+        if fields.get("kind") in _OURS and "schema" in fields:
+            return [_ours(row, parents)]
+        kind = config.kind
+        if kind == "auto":
+            kind = next((k for k in ("analysis", "proof") if fields.get(k) is not None), "problem")
+        source = config.source or row.optional_text("source") or _stem(row.file)
+        if kind == "problem":
+            cluster = self._clusters.of(row.text("problem"))
+            return graded.problems_of(row, source, cluster, parents)
+        if kind == "analysis":
+            return graded.analysis_of(row, source, config, parents)
+        label = graded.label_of(row, source, config)
+        return [graded.proof_of(row, source, label, parents)]
+
+    def _take(self, row: graded.Row, made: list[Any], came_by: store_lib.Import) -> None:
+        """Into the store, unless something there says otherwise."""
+        first, where = made[0], f"{row.file}, line {row.line}"
+        cluster = self._clusters.of(first.statement)
+        if not (came_by.evaluation or came_by.withdraws) and self._is_evaluated(cluster):
+            reason = f"its problem reads as that of {self._evaluated[cluster]}, kept for evaluation"
+            self._reject(row, "evaluation", reason)
+            return
+        if row.id:
+            key, text = (first.source, row.id), first.id
+            before, held = self._rows.setdefault(key, (where, text))
+            if held != text:
+                self._reject(row, "duplicate-id", f"id {row.id!r} is that of {before}, another row")
+                return
+        if first.id in self._known and not self._is_better(row, first):
+            return
+        for place, record in enumerate(made):
+            if place and record.id in self._known and not self._is_better(row, record, told=False):
+                continue
+            self._note(record, came_by, where)
+            self.made.append(record)
+            self.report.kept[type(record).__name__] += 1
+
+    def _is_better(self, row: graded.Row, record: Any, *, told: bool = True) -> bool:
+        """Whether a text that was met before has a label now that takes the place of the old one.
+
+        Otherwise the labels tell a duplicate, which is told only where asked, from a conflict.
+        """
+        where, old = self._known[record.id]
+        if store_lib.trust(record) > store_lib.trust(old):
+            return True
+        before, now = old.label if hasattr(old, "label") else None, getattr(record, "label", None)
+        if before is None or now is None or before.score == now.score:
+            if told:
+                self._reject(row, "duplicate", f"the same text as {where}")
+        else:
+            reason = (
+                f"the same text as {where}, which is a {before.score:g} ({before.scale}); here it "
+                f"is a {now.score:g} ({now.scale})"
+            )
+            self._reject(row, "conflicting-label", reason)
+        return False
+
+    def _reject(self, row: graded.Row, rule: str, reason: str) -> None:
+        reject = row.reject(rule, reason)
+        self.report.rejects.append(reject)
+        self.made.append(reject)
+
+    def _is_evaluated(self, cluster: str) -> bool:
+        return cluster in self._evaluated and cluster not in self._withdrawn
+
+    def _note(self, record: Any, came_by: store_lib.Import, where: str) -> None:
+        if record.id not in self._known or store_lib.trust(record) >= store_lib.trust(
+            self._known[record.id][1]
+        ):
+            self._known[record.id] = where, record
+        row = next((p for p in record.parents if not _IMPORT.fullmatch(p)), "")
+        if row and not getattr(record, "false_variant_of", None):
+            self._rows.setdefault((record.source, row), (where, record.id))
+        cluster = self._clusters.of(record.statement)
+        if came_by.evaluation:
+            self._evaluated.setdefault(cluster, where)
+        elif came_by.withdraws:
+            self._withdrawn.add(cluster)
+        if not came_by.evaluation:
+            self._trained[cluster] += 1
+
+    def contaminated(self) -> int:
+        """Training records whose problem is one of evaluation: a run leaves them out."""
+        return sum(n for cluster, n in self._trained.items() if self._is_evaluated(cluster))
+
+
+_OURS = {kind.__name__: kind for kind in (records.Problem, records.Proof, records.Analysis)}
+
+
+def _ours(row: graded.Row, parents: tuple[str, ...]) -> Any:
+    """A record that this program wrote, as it is, with the import among its parents."""
+    for name in ("statement", "text", "proof"):
+        if name in row.fields:
+            row.text(name)
+    record = records.from_json(_OURS[row.fields["kind"]], json.dumps(row.fields))
+    given = [p for p in record.parents if not _IMPORT.fullmatch(p)]
+    return dataclasses.replace(record, parents=(parents[0], *given))
+
+
+_IMPORT = re.compile(r"[0-9a-f]{16}:\d+")
+
+
+def _stem(file: str) -> str:
+    return os.path.basename(file).partition(".")[0]
+
+
+def import_files(
+    store: store_lib.Store, paths: Sequence[epath.Path], config: ImportConfig
+) -> Report:
+    """All files at once, or none of them: TooManyBadError where too large a share of rows is bad.
+
+    ValueError and FileNotFoundError name a file that cannot be read.
+    """
+    with store.writing():
+        importer = Importer(store, config)
+        for path in paths:
+            importer.read(path)
+        report = importer.report
+        if report.num_bad > config.max_bad_share * report.rows:
+            raise TooManyBadError(
+                f"{report.num_bad} of {report.rows} rows are bad, and --max_bad_share is "
+                f"{config.max_bad_share:g}; nothing was imported. By file and rule:\n"
+                f"{describe(report.rejects)}"
+            )
+        store.append(importer.made)
+        found = importer.contaminated()
+        if found:
+            report.notes.append(
+                f"{found} records for training are about problems that are kept for evaluation: "
+                "runs leave them out"
+            )
+        return report
+
+
+def import_labels(store: store_lib.Store, path: epath.Path, made: Sequence[Any]) -> None:
+    """Labelled versions of a store's records, which came from people's ratings in a file."""
+    digest = hashlib.sha256(storage.read_bytes(path)).hexdigest()
+    came_by = store_lib.Import(
+        id=records.content_id("import", digest, "annotations"),
+        file=os.fspath(path),
+        sha256=digest,
+        settings="{}",
+        rows=len(made),
+    )
+    with store.writing():
+        if came_by.id in store.imports():
+            raise ValueError(f"{path} was imported before")
+        traced = [
+            dataclasses.replace(record, parents=(*record.parents, f"{came_by.id}:{number}"))
+            for number, record in enumerate(made, start=1)
+        ]
+        store.append([came_by, *traced])
+
+
+def describe(rejects: Sequence[store_lib.Reject]) -> str:
+    """How many rows each rule left out of each file, with one example of a reason."""
+    counted: dict[tuple[str, str], list[store_lib.Reject]] = {}
+    for reject in rejects:
+        counted.setdefault((reject.file, reject.rule), []).append(reject)
+    return "\n".join(
+        f"{file}: {len(found)} {rule} (line {found[0].line}: {found[0].reason:.160})"
+        for (file, rule), found in sorted(counted.items())
+    )
