@@ -8,13 +8,11 @@ A screenshot of the page that people see needs a Chromium: --browser=PATH.
 """
 
 import argparse
-import base64
 import contextlib
 import json
 import os
 import pathlib
 import random
-import shutil
 import socket
 import subprocess
 import sys
@@ -31,7 +29,7 @@ from mathv2_jax.data import annotation
 from mathv2_jax.data import store as store_lib
 from mathv2_jax.text import parse
 
-VERSION = "label-studio==1.23.2"
+VERSIONS = ["label-studio==1.23.2", "playwright==1.65.2"]
 USERS = [("ada@example.org", "a" * 40), ("emmy@example.org", "b" * 40)]
 PASSWORD = "only-on-127-0-0-1"
 WAIT_SECONDS = 300
@@ -40,13 +38,13 @@ WAIT_SECONDS = 300
 def install(env: pathlib.Path) -> pathlib.Path:
     """The environment's folder of programs."""
     if not (env / "bin" / "label-studio").exists():
-        print(f"installing {VERSION} into {env}", flush=True)
+        print(f"installing {' and '.join(VERSIONS)} into {env}", flush=True)
         subprocess.run([sys.executable, "-m", "venv", os.fspath(env)], check=True)
         pip = env / "bin" / "pip"
         subprocess.run([pip, "install", "-q", "uv"], check=True)
         python = os.fspath(env / "bin" / "python")
         subprocess.run(
-            [env / "bin" / "uv", "pip", "install", "-q", "--python", python, VERSION], check=True
+            [env / "bin" / "uv", "pip", "install", "-q", "--python", python, *VERSIONS], check=True
         )
     return env / "bin"
 
@@ -199,21 +197,39 @@ def check(url: str, folder: pathlib.Path) -> int:
     return number
 
 
-def screenshot(url: str, number: int, browser: str, path: pathlib.Path) -> None:
-    """The labelling page of the project's first task, by a headless Chromium that logs in."""
-    script = pathlib.Path(__file__).with_name("screenshot.mjs")
-    node = shutil.which("node")
-    if node is None or not script.exists():
-        raise SystemExit("a screenshot needs node and tools/screenshot.mjs")
-    login = base64.b64encode(f"{USERS[0][0]}:{PASSWORD}".encode()).decode()
-    subprocess.run([node, script, url, str(number), browser, path, login], check=True)
+_SHOT = """
+import sys
+from playwright.sync_api import sync_playwright
+
+url, number, browser, path, user, password = sys.argv[1:]
+with sync_playwright() as p:
+    page = p.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page(
+        viewport={"width": 1500, "height": 1100})
+    page.goto(f"{url}/user/login")
+    page.fill("input[name=email]", user)
+    page.fill("input[name=password]", password)
+    page.click("button[type=submit]")
+    page.wait_for_url(lambda now: "login" not in now, timeout=120000)
+    page.goto(f"{url}/projects/{number}/labeling")
+    page.wait_for_selector("math", timeout=60000)
+    page.wait_for_timeout(3000)
+    page.screenshot(path=path)
+"""
+
+
+def screenshot(
+    programs: pathlib.Path, url: str, number: int, browser: str, path: pathlib.Path
+) -> None:
+    """The labelling page of the project, by a headless Chromium that logs in."""
+    where = [url, str(number), browser, os.fspath(path), USERS[0][0], PASSWORD]
+    subprocess.run([programs / "python", "-c", _SHOT, *where], check=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--env", type=pathlib.Path, default=pathlib.Path(".venv-label-studio"))
     parser.add_argument("--screenshot", type=pathlib.Path)
-    parser.add_argument("--browser", default="")
+    parser.add_argument("--browser", default="/usr/bin/chromium")
     args = parser.parse_args()
     programs = install(args.env.absolute())
     with socket.socket() as free:
@@ -226,7 +242,7 @@ def main() -> None:
             second_user(programs, folder / "server")
             number = check(url, folder)
             if args.screenshot:
-                screenshot(url, number, args.browser, args.screenshot)
+                screenshot(programs, url, number, args.browser, args.screenshot)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,7 @@ _OF_IMPORTS = (
 def main(argv: Sequence[str]) -> int:
     """Usage and input errors are one line and exit code 2; what is a bug keeps its traceback."""
     try:
+        _ASKED.unparse_flags()  # one process may call it often
         if not shell.read_flags(_ASKED, argv, __doc__, ["records"]):
             return shell.FINISHED
         folder = shell.absolute(_ASKED.records)

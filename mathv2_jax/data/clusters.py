@@ -6,8 +6,11 @@ layout, another phrase, or a corrected bound.
 """
 
 import collections
+import itertools
 import math
 import unicodedata
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from mathv2_jax import records
 
@@ -21,6 +24,12 @@ def normalise(statement: str) -> str:
     return "".join(c for c in folded if c.isalnum())
 
 
+class _Remembered(NamedTuple):
+    cluster: str
+    shingles: frozenset[str]
+    number: int  # of some of them that one must hold who is near
+
+
 class Clusters:
     """Names the cluster of one statement after another; the first of a cluster founds it.
 
@@ -31,9 +40,9 @@ class Clusters:
     def __init__(self, near: float):
         self.near = near
         self._exact: dict[str, str] = {}
-        self._remembered: list[tuple[str, frozenset[str]]] = []  # cluster and shingles
+        self._remembered: list[_Remembered] = []
         self._holders: dict[str, list[int]] = collections.defaultdict(list)
-        self._first_holders: dict[str, list[int]] = collections.defaultdict(list)
+        self._some_holders: dict[str, list[int]] = collections.defaultdict(list)
 
     def of(self, statement: str) -> str:
         """The statement's cluster, which later ones may join."""
@@ -45,28 +54,40 @@ class Clusters:
         self._exact[text] = cluster
         if len(shingles) >= MIN_SHINGLES:
             place = len(self._remembered)
-            self._remembered.append((cluster, shingles))
+            some, number = self._some(shingles)
+            self._remembered.append(_Remembered(cluster, shingles, number))
             for shingle in shingles:
                 self._holders[shingle].append(place)
-            for shingle in self._first(shingles):
-                self._first_holders[shingle].append(place)
+            for shingle in some:
+                self._some_holders[shingle].append(place)
         return cluster
 
-    def _first(self, shingles: frozenset[str]) -> list[str]:
-        """So many, in one order of all, that who holds `near` of them holds one of these."""
+    def _some(self, shingles: frozenset[str]) -> tuple[list[str], int]:
+        """So many, in one order of all, and how many of these one holds who holds `near` of all:
+        who lacks so many in all lacks no more of a part.
+        """
         missing = len(shingles) - math.ceil(self.near * len(shingles))
-        return sorted(shingles, key=hash)[: missing + 1]
+        number = max(1, missing // 3)
+        return sorted(shingles, key=hash)[: missing + number], number
 
     def _nearest(self, shingles: frozenset[str]) -> str | None:
         if len(shingles) < MIN_SHINGLES:
             return None
-        # The shorter of two is this one, which has one of its first in the other, or the other.
-        places = {p for s in self._first(shingles) for p in self._holders.get(s, ())}
-        places |= {p for s in shingles for p in self._first_holders.get(s, ())}
+        # The shorter of two is this one, and the other holds enough of a part of it, or the other.
+        some, number = self._some(shingles)
+        shared = collections.Counter(_chained(self._holders, some))
+        places = {place for place, count in shared.items() if count >= number}
+        shared = collections.Counter(_chained(self._some_holders, shingles))
+        places |= {p for p, count in shared.items() if count >= self._remembered[p].number}
         best, found = self.near, None
         for place in sorted(places):
-            cluster, others = self._remembered[place]
-            share = len(shingles & others) / min(len(others), len(shingles))
+            other = self._remembered[place]
+            common = len(shingles & other.shingles)
+            share = common / min(len(other.shingles), len(shingles))
             if share >= best and (found is None or share > best):
-                best, found = share, cluster
+                best, found = share, other.cluster
         return found
+
+
+def _chained(holders: dict[str, list[int]], shingles: Iterable[str]) -> Iterable[int]:
+    return itertools.chain.from_iterable(holders.get(s, ()) for s in shingles)

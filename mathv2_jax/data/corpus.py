@@ -90,10 +90,10 @@ HELD_OUT = ("probe", "validation_problems", "test_problems", "test_proofs", "tes
 
 
 class _Reader:
-    """A store's records by what they are for; keeps the rejects."""
+    """A store's records by what they are for; keeps the rejects, its import's among them."""
 
     def __init__(self, store: store_lib.Store, config: RealConfig):
-        self.rejects: list[store_lib.Reject] = []
+        self.rejects = store.of(store_lib.Reject)
         self._clusters = clusters_lib.Clusters(config.near)
         self.evaluation: list[Item] = []
         self.training: list[Item] = []

@@ -95,7 +95,8 @@ class Importer:
         self._imports = store.imports()
         self._clusters = clusters_lib.Clusters(config.near)
         self._known: dict[str, tuple[str, Any]] = {}  # where, and itself, by id
-        self._rows: dict[tuple[str, str], tuple[str, str]] = {}  # where, text; by source and row id
+        # Where, and the text's id; by kind, source and the row's id.
+        self._rows: dict[tuple[type, str, str], tuple[str, str]] = {}
         self._evaluated: dict[str, str] = {}  # where, by cluster
         self._withdrawn: set[str] = set()
         self._trained: dict[str, int] = collections.Counter()
@@ -109,6 +110,9 @@ class Importer:
 
     def read(self, path: epath.Path) -> None:
         """Every row of a file; one that was imported with the same settings is left out."""
+        raws = raw_files.read(path)
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist")
         settings, data = self._config.settings(), storage.read_bytes(path)
         digest = hashlib.sha256(data).hexdigest()
         number = records.content_id("import", digest, settings)
@@ -126,7 +130,7 @@ class Importer:
         )
         self._imports[number] = came_by
         rows, at = 0, len(self.made)
-        for raw in raw_files.read(path):
+        for raw in raws:
             rows += 1
             self._row(raw, came_by)
         self.made.insert(at, dataclasses.replace(came_by, rows=rows))
@@ -176,7 +180,7 @@ class Importer:
             self._reject(row, "evaluation", reason)
             return
         if row.id:
-            key, text = (first.source, row.id), first.id
+            key, text = (type(first), first.source, row.id), first.id
             before, held = self._rows.setdefault(key, (where, text))
             if held != text:
                 self._reject(row, "duplicate-id", f"id {row.id!r} is that of {before}, another row")
@@ -225,7 +229,7 @@ class Importer:
             self._known[record.id] = where, record
         row = next((p for p in record.parents if not _IMPORT.fullmatch(p)), "")
         if row and not getattr(record, "false_variant_of", None):
-            self._rows.setdefault((record.source, row), (where, record.id))
+            self._rows.setdefault((type(record), record.source, row), (where, record.id))
         cluster = self._clusters.of(record.statement)
         if came_by.evaluation:
             self._evaluated.setdefault(cluster, where)

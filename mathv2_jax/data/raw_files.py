@@ -27,8 +27,8 @@ class Raw(NamedTuple):
 def read(path: epath.Path) -> Iterator[Raw]:
     """The rows of a file, by its name's ending: .jsonl, .csv, .parquet or .array_record.
 
-    Empty lines are no rows. FileNotFoundError where there is no file; ValueError where the file as
-    a whole cannot be read, or its ending is another.
+    Empty lines are no rows. ValueError where the file as a whole cannot be read, or its ending is
+    another.
     """
     reader = _READERS.get(path.suffix)
     if reader is None:
@@ -36,8 +36,6 @@ def read(path: epath.Path) -> Iterator[Raw]:
             f"{path}: a file to import ends in one of {', '.join(_READERS)}, this in "
             f"{path.suffix!r}"
         )
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist")
     return reader(path)
 
 

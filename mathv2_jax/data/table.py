@@ -10,6 +10,8 @@ import io
 import math
 import os
 import threading
+import weakref
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
@@ -69,7 +71,7 @@ class Index:
                 arrays = dict(found)
             schema = int(arrays.pop("schema"))
             made = cls(sha256=str(arrays.pop("sha256")), **arrays)
-        except (OSError, KeyError, TypeError, zlib.error) as error:
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{len(data)} bytes that are no index: {error}") from error
         if schema != INDEX_SCHEMA:
             raise ValueError(f"an index of schema {schema}, this program reads {INDEX_SCHEMA}")
@@ -190,6 +192,7 @@ class Table(Sequence[T], Generic[T]):
     def _open(self) -> None:
         self._lock = threading.Lock()
         self._files: dict[int, int] = {}
+        weakref.finalize(self, _close, self._files)
         self._whole: collections.OrderedDict[int, bytes] = collections.OrderedDict()
 
     def __len__(self) -> int:
@@ -242,13 +245,7 @@ class Table(Sequence[T], Generic[T]):
     def close(self) -> None:
         """Lets go of the open files; they are opened again when they are needed."""
         with self._lock:
-            for file in self._files.values():
-                os.close(file)
-            self._files.clear()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_files"):
-            self.close()
+            _close(self._files)
 
     def __getstate__(self) -> dict[str, Any]:
         return {n: v for n, v in vars(self).items() if n not in ("_lock", "_files", "_whole")}
@@ -260,6 +257,11 @@ class Table(Sequence[T], Generic[T]):
     def __repr__(self) -> str:
         where = os.fspath(self._paths[0].parent) if self._paths else "nowhere"
         return f"Table({where!r}, {len(self)} records)"
+
+
+def _close(files: dict[int, int]) -> None:
+    while files:
+        os.close(files.popitem()[1])
 
 
 def write_file(path: epath.Path, items: Sequence[Any]) -> None:

@@ -55,11 +55,31 @@ def test_short_statements_have_only_exact_twins() -> None:
     assert found.of("Solve x + y = 123.") != first
 
 
-def test_what_is_not_remembered_founds_no_cluster_for_near_statements() -> None:
-    found = clusters.Clusters(0.8)
-    first = found.of(SUM, remember=False)
-    assert found.of(SUM) == first
-    assert found.of(SUM + " Is the bound sharp?") != first
+@pytest.mark.parametrize("near", [0.5, 0.8, 1.0])
+def test_the_nearest_is_found_among_many_as_a_search_through_all_finds_it(near: float) -> None:
+    base = [letters(seed, 150) for seed in range(40)]
+    draw = random.Random(1)
+    changed = []
+    for seed in range(120):
+        text = base[seed % 40]
+        cut = draw.randrange(20, 150)
+        changed.append(text[:cut] + letters(1000 + seed, draw.randrange(0, 120)))
+
+    def shingles(text: str) -> set[str]:
+        return {text[at : at + clusters.SHINGLE] for at in range(len(text) - clusters.SHINGLE + 1)}
+
+    found, met = clusters.Clusters(near), list[tuple[str, set[str]]]()
+    for text in base + changed:
+        mine = shingles(text)
+        shares = [(len(mine & s) / min(len(mine), len(s)), -at) for at, (_, s) in enumerate(met)]
+        best, place = max(shares, default=(0.0, 0))
+        cluster = found.of(text)
+        is_near = len(mine) >= clusters.MIN_SHINGLES and best >= near
+        assert (cluster in {name for name, _ in met}) is is_near
+        if is_near:
+            assert cluster == met[-place][0]
+        if len(mine) >= clusters.MIN_SHINGLES:
+            met.append((cluster, mine))
 
 
 def test_statements_without_letters_or_digits_stay_apart() -> None:

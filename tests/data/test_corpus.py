@@ -12,7 +12,6 @@ from etils import epath
 
 from mathv2_jax import records
 from mathv2_jax.data import corpus, graded
-from mathv2_jax.data import store as store_lib
 from mathv2_jax.text import parse, prompts
 from tests import imported
 
@@ -96,7 +95,7 @@ def make(
 
     return corpus.Corpus(
         {name: list(map(short, items)) for name, items in found.files.items()},
-        list(map(short, (*store.of(store_lib.Reject), *found.rejects))),
+        list(map(short, found.rejects)),
     )
 
 
@@ -134,7 +133,8 @@ def test_each_kind_of_row_reaches_its_file(tmp_path: pathlib.Path) -> None:
         "test_analyses": 1,
     }
     assert rules(found, "graded/analyses_opc.jsonl") == {"held-out": 2}
-    assert len(found.rejects) == 2
+    assert rules(found, "graded/analyses_rprover.jsonl") == {"scale": 1}  # the proof's label
+    assert len(found.rejects) == 3
 
 
 def test_no_training_file_shares_a_problem_with_a_held_out_one(tmp_path: pathlib.Path) -> None:
@@ -269,7 +269,7 @@ def test_an_analysis_against_the_human_verdict_is_no_demonstration(tmp_path: pat
 
 def test_a_proof_that_the_format_cannot_hold_is_no_demonstration(tmp_path: pathlib.Path) -> None:
     rows = real_rows()
-    for row in rows["graded/opc.jsonl"]:
+    for row in rows["graded/opc.jsonl"] + rows["graded/analyses_opc.jsonl"]:
         row["proof"] += "\n## Solution\nAgain."
     found = make(tmp_path, rows)
     assert len(found.files["proofs"]) == 10
@@ -354,9 +354,8 @@ def test_the_shared_data_keep_their_stated_counts_and_lose_no_row(tmp_path: path
     names.append("problems/proof_pilot_pool.jsonl")
     store = imported.store_of(epath.Path(REAL), names, tmp_path, withdraw=(judged,))
     found = corpus.make_corpus(store, config, TEMPLATES)
-    rejects = [*store.of(store_lib.Reject), *found.rejects]
     left_out = collections.Counter(
-        (shown(r.file), r.rule) for r in rejects if r.rule not in ("format", "contradiction")
+        (shown(r.file), r.rule) for r in found.rejects if r.rule not in ("format", "contradiction")
     )
     labels = collections.Counter(
         (shown(item.file), item.record.label.score)
@@ -379,7 +378,7 @@ def test_the_shared_data_keep_their_stated_counts_and_lose_no_row(tmp_path: path
     assert quality == {0.0: 5, 1.0: 7}
     held = (*corpus.HELD_OUT, *corpus.TRAINING)
     seen = {(shown(i.file), i.line) for name in held for i in found.files[name]}
-    seen |= {(shown(r.file), r.line) for r in rejects}
+    seen |= {(shown(r.file), r.line) for r in found.rejects}
     stated = {"problems/proof_pilot_pool.jsonl": 9812, "graded/analyses_opc.jsonl": 594}
     stated |= {"problems/proofbench.jsonl": 38, "problems/usamo2025.jsonl": 2, judged: 12}
     for file, number in stated.items():

@@ -230,7 +230,7 @@ def test_a_label_that_comes_later_takes_the_place_of_none_and_a_persons_that_of_
     assert not report.rejects
     (latest,) = [r for r in store.latest() if isinstance(r, records.Proof)]
     assert latest.label is not None and latest.label.source == "human"
-    report, _ = take(tmp_path, lines([good("a", score=0)]), name="d.jsonl")
+    report, _ = take(tmp_path, lines([good("a", score=0)]), loose(), "d.jsonl")
     (reject,) = report.rejects
     assert reject.rule == "conflicting-label" and "which is a 1 (full-marks)" in reject.reason
 

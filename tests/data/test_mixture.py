@@ -136,3 +136,21 @@ def test_a_stream_that_travelled_to_another_process_is_the_same():
 def test_what_cannot_be_mixed_is_named(given, message):
     with pytest.raises(ValueError, match=message):
         mixture.stream(SOURCES | {"none": []}, given, 0)
+
+
+def test_elements_may_be_asked_for_in_any_order():
+    mixed = phases((0, {"auto": 0.3, "human": 0.7}))
+    in_order = take(mixture.stream(SOURCES, mixed, 5), 60)
+    stream = mixture.stream(SOURCES, mixed, 5)
+    assert [stream[at] for at in reversed(range(60))] == in_order[::-1]
+
+
+def test_equal_sources_are_shuffled_apart():
+    numbers = {"a": list(range(20)), "b": list(range(100, 120))}
+    drawn = take(mixture.stream(numbers, phases((0, {"a": 1.0, "b": 1.0})), 3), 40)
+    assert [x for x in drawn if x < 100] != [x - 100 for x in drawn if x >= 100]
+
+
+def test_an_empty_source_without_a_weight_is_no_error():
+    stream = mixture.stream(SOURCES | {"none": []}, phases((0, {"human": 1.0, "none": 0.0})), 0)
+    assert stream[3][0] == "h"

@@ -84,23 +84,22 @@ def test_hosts_share_no_shard(hosts):
     assert sum(map(len, mine)) == rows.SHARDS == len(set.union(*mine))
 
 
-def test_each_element_of_the_stream_is_packed_once_and_in_its_shards_order(uninterrupted):
+def test_each_element_of_the_stream_is_packed_once_and_in_its_shards_order():
     stream = make_stream()
+    reader = rows.Reader(stream, 8, LENGTH, START, range(8))
     met = {shard: [] for shard in range(rows.SHARDS)}
-    for batch, found in enumerate(uninterrupted):
-        for row, tokens in enumerate(found):
-            shard = rows.source_of(batch, row, 8).shard
-            met[shard] += [
-                t for t, before in zip(tokens, [None, *tokens], strict=False) if t != before and t
-            ]
-    for shard, records in met.items():
+    for number in range(WHOLE):
+        batch = reader.read()
+        for row in range(8):
+            first = (batch.positions_BT[row] == 0) & (batch.tokens_BT[row] > 0)
+            shard = rows.source_of(number, row, 8).shard
+            met[shard] += batch.tokens_BT[row][first].tolist()
+    for shard, found in met.items():
         window = rows.fill(stream, shard, 0, LENGTH)
-        expected = [int(i.prompt[0]) for row in window.rows[:5] for i in row]
-        assert records == expected
-        whole = sorted(int(i.prompt[0]) for row in window.rows for i in row)
-        assert whole == sorted(
-            int(stream[at * rows.SHARDS + shard].prompt[0]) for at in range(window.end)
-        )
+        assert found == [int(item.prompt[0]) for row in window.rows[:5] for item in row]
+        whole = sorted(int(item.prompt[0]) for row in window.rows for item in row)
+        places = [at * rows.SHARDS + shard for at in range(window.end)]
+        assert whole == sorted(int(stream[place].prompt[0]) for place in places)
 
 
 def test_rows_are_nearly_full(uninterrupted):
