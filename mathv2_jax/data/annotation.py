@@ -18,11 +18,12 @@ from typing import Any
 
 from etils import epath
 
-from mathv2_jax import records, roles, storage
+from mathv2_jax import records, storage
 from mathv2_jax.data import lineage
 
 ANALYSES = 4  # of a proof that people are shown, at most
 MAJORITY = "majority"
+_VERIFIER = "verifier"  # the role that wrote a sample, as roles.py names it
 CONFIG, TASKS, TABLE = "labeling_config.xml", "tasks.json", "tasks.csv"
 _CHOICES = {"0": 0.0, "0.5": 0.5, "1": 1.0}
 _MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\$([^$\n]+?)\$|\\\((.+?)\\\)", re.DOTALL)
@@ -68,7 +69,7 @@ def tasks(items: Iterable[Any], most: int = ANALYSES) -> list[Task]:
 
 def _analysis(sample: records.Sample) -> records.Analysis | None:
     """A sampled analysis as a record; None of what is none, or has no score."""
-    if sample.role != roles.VERIFIER or sample.score is None:
+    if sample.role != _VERIFIER or sample.score is None:
         return None
     return records.Analysis(
         id=records.content_id("analysis", sample.statement, sample.proof, sample.text),

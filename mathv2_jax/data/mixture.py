@@ -16,7 +16,8 @@ import grain
 import numpy as np
 
 EXHAUSTED = REPEAT, DROP, STOP = "repeat", "drop", "stop"
-_EPOCHS_KEPT = 2  # orders of weighted epochs that are remembered
+_EPOCHS_KEPT = 2  # whose orders are remembered
+_LARGE = 1 << 20  # records of a source whose orders take too much memory
 
 
 class Mapped(Sequence[Any]):
@@ -226,41 +227,39 @@ class _Mixture(grain.MapDataset):
 def _shuffled(records_: Sequence[Any], seed: int, weights: np.ndarray | None) -> grain.MapDataset:
     """Endless epochs of a source: each in a new order, by the weights where there are any."""
     source = grain.MapDataset.source(records_)
-    if weights is None:
+    if weights is None and len(records_) > _LARGE:
         return source.seed(seed).shuffle().repeat()
-    return _ByWeight(source, weights, seed)
+    return _Epochs(source, weights, seed)
 
 
-class _ByWeight(grain.MapDataset):
-    """Epochs as long as the source, in which a record comes as often as its weight over the mean
-    one says, rounded up or down by systematic sampling.
+class _Epochs(grain.MapDataset):
+    """Epochs as long as the source, each in an order of its own, which is held as a whole: Grain's
+    shuffle, which holds nothing, takes milliseconds an element where a source is small.
+
+    By weights a record comes as often as its own over the mean one says, rounded up or down by
+    systematic sampling.
     """
 
-    def __init__(self, parent: grain.MapDataset, weights: np.ndarray, seed: int):
+    def __init__(self, parent: grain.MapDataset, weights: np.ndarray | None, seed: int):
         super().__init__(parent)
-        if len(weights) != len(parent) or not (np.isfinite(weights) & (weights >= 0)).all():
-            raise ValueError(
-                f"{len(weights)} draw weights of {len(parent)} records: one each, 0 or more"
-            )
-        if not weights.sum() > 0:
-            raise ValueError("no record has a positive draw weight")
-        self._ends = np.cumsum(weights) / weights.sum() * len(weights)
-        self._seed = seed
+        self._ends = None if weights is None else _ends(weights, len(parent))
+        self._epoch, self._seed = len(parent), seed
         self._order = functools.lru_cache(_EPOCHS_KEPT)(self._order_of)
 
     def __len__(self) -> int:
         return sys.maxsize
 
     def _order_of(self, epoch: int) -> np.ndarray:
-        draw = np.random.default_rng((self._seed, epoch))
-        size = len(self._ends)
+        draw, size = np.random.default_rng((self._seed, epoch)), self._epoch
+        if self._ends is None:
+            return draw.permutation(size)
         chosen = np.searchsorted(self._ends, np.arange(size) + draw.random(), side="right")
         return draw.permutation(np.minimum(chosen, size - 1))
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
-        epoch, place = divmod(index, len(self._ends))
+        epoch, place = divmod(index, self._epoch)
         return self._parent[int(self._order(epoch)[place])]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -269,6 +268,15 @@ class _ByWeight(grain.MapDataset):
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._order = functools.lru_cache(_EPOCHS_KEPT)(self._order_of)
+
+
+def _ends(weights: np.ndarray, size: int) -> np.ndarray:
+    """Where each record's part of an epoch ends, in its places."""
+    if len(weights) != size or not (np.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError(f"{len(weights)} draw weights of {size} records: one each, 0 or more")
+    if not weights.sum() > 0:
+        raise ValueError("no record has a positive draw weight")
+    return np.cumsum(weights) / weights.sum() * size
 
 
 class Bucketed(grain.MapDataset):
@@ -315,4 +323,4 @@ class Bucketed(grain.MapDataset):
         number, place = divmod(index, self._window)
         return self._parent[int(self._order(number)[place])]
 
-    __getstate__, __setstate__ = _ByWeight.__getstate__, _ByWeight.__setstate__
+    __getstate__, __setstate__ = _Epochs.__getstate__, _Epochs.__setstate__
