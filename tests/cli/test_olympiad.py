@@ -1,7 +1,6 @@
 """configs/olympiad.py and the input files that a run on real data writes first."""
 
 import functools
-import json
 import pathlib
 import random
 from collections.abc import Iterator
@@ -14,7 +13,8 @@ from etils import epath
 from mathv2_jax import records
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import inputs, overrides, shell, train
-from mathv2_jax.data import graded, sources
+from mathv2_jax.data import graded, sources, store
+from tests import imported
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = REPOSITORY / "configs" / "olympiad.py"
@@ -28,6 +28,9 @@ REAL = inputs.RealConfig(
 WORDS = ("let", "the", "sum", "of", "all", "odd", "primes", "below", "this", "one", "be", "even")
 
 
+Written = tuple[epath.Path, dict[str, int], epath.Path]  # the run, its counts, the records
+
+
 def rows_of(kind: str, number: int, **fields: Any) -> list[dict[str, Any]]:
     words = random.Random(kind)
     statements = [" ".join(words.choices(WORDS, k=20)) for _ in range(number)]
@@ -35,7 +38,7 @@ def rows_of(kind: str, number: int, **fields: Any) -> list[dict[str, Any]]:
 
 
 def write_folder(folder: pathlib.Path) -> epath.Path:
-    """The layout of the real data, with a row too long and one line that is no JSON."""
+    """Imported files in the real data's layout, with a row too long and one that is no JSON."""
     marks = dict(source="opc", proof="It is clear.", human_score=1, human_max=1, model="a/gemini-9")
     critique = dict(analysis="<verification>false</verification> A gap.", analyst="GPT-5")
     files = {
@@ -52,13 +55,11 @@ def write_folder(folder: pathlib.Path) -> epath.Path:
         "graded/deepseek_math_v2.jsonl": rows_of("expert", 1, **marks),
     }
     files["problems/proof_pilot_pool.jsonl"][2]["problem"] += " and then" * 2000
-    for name, rows in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with (folder / "graded/opc.jsonl").open("a") as file:
+    at = imported.write(folder / "files", files)
+    with (at / "graded/opc.jsonl").open("a") as file:
         file.write('{"id": "opc/broken", \n')
-    return epath.Path(folder)
+    imported.store_of(at, list(files), folder / "records")
+    return epath.Path(folder / "records")
 
 
 def write_inputs(folder: epath.Path, workdir: epath.Path) -> dict[str, int]:
@@ -67,10 +68,10 @@ def write_inputs(folder: epath.Path, workdir: epath.Path) -> dict[str, int]:
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[epath.Path, dict[str, int]]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     folder = write_folder(tmp_path_factory.mktemp("data"))
     workdir = epath.Path(tmp_path_factory.mktemp("run"))
-    return workdir, write_inputs(folder, workdir)
+    return workdir, write_inputs(folder, workdir), folder
 
 
 def contents(workdir: epath.Path) -> dict[str, bytes]:
@@ -78,9 +79,9 @@ def contents(workdir: epath.Path) -> dict[str, bytes]:
 
 
 def test_every_input_file_of_the_world_is_written_and_counted(
-    written: tuple[epath.Path, dict[str, int]],
+    written: Written,
 ) -> None:
-    workdir, counts = written
+    workdir, counts, _ = written
     kinds = {
         "problems": records.Problem,
         "proofs": records.Proof,
@@ -91,15 +92,15 @@ def test_every_input_file_of_the_world_is_written_and_counted(
         "test_problems": records.Problem,
         "test_proofs": records.Proof,
         "test_analyses": records.Analysis,
-        "rejects": graded.Reject,
+        "rejects": store.Reject,
     }
     folder = workdir / "records" / "input"
     assert counts == {n: len(sources.read(folder / f"{n}.jsonl", k)) for n, k in kinds.items()}
     assert counts == {
         "problems": 3,
-        "proofs": 1,
+        "proofs": 1 + 2,  # those of the judged critiques have marks too
         "analyses": 2,
-        "demonstrations": 1 + 1 + 2,
+        "demonstrations": 1 + (1 + 2) + 2,
         "probe": 2,
         "validation_problems": 1,
         "test_problems": 2,
@@ -109,17 +110,18 @@ def test_every_input_file_of_the_world_is_written_and_counted(
     }
 
 
-def test_rejects_name_file_line_id_and_rule(written: tuple[epath.Path, dict[str, int]]) -> None:
-    rejects = sources.read(written[0] / "records" / "input" / "rejects.jsonl", graded.Reject)
-    named = {(r.file, r.line, r.id, r.rule) for r in rejects if r.rule != "held-out"}
-    assert named == {
-        ("graded/opc.jsonl", 5, "", "malformed"),
-        ("problems/proof_pilot_pool.jsonl", 3, "pool/2", "too-long"),
+def test_rejects_name_file_line_id_and_rule(written: Written) -> None:
+    path = written[0] / "records" / "input" / "rejects.jsonl"
+    rejects = sources.read(path, store.Reject)
+    named = {("/".join(pathlib.Path(r.file).parts[-2:]), r.line, r.rule) for r in rejects}
+    assert {n for n in named if n[2] not in ("held-out", "scale")} == {
+        ("graded/opc.jsonl", 5, "malformed"),
+        ("problems/proof_pilot_pool.jsonl", 3, "too-long"),
     }
 
 
 def test_no_tokenizer_or_demonstration_ever_saw_the_writers_name(
-    written: tuple[epath.Path, dict[str, int]],
+    written: Written,
 ) -> None:
     texts = list(inputs.training_texts(written[0], 1000))
     assert any("It is clear." in text for text in texts)
@@ -127,13 +129,13 @@ def test_no_tokenizer_or_demonstration_ever_saw_the_writers_name(
 
 
 def test_writing_again_after_an_interruption_gives_the_same_bytes(
-    written: tuple[epath.Path, dict[str, int]], tmp_path: pathlib.Path
+    written: Written, tmp_path: pathlib.Path
 ) -> None:
     before = contents(written[0])
-    folder, workdir = write_folder(tmp_path / "data"), epath.Path(tmp_path / "run")
-    write_inputs(folder, workdir)
+    workdir = epath.Path(tmp_path / "run")
+    write_inputs(written[2], workdir)
     (workdir / "records" / "input" / "rejects.jsonl").unlink()
-    assert write_inputs(folder, workdir) == written[1]
+    assert write_inputs(written[2], workdir) == written[1]
     assert contents(workdir) == before
 
 
@@ -161,7 +163,7 @@ def compilation_cache() -> Iterator[None]:
         jax.config.update(name, value)
 
 
-@pytest.mark.parametrize("missing", ["the folder", "problems/proofbench.jsonl", "config.data"])
+@pytest.mark.parametrize("missing", ["the folder", "records", "config.data"])
 def test_missing_data_are_one_clear_line_and_exit_code_2(
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
@@ -169,10 +171,8 @@ def test_missing_data_are_one_clear_line_and_exit_code_2(
     missing: str,
 ) -> None:
     folder = tmp_path / "data"
-    if missing != "the folder":
-        write_folder(folder)
-    if missing.endswith(".jsonl"):
-        (folder / missing).unlink()
+    if missing == "records":
+        folder.mkdir()
     flags = [f"--config={CONFIG}", f"--workdir={tmp_path / 'run'}"]
     flags.append("--config.runtime.mesh.context=-1")  # eight devices, and none to split rows over
     if missing != "config.data":
@@ -180,4 +180,5 @@ def test_missing_data_are_one_clear_line_and_exit_code_2(
     assert train.main(["mathv2-train", *flags]) == shell.BAD_INPUT
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert {"the folder": "no such folder"}.get(missing, missing) in said
+    reason = {"the folder": "no such folder", "records": "make them with mathv2-records --from"}
+    assert reason.get(missing, missing) in said
