@@ -117,7 +117,7 @@ def fill(stream: grain.MapDataset, shard: int, begin: int, length: int) -> Windo
 
 class Row(NamedTuple):
     """A packed row, a batch of one; where its shard's next row finds its window; what was left out
-    before it; and how many items it holds.
+    before it; how many items it holds; and whether its shard holds none after it.
     """
 
     batch: packing.Batch
@@ -125,6 +125,7 @@ class Row(NamedTuple):
     begin: int
     left_out: int
     num_items: int
+    is_last: bool
 
 
 class PackedRows(grain.IterDataset):
@@ -182,6 +183,7 @@ class _Rows(grain.DatasetIterator):
             window.end if at == WINDOW - 1 else begin,
             0 if at else window.left_out,
             len(window.rows[at]),
+            not any(window.rows[at + 1 :]) and window.end * SHARDS + shard >= len(ds.stream),
         )
 
     def _window(self, shard: int, wanted: int) -> tuple[int, Window]:
@@ -223,6 +225,7 @@ class Reader:
         self._rows, self._length, self._wanted = rows, length, tuple(wanted)
         self._batch, self._begins = position.batch, dict(enumerate(position.begins))
         self._endless = len(stream) == sys.maxsize
+        self._going = {source_of(turn, row, rows).shard for turn in range(SHARDS) for row in wanted}
         dataset: grain.IterDataset = PackedRows(stream, rows, length, position, wanted)
         if workers:
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
@@ -230,7 +233,19 @@ class Reader:
         self.left_out = 0  # items longer than a row that this process came across
 
     def read(self) -> packing.Batch | None:
-        """The next batch; None where the stream has ended, for all processes alike."""
+        """The next batch; None where the stream has ended, for all processes alike.
+
+        Towards the end of a stream batches of nothing are passed over.
+        """
+        while True:
+            batch, found = self._read()
+            if self._endless or processes.any_of(found > 0):
+                return batch
+            if not processes.any_of(bool(self._going)):
+                return None
+
+    def _read(self) -> tuple[packing.Batch, int]:
+        """A batch, and how many items this process has in it."""
         batch, found = packing.empty_batch(self._rows, self._length), 0
         for row in self._wanted:
             packed: Row = next(self._iterator)
@@ -240,10 +255,10 @@ class Reader:
             self._begins[packed.shard] = packed.begin
             self.left_out += packed.left_out
             found += packed.num_items
+            if packed.is_last:
+                self._going.discard(packed.shard)
         self._batch += 1
-        if not self._endless and not processes.any_of(found > 0):
-            return None
-        return batch
+        return batch, found
 
     def position(self) -> Position:
         """Before the next batch, of all processes, which call it together."""
