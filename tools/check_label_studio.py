@@ -144,7 +144,7 @@ def answer(url: str, task: dict[str, Any], token: str, draw: random.Random) -> a
     said = [("score", "proof", "choices", {"choices": [score]})]
     qualities = {}
     for n in range(1, annotation.ANALYSES + 1):
-        if data[f"analysis_{n}_id"]:
+        if data.get(f"analysis_{n}_id"):
             value = choice()
             qualities[data[f"analysis_{n}_id"]] = float(value)
             said.append((f"quality_{n}", f"analysis_{n}", "choices", {"choices": [value]}))
@@ -159,8 +159,8 @@ def answer(url: str, task: dict[str, Any], token: str, draw: random.Random) -> a
     )
 
 
-def check(url: str, folder: pathlib.Path) -> int:
-    """Imports, annotates, exports and reads back; the project's number."""
+def check(url: str, folder: pathlib.Path) -> tuple[int, int]:
+    """Imports, annotates, exports and reads back; the project's number, and that of a task."""
     token = USERS[0][1]
     project = folder / "project"
     _records(folder, f"--annotate={project}")
@@ -194,14 +194,14 @@ def check(url: str, folder: pathlib.Path) -> int:
     print(
         f"{len(tasks)} tasks, {len(ratings)} annotations by {len(raters)} users came back as said"
     )
-    return number
+    return number, max(task["id"] for task in served if task["data"]["analysis_2_id"])
 
 
 _SHOT = """
 import sys
 from playwright.sync_api import sync_playwright
 
-url, number, browser, path, user, password = sys.argv[1:]
+url, number, task, browser, path, user, password = sys.argv[1:]
 with sync_playwright() as p:
     page = p.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page(
         viewport={"width": 1500, "height": 1100})
@@ -210,18 +210,19 @@ with sync_playwright() as p:
     page.fill("input[name=password]", password)
     page.click("button[type=submit]")
     page.wait_for_url(lambda now: "login" not in now, timeout=120000)
-    page.goto(f"{url}/projects/{number}/labeling")
-    page.wait_for_selector("math", timeout=60000)
-    page.wait_for_timeout(3000)
+    page.goto(f"{url}/projects/{number}/data?task={task}")
+    page.wait_for_selector(".lsf-main-view, .lsf-editor, [class*=main-view]", timeout=60000)
+    page.wait_for_timeout(8000)
     page.screenshot(path=path)
+    print(page.locator("math").count(), "formulas on the page")
 """
 
 
 def screenshot(
-    programs: pathlib.Path, url: str, number: int, browser: str, path: pathlib.Path
+    programs: pathlib.Path, url: str, at: tuple[int, int], browser: str, path: pathlib.Path
 ) -> None:
-    """The labelling page of the project, by a headless Chromium that logs in."""
-    where = [url, str(number), browser, os.fspath(path), USERS[0][0], PASSWORD]
+    """A task's page, by a headless Chromium that logs in; `at` is the project and the task."""
+    where = [url, *map(str, at), browser, os.fspath(path), USERS[0][0], PASSWORD]
     subprocess.run([programs / "python", "-c", _SHOT, *where], check=True)
 
 
@@ -240,9 +241,9 @@ def main() -> None:
         made_records(folder)
         with serving(programs, folder / "server", port) as url:
             second_user(programs, folder / "server")
-            number = check(url, folder)
+            at_task = check(url, folder)
             if args.screenshot:
-                screenshot(programs, url, number, args.browser, args.screenshot)
+                screenshot(programs, url, at_task, args.browser, args.screenshot)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def _annotate(folder: epath.Path) -> None:
     waiting = annotation.tasks(_records(folder), _ASKED.analyses)
     if not waiting:
         raise ValueError(f"{folder} holds no proof without a label: there is nothing to annotate")
-    for name, data in annotation.project(waiting, _ASKED.analyses).items():
+    for name, data in annotation.project(waiting).items():
         storage.write_whole(target / name, data)
     shown = sum(len(task.analyses) for task in waiting)
     print(f"{len(waiting)} proofs with {shown} analyses in {os.fspath(target)}")

@@ -117,7 +117,7 @@ def labelling_config(most: int) -> str:
         '<Header value="Problem"/><HyperText name="problem" value="$problem" inline="true"/>'
         '<Header value="Proof"/><HyperText name="proof" value="$proof" inline="true"/>'
         '<Header value="Score of the proof: 1 complete and rigorous, 0.5 right with minor flaws, '
-        '0 wrong or with a gap"/>'
+        '0 wrong or with a gap" size="5"/>'
         f'<Choices name="score" toName="proof" choice="single-radio" showInline="true" '
         f'required="true">{choices}</Choices>'
         '<Header value="Comment" size="5"/>'
@@ -153,8 +153,9 @@ def _plain(text: str) -> str:
     return html.escape(text).replace("\n", "<br>")
 
 
-def project(waiting: Sequence[Task], most: int = ANALYSES) -> dict[str, bytes]:
+def project(waiting: Sequence[Task]) -> dict[str, bytes]:
     """The files of a project, by name: the page, the tasks, and the same tasks as a CSV file."""
+    most = max((len(task.analyses) for task in waiting), default=0)
     made = []
     for task in waiting:
         data: dict[str, Any] = dict(

@@ -87,20 +87,20 @@ def test_formulas_are_drawn_and_everything_else_is_escaped():
 
 
 def test_the_page_asks_for_a_score_and_a_rating_of_each_analysis():
-    page = etree.fromstring(annotation.labelling_config(3))
+    page = etree.fromstring(annotation.labelling_config(4))
     choices = {c.get("name"): [x.get("value") for x in c] for c in page.iter("Choices")}
     assert choices == {
-        n: ["0", "0.5", "1"] for n in ("score", "quality_1", "quality_2", "quality_3")
+        n: ["0", "0.5", "1"] for n in ("score", *(f"quality_{i}" for i in range(1, 5)))
     }
     shown = {tag.get("value") for tag in page.iter("HyperText")}
-    files = annotation.project(annotation.tasks(ITEMS, 3), 3)
+    files = annotation.project(annotation.tasks(ITEMS))
     for task in json.loads(files[annotation.TASKS]):
         assert shown <= {f"${name}" for name in task["data"]}
 
 
 def export(answers):
     """What Label Studio exports: (task number, rater, score, quality of the first analysis)."""
-    tasks = json.loads(annotation.project(annotation.tasks(ITEMS), 4)[annotation.TASKS])
+    tasks = json.loads(annotation.project(annotation.tasks(ITEMS))[annotation.TASKS])
     for task in tasks:
         task["annotations"] = []
     for at, rater, score, quality in answers:
@@ -156,7 +156,7 @@ def test_raters_who_differ_are_decided_by_the_majority_or_by_the_last_word(tmp_p
 
 
 def test_a_filled_in_table_comes_back_too(tmp_path):
-    table = annotation.project(annotation.tasks(ITEMS), 4)[annotation.TABLE].decode()
+    table = annotation.project(annotation.tasks(ITEMS))[annotation.TABLE].decode()
     rows = list(csv.DictReader(io.StringIO(table, newline="")))
     assert rows[0]["proof"] == "By $x^1$.\nDone."
     rows[0] |= dict(score="1", rater="ab", quality_2=" 0.5 ", comment="Nice.")
