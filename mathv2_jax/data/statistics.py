@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -83,7 +84,7 @@ def of(store: store_lib.Store, counting: tuple[str, Callable[[str], int]]) -> Fo
         collections.Counter
     )
     for reject in store.of(store_lib.Reject):
-        key = source_of_file.get(reject.file, ("Reject", reject.file, False))
+        key = source_of_file.get(reject.file, ("Reject", os.path.basename(reject.file), False))
         left_out[key][reject.rule] += 1
     rows = []
     for key in sorted({*groups, *left_out}):
@@ -160,11 +161,11 @@ def to_json(found: Found) -> bytes:
     """The figures of the table."""
     rows = []
     for row in found.rows:
-        body = dataclasses.asdict(row)
         names = ("median", "p95", "longest")
+        body = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
         body["lengths"] = dict(zip(names, _quantiles(row.lengths), strict=False))
         body["scores"] = {"none" if s is None else f"{s:g}": n for s, n in row.scores.items()}
-        rows.append(body)
+        rows.append(body | {"left_out": dict(row.left_out)})
     return (json.dumps({"unit": found.unit, "rows": rows}, indent=1) + "\n").encode()
 
 
@@ -177,7 +178,10 @@ def draw(found: Found, path: epath.Path) -> None:
             '--figure needs matplotlib: pip install -e ".[experiments]", or leave it out'
         ) from error
     rows = [row for row in found.rows if row.lengths]
-    names = [f"{row.source}: {row.kind.lower()}s" for row in rows]
+    names = [
+        f"{row.source}, {row.kind.lower()}{' (evaluation)' if row.evaluation else ''}"
+        for row in rows
+    ]
     made = figure.Figure(figsize=(11, 1.5 + 0.35 * len(rows)), layout="constrained")
     lengths, scores = made.subplots(1, 2, sharey=True, width_ratios=(3, 2))
     lengths.boxplot(
