@@ -33,6 +33,11 @@ def get_config() -> ml_collections.ConfigDict:
     c = quick.get_config()
     c.world = None
     c.real = dict(
+        # Without problems that ask for an answer, not for a proof: answerbench and brokenmath.
+        sources=(
+            *("proof_pilot_pool", "opc", "opc_solved", "mathconverse", "rprover"),
+            *("deepseek_math_v2", "proofbench", "usamo2025"),
+        ),
         scales=dict(pairs=SCALE_PAIRS),
         num_probe=2,
         num_test=2,

@@ -1,5 +1,6 @@
 """Files in the layout of the real data, imported as tools/import_real.sh does it."""
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ EVALUATION = (
     "graded/deepseek_math_v2.jsonl",
 )
 Rows = dict[str, list[dict[str, Any]]]
-_LOOSE = dict(max_bad_share=1.0, score_map=graded.ScoreMap(marks=True))
+_LOOSE = importing.ImportConfig(max_bad_share=1.0, score_map=graded.ScoreMap(marks=True))
 
 
 def write(folder: pathlib.Path, rows: Rows) -> epath.Path:
@@ -35,7 +36,7 @@ def store_of(
     store = store_lib.Store(folder)
 
     def add(chosen: Sequence[str], **how: bool) -> None:
-        config = importing.ImportConfig(**_LOOSE, **how)  # pyright: ignore[reportArgumentType] - two kinds of fields
+        config = dataclasses.replace(_LOOSE, **how)
         importing.import_files(store, [files / name for name in chosen], config)
 
     add([name for name in names if name in EVALUATION], evaluation=True)

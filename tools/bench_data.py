@@ -52,11 +52,15 @@ def stream(folder: pathlib.Path, tokenizer: tokenizer_lib.Tokenizer) -> Any:
     return mixture.stream(sources, ONLY, 0), item
 
 
+def packed(items: Any, length: int) -> rows.PackedRows:
+    return rows.PackedRows(items, ROWS, length, rows.Position(), range(ROWS))
+
+
 def pipeline(folder: pathlib.Path, tokenizer: Any, number: int, workers: int) -> tuple[float, int]:
     """Seconds for batches that hold so many items at least, and how many they hold."""
     drawn, item = stream(folder, tokenizer)
     began = time.perf_counter()
-    reader = rows.Reader(drawn.map(item), ROWS, LENGTH, rows.Position(), range(ROWS), workers)
+    reader = rows.Reader(packed(drawn.map(item), LENGTH), workers)
     if workers:
         reader.read()  # they are started
         began = time.perf_counter()
@@ -91,7 +95,7 @@ def start_up(folder: pathlib.Path, tokenizer: Any, number: int) -> dict[str, flo
     written = time.perf_counter() - began
     began = time.perf_counter()
     drawn, item = stream(folder, tokenizer)
-    reader = rows.Reader(drawn.map(item), ROWS, 256, rows.Position(), range(ROWS))
+    reader = rows.Reader(packed(drawn.map(item), 256))
     reader.read()
     taken = time.perf_counter() - began
     size = sum(f.stat().st_size for f in folder.rglob("*.jsonl"))

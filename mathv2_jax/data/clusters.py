@@ -33,8 +33,8 @@ class _Remembered(NamedTuple):
 class Clusters:
     """Names the cluster of one statement after another; the first of a cluster founds it.
 
-    `near` is the share of the shorter statement's shingles that the other must hold. All are held
-    in memory: about 30 kB for a statement of a thousand characters.
+    `near` is the share of the shorter statement's shingles that the other must hold. All of them
+    are held in memory.
     """
 
     def __init__(self, near: float):

@@ -213,20 +213,16 @@ class Reader:
     `workers` processes beside this one tokenise and pack, 0: it does so itself.
     """
 
-    def __init__(
-        self,
-        stream: grain.MapDataset,
-        rows: int,
-        length: int,
-        position: Position,
-        wanted: Sequence[int],
-        workers: int = 0,
-    ):
-        self._rows, self._length, self._wanted = rows, length, tuple(wanted)
+    def __init__(self, packed: PackedRows, workers: int = 0):
+        self._packed, position = packed, packed.position
         self._batch, self._begins = position.batch, dict(enumerate(position.begins))
-        self._endless = len(stream) == sys.maxsize
-        self._going = {source_of(turn, row, rows).shard for turn in range(SHARDS) for row in wanted}
-        dataset: grain.IterDataset = PackedRows(stream, rows, length, position, wanted)
+        self._endless = len(packed.stream) == sys.maxsize
+        self._going = {
+            source_of(turn, row, packed.rows).shard
+            for turn in range(SHARDS)
+            for row in packed.wanted
+        }
+        dataset: grain.IterDataset = packed
         if workers:
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
         self._iterator = iter(dataset)
@@ -246,17 +242,17 @@ class Reader:
 
     def _read(self) -> tuple[packing.Batch, int]:
         """A batch, and how many items this process has in it."""
-        batch, found = packing.empty_batch(self._rows, self._length), 0
-        for row in self._wanted:
-            packed: Row = next(self._iterator)
-            for whole, part in zip(batch, packed.batch, strict=True):
+        batch, found = packing.empty_batch(self._packed.rows, self._packed.length), 0
+        for row in self._packed.wanted:
+            made: Row = next(self._iterator)
+            for whole, part in zip(batch, made.batch, strict=True):
                 if whole is not None:
                     whole[row] = part[0]
-            self._begins[packed.shard] = packed.begin
-            self.left_out += packed.left_out
-            found += packed.num_items
-            if packed.is_last:
-                self._going.discard(packed.shard)
+            self._begins[made.shard] = made.begin
+            self.left_out += made.left_out
+            found += made.num_items
+            if made.is_last:
+                self._going.discard(made.shard)
         self._batch += 1
         return batch, found
 

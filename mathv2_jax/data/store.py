@@ -83,6 +83,7 @@ class Store:
 
     def _open(self) -> None:
         self.table = table.Table(self.folder, parse)
+        self._records: list[Any] | None = None
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
@@ -102,8 +103,10 @@ class Store:
         return number
 
     def __iter__(self) -> Iterator[Any]:
-        """All records, in the order of their imports."""
-        return (self.table[at] for at in range(len(self.table)))
+        """All records, in the order of their imports; they are read once."""
+        if self._records is None:
+            self._records = list(self.table)
+        return iter(self._records)
 
     def of(self, kind: type[records.T]) -> list[records.T]:
         """All records of a kind."""

@@ -116,14 +116,14 @@ def train(
         functools.partial(_make_learner, run, config),
     )
     with steps.Loop(run, name, config.steps, learner, init) as loop:
-        reader = rows.Reader(
+        packed = rows.PackedRows(
             stream,
             config.rows,
             config.row_length,
             rows.Position.from_json(loop.position),
             sharding.own_rows(run.mesh, config.rows),
-            run.runtime.data_workers,
         )
+        reader = rows.Reader(packed, run.runtime.data_workers)
         with contextlib.closing(reader):
             for step in loop.remaining():
                 began = time.monotonic()

@@ -33,6 +33,10 @@ def make_stream(exhausted=mixture.REPEAT):
     return mixture.stream(SOURCES, phases, 7, exhausted=exhausted).map(as_item)
 
 
+def reader_of(stream):
+    return rows.Reader(rows.PackedRows(stream, 8, LENGTH, START, range(8)))
+
+
 def ids(batch):
     """The record of each place, row by row; 0 padding."""
     return [[int(t) for t in row] for row in batch.tokens_BT]
@@ -44,7 +48,9 @@ def read(number, position=START, *, batch_rows=8, hosts=1, workers=0, stream=Non
     parts, begins = [], []
     for host in range(hosts):
         wanted = range(host * each, (host + 1) * each)
-        reader = rows.Reader(stream or make_stream(), batch_rows, LENGTH, position, wanted, workers)
+        reader = rows.Reader(
+            rows.PackedRows(stream or make_stream(), batch_rows, LENGTH, position, wanted), workers
+        )
         parts.append([ids(reader.read())[host * each : (host + 1) * each] for _ in range(number)])
         begins.append(reader.position().begins)
         reader.close()
@@ -86,7 +92,7 @@ def test_hosts_share_no_shard(hosts):
 
 def test_each_element_of_the_stream_is_packed_once_and_in_its_shards_order():
     stream = make_stream()
-    reader = rows.Reader(stream, 8, LENGTH, START, range(8))
+    reader = reader_of(stream)
     met = {shard: [] for shard in range(rows.SHARDS)}
     for number in range(WHOLE):
         batch = reader.read()
@@ -140,7 +146,7 @@ def test_twenty_stops_and_other_numbers_of_hosts_and_workers_change_nothing(
 
 def test_a_stream_that_ends_gives_every_record_once():
     stream = make_stream(mixture.DROP)
-    reader = rows.Reader(stream, 8, LENGTH, rows.Position(), range(8))
+    reader = reader_of(stream)
     found = []
     while (batch := reader.read()) is not None:
         starts = np.unique(batch.segments_BT[batch.tokens_BT > 0])
@@ -155,7 +161,7 @@ def test_items_longer_than_a_row_are_left_out_and_counted():
     stream = mixture.stream(
         {"human": long}, [mixture.Phase(begin=0, weights={"human": 1.0})], 0, exhausted="drop"
     ).map(as_item)
-    reader = rows.Reader(stream, 8, LENGTH, rows.Position(), range(8))
+    reader = reader_of(stream)
     while reader.read() is not None:
         pass
     assert reader.left_out == 10
