@@ -7,6 +7,7 @@ content hashes, so the same text has the same id in every run; nothing here hold
 import base64
 import dataclasses
 import enum
+import functools
 import hashlib
 import json
 import sys
@@ -329,17 +330,23 @@ def from_json(kind: type[T], line: str) -> T:
     return _build(kind, body)
 
 
-def _build(kind: type[T], body: Mapping[str, Any]) -> T:
+@functools.cache
+def _fields(kind: type) -> tuple[dict[str, Any], frozenset[str]]:
+    """The types of a record's fields, and those that it must have; looked up once a kind."""
+    required = frozenset(
+        f.name
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    )
     hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType] - T is a record
-    unknown = sorted(set(body) - set(fields))
+    return {f.name: hints[f.name] for f in dataclasses.fields(kind)}, required
+
+
+def _build(kind: type[T], body: Mapping[str, Any]) -> T:
+    hints, required = _fields(kind)
+    unknown = sorted(set(body) - set(hints))
     if unknown:
         raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}")
-    required = {
-        n
-        for n, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    }
     missing = sorted(required - set(body))
     if missing:
         raise ValueError(f"{kind.__name__} lacks {', '.join(missing)}")

@@ -1,7 +1,7 @@
 r"""What the data pipeline costs: beside bare calls of the tokenizer, and at the start.
 
-    python tools/bench_data.py [--records=2000] [--many=1000000] [--repeats=5] [--workers=0] \
-        [--out=FILE]
+    python tools/bench_data.py [--records=2000] [--drawn=10000] [--many=1000000] [--repeats=5] \
+        [--workers=0] [--out=FILE]
 
 Conversations with proofs of 4 kB, made of the embedded world's words, lie in a table on disk. The
 bare loop parses nothing: it calls the tokenizer on the same texts, in the same order. The pipeline
@@ -105,6 +105,7 @@ def start_up(folder: pathlib.Path, tokenizer: Any, number: int) -> dict[str, flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--records", type=int, default=2000)
+    parser.add_argument("--drawn", type=int, default=10_000, help="of these records, by each run")
     parser.add_argument("--many", type=int, default=1_000_000)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--workers", type=int, default=0)
@@ -122,7 +123,7 @@ def main() -> None:
         tokenizer = tokenizer_lib.SentencePieceTokenizer.from_bytes(model)
         rates: dict[str, list[float]] = {"pipeline": [], "bare": []}
         for _ in range(args.repeats):
-            taken, number = pipeline(folder / "proofs", tokenizer, args.records, args.workers)
+            taken, number = pipeline(folder / "proofs", tokenizer, args.drawn, args.workers)
             rates["pipeline"].append(number / taken)
             rates["bare"].append(number / bare(folder / "proofs", tokenizer, number))
         found |= {"records_per_second": rates}

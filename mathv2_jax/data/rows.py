@@ -19,6 +19,7 @@ from mathv2_jax.data import packing
 
 SHARDS = 64
 WINDOW = 8  # rows that a shard fills side by side
+_AHEAD = 2  # batches
 _HOPELESS = 10_000
 
 
@@ -210,7 +211,8 @@ class _Rows(grain.DatasetIterator):
 class Reader:
     """Batch after batch from a position on: this process's rows of each, the others padding.
 
-    `workers` processes beside this one tokenise and pack, 0: it does so itself.
+    A thread stays _AHEAD batches before what is read. `workers` processes beside this one tokenise
+    and pack; 0: that thread does.
     """
 
     def __init__(self, packed: PackedRows, workers: int = 0):
@@ -225,6 +227,9 @@ class Reader:
         dataset: grain.IterDataset = packed
         if workers:
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        dataset = grain.experimental.ThreadPrefetchIterDataset(
+            dataset, prefetch_buffer_size=_AHEAD * len(packed.wanted)
+        )
         self._iterator = iter(dataset)
         self.left_out = 0  # items longer than a row that this process came across
 
