@@ -17,8 +17,8 @@ def main() -> None:
     args = parser.parse_args()
     found = {}
     for workdir in args.workdirs:
-        for stage, spent in json.loads((workdir / "timing.json").read_text()).items():
-            if isinstance(spent, dict) and INPUT in spent:
+        for stage, spent in json.loads((workdir / "timing.json").read_text())["sections"].items():
+            if INPUT in spent:
                 share = spent[INPUT] / spent[STEP]
                 found[f"{workdir.name}/{stage}"] = {
                     "steps": spent["steps"],
@@ -27,6 +27,8 @@ def main() -> None:
                     "share": share,
                 }
                 print(f"{workdir.name}/{stage}: {100 * share:.2f} % of {spent[STEP]:.1f} s")
+    if not found:
+        raise SystemExit(f"no supervised stage among {', '.join(map(str, args.workdirs))}")
     args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
