@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What the real files hold, and what the data pipeline costs: about 15 minutes on two idle cores.
+# What the real files hold, and what the data pipeline costs: about 6 minutes on two idle cores.
 #
 #   bash experiments/data/run.sh FILES     # a folder with graded/*.jsonl and problems/*.jsonl
 #
