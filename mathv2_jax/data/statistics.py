@@ -172,7 +172,7 @@ def to_json(found: Found) -> bytes:
 def draw(found: Found, path: epath.Path) -> None:
     """Lengths and scores by source, as a .png; ValueError without matplotlib."""
     try:
-        from matplotlib import figure
+        from matplotlib import figure  # pyright: ignore[reportMissingImports] - an extra
     except ImportError as error:
         raise ValueError(
             '--figure needs matplotlib: pip install -e ".[experiments]", or leave it out'
