@@ -26,11 +26,16 @@ def get_config() -> ml_collections.ConfigDict:
 
 
 def on_pod(
-    model: dict[str, Any], chips: int, mesh: dict[str, int], prompt: int, answer: int
+    model: dict[str, Any],
+    chips: int,
+    mesh: dict[str, int],
+    prompt: int,
+    answer: int,
+    moments: str = "float32",
 ) -> ml_collections.ConfigDict:
     """The stages of configs/olympiad.py, with a row of `prompt` + `answer` tokens for each chip.
 
-    Or for the chips that share it (`context`). Parameters and moments are float32, computation is
+    Or for the chips that share it (`context`). Parameters are float32, computation is
     bfloat16, every layer is recomputed. Experts are those of the rollout: in bfloat16 the trainer
     would choose others now and then.
     """
@@ -55,6 +60,7 @@ def on_pod(
         for loop in ("sft", "rl"):
             if loop in stage:
                 stage[loop].update(rows=rows, row_length=prompt + answer)
+                stage[loop].optimizer.moments = moments
         if "rl" in stage:
             stage.rl.update(groups=max(1, rows // 2), samples=8, keep_routing=True)
     c.runtime.mesh = mesh

@@ -13,7 +13,10 @@ from configs.models import moonlight_16b_a3b
 
 def get_config() -> ml_collections.ConfigDict:
     mesh = dict(data=1, fsdp=2, expert=8)
-    c = deepseek_v32.on_pod(moonlight_16b_a3b.model(), 16, mesh, prompt=1024, answer=3072)
+    # Moments as DeepSeek-V3 keeps them: in float32 training leaves 0.04 GiB of a chip.
+    c = deepseek_v32.on_pod(
+        moonlight_16b_a3b.model(), 16, mesh, prompt=1024, answer=3072, moments="bfloat16"
+    )
     c.runtime.sampling = dict(replicas=2, data=1, expert=8)
     c.runtime.placement = dict(judge="host", reference="host", optimizer="host")
     c.engine.update(param_dtype="bfloat16", rows=8 * 8)
