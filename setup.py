@@ -72,6 +72,7 @@ setuptools.setup(
             "mathv2-convert = mathv2_jax.cli.convert:run",
             "mathv2-compile = mathv2_jax.cli.compile:run",
             "mathv2-records = mathv2_jax.cli.records:run",
+            "mathv2-search = mathv2_jax.cli.search:run",
         ]
     },
     cmdclass={"sdist": SourceDistribution},

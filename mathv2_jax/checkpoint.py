@@ -259,6 +259,46 @@ def read_seal(folder: epath.Path) -> dict[str, Any]:
     return storage.unseal(storage.read_bytes(folder / "seal" / "metadata"))
 
 
+class DamagedError(ValueError):
+    """A checkpoint is not what was saved."""
+
+
+def read_part(folder: epath.Path, abstract: Any, prefix: str = "") -> tuple[Any, dict[str, int]]:
+    """A part of the state in a step's folder: the leaves whose names begin with `prefix`.
+
+    `abstract` is the part's tree of `jax.ShapeDtypeStruct` with shardings. With it come the leaves'
+    fingerprints by name. DamagedError where they cannot be read or are not what was saved;
+    ValueError for another format or another part.
+    """
+    leaves = _named_leaves(abstract)
+    wanted = {f"{prefix}{name}": leaf for name, leaf in leaves.items()}
+    try:
+        body = read_seal(folder)
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"its seal cannot be read: {_first_line(error)}") from error
+    require_format(body, f"checkpoint {folder}")
+    saved = {name: leaf[:2] for name, leaf in body["leaves"].items() if name.startswith(prefix)}
+    for name in sorted({*saved, *wanted}):
+        asked = _kind(wanted[name]) if name in wanted else "nothing"
+        if saved.get(name, "nothing") != asked:
+            raise ValueError(
+                f"checkpoint {folder} holds another model: {name} is {saved.get(name, 'nothing')} "
+                f"there, asked for {asked}"
+            )
+    try:
+        arrays = _read_arrays(folder / "state", wanted)
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"its arrays cannot be read: {_first_line(error)}") from error
+    prints = fingerprint.of_arrays(arrays)
+    wrong = [name for name in prints if prints[name] != body["leaves"][name][2]]
+    if wrong:
+        raise DamagedError(f"{len(wrong)} arrays differ from what was saved, {wrong[0]} among them")
+    tree = jax.tree.unflatten(
+        jax.tree.structure(abstract), [arrays[f"{prefix}{name}"] for name in leaves]
+    )
+    return tree, {name.removeprefix(prefix): found for name, found in prints.items()}
+
+
 def require_format(body: Mapping[str, Any], where: str) -> None:
     """ValueError where a seal is of a format that this program does not read."""
     if body["format"] != FORMAT_VERSION:

@@ -192,6 +192,7 @@ class Sample:
     place inside the group. `rewards` holds every component apart (`format`, `score`, `meta`, ...)
     and `total`; `votes` and `meta_votes` are the judge's. `score` is what the response says,
     `label` what it was compared with. `thinking` is what a role that thinks wrote before `text`.
+    `parents` are the samples that its prompt shows, where it refines an earlier attempt.
     """
 
     id: str
@@ -216,6 +217,7 @@ class Sample:
     votes: tuple[float, ...] = ()
     meta_votes: tuple[float, ...] = ()
     thinking: str | None = _absent_where_none()
+    parents: tuple[str, ...] | None = _absent_where_none()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

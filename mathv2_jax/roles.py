@@ -94,16 +94,18 @@ class Role:
 
 
 GENERATOR, VERIFIER, META_VERIFIER = "generator", "verifier", "meta_verifier"
+REFINER = "refiner"  # a generator that is shown an earlier attempt
 NAMES = (GENERATOR, VERIFIER, META_VERIFIER)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Roles:
-    """The three roles of a run."""
+    """The three roles of a run, and the generator's with an earlier attempt in its prompt."""
 
     generator: Role
     verifier: Role
     meta_verifier: Role
+    refiner: Role
 
     def named(self, name: str) -> Role:
         """The role of that name."""
@@ -139,18 +141,18 @@ def make_roles(config: RolesConfig) -> Roles:
         VERIFIER: _read_analysis,
         META_VERIFIER: _read_meta,
     }
-    return Roles(
-        **{
-            name: Role(
-                name=name,
-                template=getattr(loaded, name),
-                read=read,
-                sampling=getattr(config, name),
-                think=config.think,
-            )
-            for name, read in readers.items()
-        }
-    )
+    made = {
+        name: Role(
+            name=name,
+            template=getattr(loaded, name),
+            read=read,
+            sampling=getattr(config, name),
+            think=config.think,
+        )
+        for name, read in readers.items()
+    }
+    refiner = dataclasses.replace(made[GENERATOR], name=REFINER, template=loaded.refine)
+    return Roles(**made, refiner=refiner)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,11 +197,11 @@ def ask(
     fields: Sequence[Mapping[str, str]],
     num_samples: int,
     seed: Sequence[Any],
-    keys: Sequence[int] | None = None,
+    keys: Sequence[Any] | None = None,
 ) -> list[list[Opinion]]:
     """`num_samples` opinions on each filled prompt; answer i of item j has its own seed.
 
-    `keys` number the items for their seeds, where those asked together are a part of all.
+    `keys` name the items for their seeds, where those asked together are a part of all.
     """
     tokenizer = respondent.tokenizer
     requests = [

@@ -40,7 +40,7 @@ compile deepseek_v32 --config=configs/deepseek_v32.py --topology=v5p:8x8x16
 compile deepseek_v32_128k --config=configs/deepseek_v32_128k.py --topology=v5p:4x8x8
 compile deepseek_v32_128k_on_128 --config=configs/deepseek_v32_128k.py --topology=v5p:4x4x8 \
   --programs=gradients,update --config.runtime.mesh.expert=4 --config.runtime.mesh.context=32 \
-  --config.stage.generator-2.rl.rows=4 --config.runtime.sampling.replicas=2
+  --config.stage.generator-2.rl.rows=4 --config.runtime.sampling.replicas=1
 compile moonlight_16b --config=configs/moonlight_16b.py --topology=v6e:4x4
 # The setting of MaxText's published figure: DeepSeek-V3, 8,192 tokens, 512 chips.
 compile deepseek_v3_8k --config=configs/deepseek_v32.py --topology=v5p:8x8x8 \

@@ -188,9 +188,9 @@ def build(
                 f"config.model.vocab_size = {given}, but a model's vocabulary is its tokenizer's, "
                 f"of {wanted}: set config.tokenizer.vocab_size"
             )
-        _build(TokenizerConfig, body["tokenizer"], "config.tokenizer")  # before the model's share
+        build_as(TokenizerConfig, body["tokenizer"], "config.tokenizer")  # before the model's share
     body["stages"] = _listed_stages(body.get("stages", ()), body.pop("stage", {}))
-    return _build(RunConfig, body, "config")
+    return build_as(RunConfig, body, "config")
 
 
 def _listed_stages(names: Any, bodies: Any) -> tuple[iterate.Stage, ...]:
@@ -210,7 +210,8 @@ def _listed_stages(names: Any, bodies: Any) -> tuple[iterate.Stage, ...]:
     return tuple(listed)
 
 
-def _build(kind: type[T], body: Any, where: str) -> T:
+def build_as(kind: type[T], body: Any, where: str) -> T:
+    """A dataclass from its fields as data; ValueError names the field at fault by its full path."""
     if not isinstance(body, Mapping):
         raise ValueError(f"{where} must hold the fields of {kind.__name__}, it is {body!r:.80}")
     hints = typing.get_type_hints(kind)
@@ -247,7 +248,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             {str(k): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
         )
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where)  # pyright: ignore[reportArgumentType] - hint is a class
+        return build_as(hint, value, where)  # pyright: ignore[reportArgumentType] - hint is a class
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
@@ -285,7 +286,7 @@ def _stage(name: str, body: Any, others: Mapping[str, Any]) -> iterate.Stage:
             f"{where}.name = {body['name']!r}: a stage's name is its key, leave it out"
         )
     rest = {n: v for n, v in body.items() if n != "kind"}
-    return _build(iterate.KINDS[kind][0], {**rest, "name": name}, where)
+    return build_as(iterate.KINDS[kind][0], {**rest, "name": name}, where)
 
 
 def identity(config: RunConfig) -> dict[str, Any]:
@@ -303,27 +304,28 @@ def identity(config: RunConfig) -> dict[str, Any]:
     if config.start:
         body["start"] = {"folder": config.start, "weights": start_lib.weights(config.start)}
     body["stages"] = [
-        {"kind": next(k for k, (t, _) in iterate.KINDS.items() if t is type(s)), **_plain(s)}
+        {"kind": next(k for k, (t, _) in iterate.KINDS.items() if t is type(s)), **plain(s)}
         for s in config.stages
     ]
     body["templates"] = {
         field.name: getattr(loaded, field.name).fingerprint for field in dataclasses.fields(loaded)
     }
-    return json.loads(json.dumps(_plain(body)))
+    return json.loads(json.dumps(plain(body)))
 
 
 def runtime(config: RunConfig) -> dict[str, Any]:
     """How the run is carried out, as JSON data."""
-    return json.loads(json.dumps(_plain(config.runtime)))
+    return json.loads(json.dumps(plain(config.runtime)))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Dataclasses as mappings, sequences as lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     return value
 
 

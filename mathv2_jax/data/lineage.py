@@ -110,7 +110,7 @@ def _joined(branches: list[list[str]]) -> Iterator[str]:
 
 
 def _parents(record: Any) -> list[str]:
-    found = list(getattr(record, "parents", ()))
+    found = list(getattr(record, "parents", None) or ())
     for field in ("problem_id", "proof_id", "target", "false_variant_of"):
         value = getattr(record, field, None)
         if value and value != record.id:

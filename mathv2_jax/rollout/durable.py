@@ -13,16 +13,24 @@ import math
 import threading
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from absl import logging
 from etils import epath
 
 from mathv2_jax import processes, records, storage
 from mathv2_jax.rollout import engine as engine_lib
-from mathv2_jax.rollout import remote
 
-Asked = engine_lib.Engine | remote.RemoteEngine
+
+@runtime_checkable
+class Asked(Protocol):
+    """Whose responses are kept: `engine.Engine`, `remote.RemoteEngine`, or whoever answers so."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    def generate(self, *requests: Any, **settings: Any) -> list[list[records.Response]]: ...
+
+
 _COMPLETE = "complete.json"
 
 
@@ -197,9 +205,15 @@ class DurableEngine:
         return self.engine.tokenizer
 
     def generate(
-        self, requests: Sequence[records.Request], **recorded: bool
+        self,
+        requests: Sequence[records.Request],
+        on_answer: engine_lib.OnAnswer | None = None,
+        **recorded: bool,
     ) -> list[list[records.Response]]:
-        """As `Engine.generate`; `recorded` are its `experts` and `kept`."""
+        """As `Engine.generate`; `recorded` are its `experts` and `kept`.
+
+        `on_answer` is told of those that are taken from where they are kept too.
+        """
         keys = [_key(request, self.version, recorded) for request in requests]
         there = {
             (place, index): found
@@ -213,6 +227,12 @@ class DurableEngine:
             sound = all(map(math.isfinite, (*response.logprobs, *response.policy_logprobs)))
             if whole and sound and self.writes:
                 self.responses.keep(f"{keys[place]}/{response.index}", response)
+            if on_answer is not None:
+                on_answer(place, response)
+
+        if on_answer is not None:
+            for (place, _), response in there.items():
+                on_answer(place, response)
 
         try:
             drawn = self.engine.generate(requests, done, answered=there, **recorded)

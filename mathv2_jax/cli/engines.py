@@ -1,0 +1,187 @@
+"""Who answers a command: a checkpoint of this project, or a model behind a server.
+
+checkpoint:DIR[#STAGE[@STEP]]   a run of mathv2-train, or what mathv2-convert has imported
+openai:URL#MODEL                any server of OpenAI's chat completions; URL ends before
+                                /chat/completions, mostly in /v1
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+
+from mathv2_jax import checkpoint, roles, sharding, storage
+from mathv2_jax.cli import machine, shell
+from mathv2_jax.hf import folder
+from mathv2_jax.model import transformer
+from mathv2_jax.rollout import decode, durable, engine, remote, replicas, schedule
+from mathv2_jax.stages import run as run_lib
+from mathv2_jax.text import tokenizer as tokenizer_lib
+from mathv2_jax.text import tokenizer_files
+
+CHECKPOINT, SERVER = "checkpoint", "openai"
+_FORMS = "checkpoint:DIR[#STAGE[@STEP]] or openai:URL#MODEL"
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """An engine as the command line names it: a folder with a stage and step, or a URL and a model.
+
+    `part` is STAGE[@STEP] or MODEL.
+    """
+
+    kind: str
+    where: str
+    part: str
+
+    @property
+    def name(self) -> str:
+        """What tells it from others, wherever it stands."""
+        return (
+            f"{self.kind}:{self.part}"
+            if self.kind == SERVER
+            else f"{self.kind}:{self.where}#{self.part}"
+        )
+
+
+def parse(flag: str, text: str) -> Spec:
+    """The engine that a flag names; ValueError where it is in neither form."""
+    kind, colon, rest = text.partition(":")
+    where, _, part = rest.partition("#")
+    if kind not in (CHECKPOINT, SERVER) or not colon or not where:
+        near = difflib.get_close_matches(kind, (CHECKPOINT, SERVER), n=1)
+        hint = f"; did you mean {near[0]}:?" if near and kind != near[0] else ""
+        raise ValueError(f"--{flag}={text}: an engine is {_FORMS}{hint}")
+    if kind == SERVER and not part:
+        raise ValueError(f"--{flag}={text}: name the model after the URL, {SERVER}:{where}#MODEL")
+    return Spec(kind, where, part)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Found:
+    """A checkpoint as its folder describes it. `roles` and `engine` are its run's own settings,
+    empty for an imported model."""
+
+    trained: folder.Trained
+    tokenizer: tokenizer_lib.Tokenizer
+    roles: Mapping[str, Any]
+    engine: Mapping[str, Any]
+
+
+def locate(spec: Spec) -> Found:
+    """The checkpoint that a spec names; FileNotFoundError or ValueError where there is none."""
+    path = shell.absolute(spec.where)
+    stage, _, step = spec.part.partition("@")
+    if step and not step.isdigit():
+        raise ValueError(f"{spec.name}: step {step!r} is no number")
+    if not path.is_dir():
+        raise FileNotFoundError(f"{spec.name}: there is no folder {path}")
+    trained = folder.locate(path, stage or None, int(step) if step else None)
+    if trained.tokenizer is None or not _is_tokenizer(trained.tokenizer):
+        raise ValueError(f"{path} holds no tokenizer: an engine needs one to read and write text")
+    body = storage.parse_json(storage.read_bytes(path / "config.json"))
+    identity = body.get("identity", {})
+    return Found(
+        trained=trained,
+        tokenizer=_tokenizer(trained.tokenizer),
+        roles=identity.get("roles", {}),
+        engine=identity.get("engine", {}),
+    )
+
+
+def _is_tokenizer(path: epath.Path) -> bool:
+    return not path.is_dir() or storage.exists(path / "tokenizer.json")
+
+
+def _tokenizer(path: epath.Path) -> tokenizer_lib.Tokenizer:
+    if path.is_dir():
+        return tokenizer_files.load(path)
+    return tokenizer_lib.SentencePieceTokenizer.from_bytes(storage.read_bytes(path))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+    """An engine that is ready. `version` names its variables, or its server and model."""
+
+    engine: durable.Asked
+    version: str
+    first_opinions: Callable[[Sequence[Sequence[int]]], np.ndarray] | None = None
+
+
+def open_checkpoint(
+    found: Found, config: schedule.EngineConfig, runtime: run_lib.RuntimeConfig, *, think: bool
+) -> Opened:
+    """An engine with a checkpoint's variables, on all devices of this process.
+
+    Of several steps the newest sound one. ValueError where none is, or the model does not fit the
+    engine.
+    """
+    trained = found.trained
+    if config.context > trained.config.max_position:
+        raise ValueError(
+            f"config.engine.context = {config.context} is longer than the model's max_position = "
+            f"{trained.config.max_position}"
+        )
+    kernels = machine.make_kernels(runtime, jax.default_backend(), trained.config)
+    mesh = sharding.make_mesh(runtime.mesh)
+    variables, version = _variables(trained, kernels, mesh)
+    dtype = config.param_dtype or trained.config.param_dtype
+    programs = decode.Programs(dataclasses.replace(trained.config, param_dtype=dtype), kernels)
+
+    def make_engine(own: jax.sharding.Mesh) -> engine.Engine:
+        return engine.Engine(programs, found.tokenizer, config, own, think=think)
+
+    made = replicas.Replicas(sharding.make_sampling_mesh(None, mesh), make_engine)
+    made.load(variables, version)
+    (own,) = made.engines.values()
+    return Opened(engine=own, version=version, first_opinions=own.first_opinions)
+
+
+def _variables(
+    trained: folder.Trained, kernels: transformer.Kernels, mesh: jax.sharding.Mesh
+) -> tuple[transformer.Variables, str]:
+    """A checkpoint's variables as they are stored, and a name that no others have."""
+    boxed = transformer.boxed_abstract(trained.config, kernels)
+    wanted = jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        transformer.unboxed(boxed),
+        sharding.shardings_for(boxed, mesh),
+    )
+    complaints = []
+    for step in trained.steps:
+        at = trained.checkpoints / str(step)
+        try:
+            variables, prints = checkpoint.read_part(at, wanted, trained.prefix)
+        except checkpoint.DamagedError as error:
+            complaints.append(str(error))
+            logging.warning("%s: damaged checkpoint (%s)", at, error)
+            continue
+        digest = hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
+        return variables, f"step {step} #{digest[:16]}"
+    raise ValueError(f"no sound checkpoint in {trained.checkpoints}: {'; '.join(complaints)}")
+
+
+def open_server(spec: Spec, settings: Mapping[str, Any]) -> Opened:
+    """A server as an engine; `settings` are the fields of `RemoteConfig` but for URL and model."""
+    config = remote.RemoteConfig(base_url=spec.where, model=spec.part, **settings)
+    made = remote.RemoteEngine(config)
+    return Opened(engine=made, version=made.version)
+
+
+def default_engine(trained: folder.Trained) -> dict[str, Any]:
+    """Settings for a model that comes without those of a run: its whole context, few rows."""
+    context = min(trained.config.max_position, 2**17)
+    return dict(context=context, rows=16, page=64, chunk=min(512, context), chunks=4, steps=32)
+
+
+def default_roles(context: int) -> dict[str, Any]:
+    """Roles of a model that comes without those of a run: the paper's sampling, where it fits."""
+    limit = dict(max_tokens=min(2**16, context // 2), temperature=1.0, top_p=0.95)
+    return dict(templates="olympiad", think=True, **{name: dict(limit) for name in roles.NAMES})

@@ -1,0 +1,124 @@
+"""The proofs of one problem that a search has written, and what verifiers have said of each.
+
+A pool is a function of the samples that it has absorbed, in their order, so that a search goes on
+from its records as if it had never stopped.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+from mathv2_jax import records, reward, roles
+from mathv2_jax.text import parse
+
+
+@dataclasses.dataclass(frozen=True)
+class Cast:
+    """One verification: a vote with its analysis, or one that was lost (None)."""
+
+    id: str
+    score: float | None
+    text: str
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Candidate:
+    """A proof, known by its text, with the first sample that wrote it and the votes on it.
+
+    `place` counts the pool's candidates from 0. `first_opinion` is the verifier head's expected
+    score; `filtered` says that it was left without verification for it, or, where `audited`,
+    verified nevertheless to measure the filter.
+    """
+
+    id: str
+    place: int
+    round: int
+    proof: str
+    self_analysis: str
+    self_score: float
+    cast: list[Cast] = dataclasses.field(default_factory=list)
+    first_opinion: float | None = None
+    filtered: bool = False
+    audited: bool = False
+
+    @property
+    def votes(self) -> list[float]:
+        """The parsed scores; lost votes are left out, never counted as 0."""
+        return [c.score for c in self.cast if c.score is not None]
+
+    @property
+    def mean(self) -> float | None:
+        """The mean vote, None without any."""
+        return reward.mean(self.votes) if self.votes else None
+
+    @property
+    def majority(self) -> float | None:
+        """The score with most votes, the lowest of several; None without any."""
+        return reward.majority(self.votes) if self.votes else None
+
+
+class Pool:
+    """The candidates of one problem."""
+
+    def __init__(self, problem: records.Problem):
+        self.problem = problem
+        self.candidates: list[Candidate] = []
+        self.rounds = 0  # that are complete
+        self.written: list[records.Sample] = []  # by the generator: unreadable ones and duplicates
+        self._by_text: dict[str, Candidate] = {}
+        self._by_sample: dict[str, Candidate] = {}
+
+    def absorb(self, samples: Iterable[records.Sample]) -> None:
+        """Take in what a generator wrote and what verifiers said of it, in their order.
+
+        ValueError names a vote on a proof that the pool does not have.
+        """
+        for sample in samples:
+            if sample.role == roles.GENERATOR:
+                self._write(sample)
+            else:
+                self._vote(sample)
+
+    def _write(self, sample: records.Sample) -> None:
+        self.written.append(sample)
+        found = readable(sample)
+        if found is None:
+            return
+        known = self._by_text.get(found.proof)
+        if known is None:
+            known = Candidate(
+                id=sample.id,
+                place=len(self.candidates),
+                round=sample.step,
+                proof=found.proof,
+                self_analysis=found.self_analysis,
+                self_score=found.self_score,
+                first_opinion=sample.rewards.get(FIRST_OPINION),
+                filtered=bool(sample.rewards.get(FILTERED)),
+                audited=bool(sample.rewards.get(AUDITED)),
+            )
+            self.candidates.append(known)
+            self._by_text[found.proof] = known
+        self._by_sample[sample.id] = known
+
+    def _vote(self, sample: records.Sample) -> None:
+        candidate = self._by_sample.get(sample.target)
+        if candidate is None:
+            raise ValueError(
+                f"sample {sample.id} judges {sample.target}, which is no proof of problem "
+                f"{self.problem.id}: records of the search are missing"
+            )
+        candidate.cast.append(Cast(sample.id, sample.score, sample.text))
+
+    def of(self, sample_id: str) -> Candidate | None:
+        """The candidate that a sample wrote or repeated; None where it could not be read."""
+        return self._by_sample.get(sample_id)
+
+
+FIRST_OPINION, FILTERED, AUDITED = "first_opinion", "filtered", "audited"
+
+
+def readable(sample: records.Sample) -> parse.ParsedGeneration | None:
+    """What a generator's sample holds; None where it was cut or breaks the format."""
+    if sample.outcome is not records.Outcome.PARSED:
+        return None
+    return parse.parse_generation(sample.text)

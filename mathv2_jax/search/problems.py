@@ -1,0 +1,43 @@
+"""The problems of a search, from a file of ours or of others."""
+
+import json
+
+from etils import epath
+
+from mathv2_jax import records
+from mathv2_jax.data import graded, raw_files
+
+
+def read(path: epath.Path) -> list[records.Problem]:
+    """The problems of a file of JSON lines, CSV, Parquet or ArrayRecord, in order, each once.
+
+    A row is a Problem record, or has the field `problem` (`statement` and `question` will do) and
+    what else `data/graded.py` reads. FileNotFoundError or ValueError names what cannot be read.
+    """
+    found: dict[str, records.Problem] = {}
+    rows = raw_files.read(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file")
+    for raw in rows:
+        try:
+            problem = _problem(raw, path)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {raw.line}: {error}") from error
+        found.setdefault(problem.id, problem)
+    if not found:
+        raise ValueError(f"{path} holds no problem")
+    return list(found.values())
+
+
+def _problem(raw: raw_files.Raw, path: epath.Path) -> records.Problem:
+    if raw.fault:
+        raise ValueError(raw.fault)
+    fields = dict(raw.fields)
+    if fields.get("kind") == records.Problem.__name__ and "schema" in fields:
+        return records.from_json(records.Problem, json.dumps(fields))
+    for name in ("statement", "question"):
+        if fields.get("problem") is None and fields.get(name) is not None:
+            fields["problem"] = fields[name]
+    row = graded.Row(file=str(path), line=raw.line, fields=fields)
+    source = row.optional_text("source") or path.name.partition(".")[0]
+    return graded.problems_of(row, source, "", ())[0]
