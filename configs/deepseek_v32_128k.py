@@ -20,7 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
         model.model(), 256, mesh, prompt=1024, answer=130_048, moments="bfloat16"
     )
     c.runtime.attention = "auto"
-    c.runtime.sampling = dict(replicas=2, data=1, expert=32, tensor=4)
-    c.runtime.placement = dict(reference="host", judge="host", optimizer="host")
-    c.engine.update(param_dtype="bfloat16", rows=64)
+    c.runtime.sampling = dict(replicas=2, data=1, expert=16, tensor=8)
+    c.runtime.placement = dict(reference="host", judge="host")
+    c.engine.update(param_dtype="bfloat16", rows=32)
     return c

@@ -165,4 +165,6 @@ def _outside(name: str, by_id: dict[str, Any]) -> str:
     number, colon, line = name.rpartition(":")
     if colon and number in by_id:
         return f"line {line} of {by_id[number].file} (import {number})"
+    if name.startswith(store_lib.ROW):
+        return f"{name.removeprefix(store_lib.ROW)} (the row's own id)"
     return f"{name} (not among these records)"
