@@ -3,8 +3,9 @@
     mathv2-compile --config=configs/deepseek_v32_128k.py --topology=v5p:4x8x8
 
 Queries are split over the chips of a row; the latents of its keys, which are small, are on all of
-them, and of those each query gathers the 2,048 that its indexer picks. Training fits; sampling of
-answers so long does not (experiments/pods/notes.md).
+them, and of those each query gathers the 2,048 that its indexer picks. Two replicas of
+128 chips sample: on half as many there is no room for their matrices beside policy and judge
+(experiments/pods/notes.md).
 """
 
 import ml_collections
