@@ -73,6 +73,7 @@ setuptools.setup(
             "mathv2-compile = mathv2_jax.cli.compile:run",
             "mathv2-records = mathv2_jax.cli.records:run",
             "mathv2-search = mathv2_jax.cli.search:run",
+            "mathv2-evaluate = mathv2_jax.cli.evaluate:run",
         ]
     },
     cmdclass={"sdist": SourceDistribution},

@@ -21,12 +21,13 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from mathv2_jax import evaluation, records, storage
+from mathv2_jax import records, storage
 from mathv2_jax.cli import shell
 from mathv2_jax.data import sources
+from mathv2_jax.evaluation import held_out
 from mathv2_jax.world import judge
 
-Measured = Mapping[str, evaluation.Ratio]
+Measured = Mapping[str, held_out.Ratio]
 
 
 def require_seeds_of_one_config(workdirs: Sequence[str]) -> None:
@@ -60,7 +61,7 @@ def measure_arm(workdir: str, stage: str) -> Measured:
     mark = f'"kind": "{records.Sample.__name__}"'
     lines = [line for line in storage.Parts(folder).read() if mark in line]
     samples = sources.parse_lines(lines, records.Sample, str(folder))
-    found = evaluation.measure(samples, judge.ExactJudge())
+    found = held_out.measure(samples, judge.ExactJudge())
     if not any(ratio.items for ratio in found.values()):
         raise ValueError(
             f"{folder} holds no answers to the test set: is {stage!r} an answer stage that ran?"
@@ -71,18 +72,18 @@ def measure_arm(workdir: str, stage: str) -> Measured:
 def compare(seeds: Sequence[Mapping[str, Measured]], arms: Sequence[str]) -> dict[str, Any]:
     """By metric: every arm's level, and its difference from the first arm, by seed and pooled."""
     result: dict[str, Any] = {}
-    for metric in evaluation.METRICS:
+    for metric in held_out.METRICS:
         rows: dict[str, Any] = {}
         for arm in arms:
             found = [seed[arm][metric] for seed in seeds]
             base = [seed[arms[0]][metric] for seed in seeds]
             gaps = [f.mean - b.mean for f, b in zip(found, base, strict=True)]
-            errors = [evaluation.difference_se(b, f) for f, b in zip(found, base, strict=True)]
+            errors = [held_out.difference_se(b, f) for f, b in zip(found, base, strict=True)]
             rows[arm] = {
-                "level": evaluation.pooled([f.mean for f in found], [f.se for f in found]),
+                "level": held_out.pooled([f.mean for f in found], [f.se for f in found]),
                 "seeds": [_figure(f.mean) for f in found],
                 "n": sum(f.n for f in found),
-                "difference": evaluation.pooled(gaps, errors),
+                "difference": held_out.pooled(gaps, errors),
                 "seed_differences": [
                     {"mean": _figure(g), "se": _figure(e)}
                     for g, e in zip(gaps, errors, strict=True)

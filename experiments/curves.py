@@ -23,9 +23,10 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from mathv2_jax import evaluation, records, reward, roles, storage
+from mathv2_jax import records, reward, roles, storage
 from mathv2_jax.cli import shell
 from mathv2_jax.data import sources
+from mathv2_jax.evaluation import held_out
 from mathv2_jax.text import parse
 from mathv2_jax.world import judge
 
@@ -88,7 +89,7 @@ def _curve(
     prompts: Mapping[str, Sequence[Mapping[str, float]]], name: str
 ) -> dict[str, float | None]:
     values = [[figures[name] for figures in found if name in figures] for found in prompts.values()]
-    ratio = evaluation.Ratio(
+    ratio = held_out.Ratio(
         tuple(prompts),
         np.asarray([sum(v) for v in values], float),
         np.asarray([len(v) for v in values], float),

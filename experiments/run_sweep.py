@@ -30,11 +30,12 @@ from typing import Any
 from absl import flags
 from etils import epath
 
-from mathv2_jax import evaluation, storage
+from mathv2_jax import storage
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.cli import shell, table
 from mathv2_jax.cli import workdir as workdir_lib
+from mathv2_jax.evaluation import held_out
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCHEMA = 1
@@ -162,7 +163,7 @@ def collect(entries: Sequence[Entry], workdir: str) -> dict[str, Any]:
             print(f"{entry.name}: left out, it was run with another config", file=sys.stderr)
             continue
         summary = workdir_lib.read_summary(folder)
-        if summary["metrics"] is not None and set(evaluation.METRICS) - set(summary["metrics"]):
+        if summary["metrics"] is not None and set(held_out.METRICS) - set(summary["metrics"]):
             print(
                 f"{entry.name}: left out, an older version wrote its summary.json; delete that "
                 "file, and the sweep's command writes it anew from the records",
@@ -188,7 +189,7 @@ def pool(summaries: Mapping[str, Any]) -> dict[str, Any]:
                     side: _pooled([summaries[n]["metrics"][metric][side] for n in names])
                     for side in SIDES
                 }
-                for metric in evaluation.METRICS
+                for metric in held_out.METRICS
             },
             "constants": {
                 metric: _mean([summaries[n]["constants"][metric]["after"] for n in names])
@@ -204,7 +205,7 @@ def _pooled(figures: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def values(name: str) -> list[float]:
         return [math.nan if f[name] is None else f[name] for f in figures]
 
-    return evaluation.pooled(values("mean"), values("se"))
+    return held_out.pooled(values("mean"), values("se"))
 
 
 def _mean(figures: Sequence[float | None]) -> float | None:
@@ -228,7 +229,7 @@ def render(results: Mapping[str, Any]) -> str:
     width = max(map(len, (*rows, *pooled)))
     every = rows | {name: found["metrics"] for name, found in pooled.items()}
     lines = [f"{'':26} {'':{width}}" + "".join(f" {side:>15}" for side in SIDES)]
-    for metric in evaluation.METRICS:
+    for metric in held_out.METRICS:
         for name, found in every.items():
             title = metric if name == next(iter(rows)) else ""
             cells = " ".join(table.cell(found[metric][side]) for side in SIDES)

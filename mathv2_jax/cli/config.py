@@ -232,8 +232,8 @@ def build_as(kind: type[T], body: Any, where: str) -> T:
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
-    if hint == tuple[iterate.Stage, ...]:
-        return value  # built by _listed_stages
+    if hint is Any or hint == tuple[iterate.Stage, ...]:
+        return value  # checked where it is used; stages are built by _listed_stages
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and types.NoneType in args:

@@ -18,6 +18,7 @@ from absl import logging
 from etils import epath
 
 from mathv2_jax import checkpoint, roles, sharding, storage
+from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import machine, shell
 from mathv2_jax.hf import folder
 from mathv2_jax.model import transformer
@@ -168,9 +169,19 @@ def _variables(
     raise ValueError(f"no sound checkpoint in {trained.checkpoints}: {'; '.join(complaints)}")
 
 
-def open_server(spec: Spec, settings: Mapping[str, Any]) -> Opened:
-    """A server as an engine; `settings` are the fields of `RemoteConfig` but for URL and model."""
-    config = remote.RemoteConfig(base_url=spec.where, model=spec.part, **settings)
+def server_config(spec: Spec, settings: Mapping[str, Any], where: str) -> remote.RemoteConfig:
+    """How a server is asked: the fields in `config.WHERE`, and what the spec says.
+
+    ValueError names a field at fault, or one that the spec sets.
+    """
+    given = {"base_url": spec.where, "model": spec.part}
+    for name in given.keys() & settings.keys():
+        raise ValueError(f"config.{where}.{name}: the engine {spec.name} says it; leave it out")
+    return config_lib.build_as(remote.RemoteConfig, {**settings, **given}, f"config.{where}")
+
+
+def open_server(config: remote.RemoteConfig) -> Opened:
+    """A server as an engine."""
     made = remote.RemoteEngine(config)
     return Opened(engine=made, version=made.version)
 

@@ -95,6 +95,7 @@ class Asked:
     writer: engines.Spec
     verifier: engines.Spec
     found: dict[engines.Spec, engines.Found]
+    servers: dict[engines.Spec, remote.RemoteConfig]
     config: search_config.SearchConfig
 
     @classmethod
@@ -108,8 +109,23 @@ class Asked:
             if spec.kind == engines.CHECKPOINT
         }
         config = search_config.build(overrides, found.get(writer), found.get(verifier))
+        servers = {
+            spec: engines.server_config(spec, settings, where)
+            for spec, settings, where in (
+                (verifier, config.verifier_remote, "verifier_remote"),
+                (writer, config.remote, "remote"),  # this one's, where they are the same
+            )
+            if spec.kind == engines.SERVER
+        }
         asked = problems.read(shell.absolute(_PROBLEMS.value or ""))
-        return cls(problems=asked, writer=writer, verifier=verifier, found=found, config=config)
+        return cls(
+            problems=asked,
+            writer=writer,
+            verifier=verifier,
+            found=found,
+            servers=servers,
+            config=config,
+        )
 
     def identity(self) -> dict[str, Any]:
         """What is searched; see `search_config.identity`."""
@@ -120,18 +136,17 @@ class Asked:
     def open(self) -> dict[engines.Spec, engines.Opened]:
         """The engines, loaded."""
         config, opened = self.config, dict[engines.Spec, engines.Opened]()
-        first = dict(config.remote), config.engine
-        second = dict(config.verifier_remote), config.verifier_engine
         runtime = stages_run.RuntimeConfig(
             mesh=config.runtime.mesh,
             model_kernels=config.runtime.model_kernels,
             attention=config.runtime.attention,
         )
-        for spec, (remote_fields, engine) in ((self.writer, first), (self.verifier, second)):
+        pairs = ((self.writer, config.engine), (self.verifier, config.verifier_engine))
+        for spec, engine in pairs:
             if spec in opened:
                 continue
             if spec.kind == engines.SERVER:
-                opened[spec] = engines.open_server(spec, remote_fields)
+                opened[spec] = engines.open_server(self.servers[spec])
             else:
                 think = config.roles.think
                 opened[spec] = engines.open_checkpoint(

@@ -40,6 +40,13 @@ def asks_for_help(argv: Sequence[str]) -> bool:
     return bool(asked & {"help", "h", "helpfull", "helpshort", "helpxml"})
 
 
+def require_unused(asked: flags.FlagValues, names: Sequence[str], why: str) -> None:
+    """ValueError names flags that were given, though what they are about is not asked for."""
+    given = [name for name in names if asked[name].value != asked[name].default]
+    if given:
+        raise ValueError(f"--{', --'.join(given)} {why}, which is not asked for")
+
+
 def read_flags(
     asked: flags.FlagValues, argv: Sequence[str], doc: str | None, required: Sequence[str]
 ) -> bool:

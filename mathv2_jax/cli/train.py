@@ -24,12 +24,13 @@ import jax
 from absl import flags, logging
 from etils import epath
 
-from mathv2_jax import evaluation, leases, metrics, processes, records, roles, storage
+from mathv2_jax import leases, metrics, processes, records, roles, storage
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import inputs, launch, machine, shell, table
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.cli import start as start_lib
 from mathv2_jax.cli import workdir as workdir_lib
+from mathv2_jax.evaluation import held_out
 from mathv2_jax.model import transformer
 from mathv2_jax.rl import learner
 from mathv2_jax.stages import gate, iterate, probe, steps
@@ -322,10 +323,10 @@ def summarise(
     if config.world is not None and config.before:
         judge = world_judge.ExactJudge()
         before, after = run.samples(config.before), run.samples(config.after)
-        sides = evaluation.measure(before, judge), evaluation.measure(after, judge)
-        measured, constants = evaluation.compare(*sides), evaluation.constants(*sides)
+        sides = held_out.measure(before, judge), held_out.measure(after, judge)
+        measured, constants = held_out.compare(*sides), held_out.constants(*sides)
         labels = {
-            stage.name: evaluation.labels_given(run.stage_records(stage.name, records.Proof), judge)
+            stage.name: held_out.labels_given(run.stage_records(stage.name, records.Proof), judge)
             for stage in config.stages
             if iterate.LABELLED in iterate.leaves(stage)
         }

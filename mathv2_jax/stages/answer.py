@@ -3,7 +3,8 @@
 import dataclasses
 from collections.abc import Sequence
 
-from mathv2_jax import evaluation, records, reward
+from mathv2_jax import records, reward
+from mathv2_jax.evaluation import held_out
 from mathv2_jax.stages import run as run_lib
 from mathv2_jax.stages import shares
 
@@ -23,9 +24,9 @@ class AnswerStage:
     rule: reward.AutoLabelRule = dataclasses.field(default_factory=reward.AutoLabelRule)
 
 
-def test_set(run: run_lib.Run, stage: AnswerStage) -> evaluation.TestSet:
+def test_set(run: run_lib.Run, stage: AnswerStage) -> held_out.TestSet:
     """The held-out items of the run's input."""
-    return evaluation.TestSet(
+    return held_out.TestSet(
         problems=run.input("test_problems", records.Problem),
         proofs=run.input("test_proofs", records.Proof),
         analyses=run.input("test_analyses", records.Analysis),
@@ -41,8 +42,8 @@ def run_stage(run: run_lib.Run, stage: AnswerStage) -> dict[str, float]:
     seed, test = run.seed_for("test set"), test_set(run, stage)
     answers = {
         replica: list(
-            evaluation.answers(
-                evaluation.Players(
+            held_out.answers(
+                held_out.Players(
                     roles=run.roles,
                     verifier=run.judge.engines[replica],
                     generator=run.policy.engines[replica],
@@ -77,7 +78,7 @@ def agreement(
     found: dict[str, list[tuple[bool, bool]]] = {}
     for sample in samples:
         label = labels.get(sample.target)
-        if label is not None and sample.role == evaluation.VERIFY:
+        if label is not None and sample.role == held_out.VERIFY:
             pair = (sample.score is not None, sample.score == label.score)
             found.setdefault(label.scale, []).append(pair)
     return {

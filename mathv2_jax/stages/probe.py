@@ -5,7 +5,8 @@ import math
 
 import numpy as np
 
-from mathv2_jax import evaluation, records, reward, roles
+from mathv2_jax import records, reward, roles
+from mathv2_jax.evaluation import held_out
 from mathv2_jax.stages import run as run_lib
 
 
@@ -90,7 +91,7 @@ def run_stage(run: run_lib.Run, stage: ProbeStage) -> dict[str, float]:
         "accuracy": float(np.mean(errors == 0.0)),
         "head_mean_error": float(np.mean(np.abs(head - labels))),
         # The best constant answer's: what a head that has learnt anything stays below.
-        "constant_mean_error": evaluation.least_error(labels.tolist()),
+        "constant_mean_error": held_out.least_error(labels.tolist()),
         "n": float(len(errors)),
     }
     if stage.predecessor not in (None, NONE):

@@ -279,7 +279,7 @@ def judge_analysis(statement: str, proof: str, body: str, score: float) -> Analy
 
 
 class ExactJudge:
-    """The truth about texts of this world, for `evaluation.measure`."""
+    """The truth about texts of this world, for `held_out.measure`."""
 
     def proof_score(self, statement: str, proof: str) -> float:
         """The true score of a proof."""

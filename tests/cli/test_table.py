@@ -1,7 +1,8 @@
 from etils import epath
 
-from mathv2_jax import evaluation, metrics
+from mathv2_jax import metrics
 from mathv2_jax.cli import table, train
+from mathv2_jax.evaluation import held_out
 from mathv2_jax.rl import optimizer
 from mathv2_jax.stages import answer, sft
 
@@ -12,7 +13,7 @@ EMPTY = {"mean": None, "se": None, "n": 0}
 
 def summary(**changed):
     constants = {"meta_accuracy": {"before": 0.5, "after": 0.736}}
-    return {"metrics": {name: ROW for name in evaluation.METRICS} | changed, "constants": constants}
+    return {"metrics": {name: ROW for name in held_out.METRICS} | changed, "constants": constants}
 
 
 def without_metrics(before, after):
@@ -22,14 +23,14 @@ def without_metrics(before, after):
 def test_a_metric_is_a_row_of_before_after_change_and_n():
     lines = table.render(summary(), {"sft": 1.0}, 0.0).splitlines()
     assert lines[0].split()[-5:] == ["before", "after", "change", "n", "constant"]
-    rows = lines[1 : 1 + len(evaluation.METRICS)]
+    rows = lines[1 : 1 + len(held_out.METRICS)]
     for row in rows:
         figures = ["0.250", "±0.012", "0.250", "±0.012", "-0.500", "1200"]
         if row.startswith("meta-verifier: rating equals"):
             figures.append("0.736")  # the best constant answer's
         assert row.split()[-len(figures) :] == figures
         assert row.index("1200") == lines[0].index("     n") + 2
-    assert len(set(rows)) == len(evaluation.METRICS)  # each has its own title
+    assert len(set(rows)) == len(held_out.METRICS)  # each has its own title
 
 
 def test_a_metric_without_items_has_no_figures():

@@ -4,7 +4,8 @@ import math
 import pytest
 
 from experiments import arms
-from mathv2_jax import evaluation, records, storage
+from mathv2_jax import records, storage
+from mathv2_jax.evaluation import held_out
 from mathv2_jax.records import Finish, Outcome
 from mathv2_jax.text import parse
 
@@ -16,7 +17,7 @@ PROOFS = {
 }
 
 
-def write_arm(workdir, stage, said, role=evaluation.VERIFY):
+def write_arm(workdir, stage, said, role=held_out.VERIFY):
     """An answer stage whose verifier said these scores of the three proofs."""
     samples = [
         records.Sample(

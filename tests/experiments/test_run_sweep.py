@@ -8,9 +8,9 @@ import threading
 import pytest
 
 from experiments import run_sweep
-from mathv2_jax import evaluation
 from mathv2_jax.cli import config as config_lib
 from mathv2_jax.cli import overrides, shell
+from mathv2_jax.evaluation import held_out
 
 SMOKE = "configs/smoke.py"
 SEEDS = str(run_sweep.ROOT / "configs" / "sweeps" / "seeds.py")
@@ -139,7 +139,7 @@ def summary(mean, se):
     figures = {"before": (0.25, 0.1), "after": (0.25 + mean, 0.1), "difference": (mean, se)}
     metric = {side: {"mean": m, "se": s, "n": 9} for side, (m, s) in figures.items()}
     constants = {"verifier_accuracy": {"before": 0.4, "after": 0.4 + mean}}
-    metrics = {name: metric for name in evaluation.METRICS}
+    metrics = {name: metric for name in held_out.METRICS}
     return {"metrics": metrics, "constants": constants, "stages": {}}
 
 
@@ -176,7 +176,7 @@ def test_entries_that_differ_in_the_seed_are_pooled_by_the_mean_of_their_changes
     pooled = run_sweep.pool(summaries)
     assert set(pooled) == {"long"}
     assert pooled["long"]["entries"] == ["long-seed0", "long-seed1", "long-seed12"]
-    for metric in evaluation.METRICS:
+    for metric in held_out.METRICS:
         change = pooled["long"]["metrics"][metric]["difference"]
         assert change["mean"] == pytest.approx(0.3)
         assert change["se"] == pytest.approx(0.13 / 3)  # 3, 4, 12, 13

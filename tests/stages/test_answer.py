@@ -1,6 +1,7 @@
 """The answer stage's own figures: agreement with human labels, where the test proofs have any."""
 
-from mathv2_jax import evaluation, records
+from mathv2_jax import records
+from mathv2_jax.evaluation import held_out
 from mathv2_jax.stages import answer
 
 
@@ -11,7 +12,7 @@ def proof(name: str, score: float | None, scale: str = "full-marks") -> records.
     return records.Proof(id=name, problem_id="p", statement="S", text=name, label=label)
 
 
-def sample(target: str, score: float | None, test: str = evaluation.VERIFY) -> records.Sample:
+def sample(target: str, score: float | None, test: str = held_out.VERIFY) -> records.Sample:
     parsed = score is not None
     return records.Sample(
         id=f"after/{test}/{target}",
@@ -36,7 +37,7 @@ def sample(target: str, score: float | None, test: str = evaluation.VERIFY) -> r
 def test_agreement_is_counted_by_scale_and_what_does_not_parse_is_wrong() -> None:
     proofs = [proof("a", 1.0), proof("b", 0.0), proof("c", 0.5), proof("d", 1.0, "opc-5-of-7")]
     samples = [sample("a", 1.0), sample("b", None), sample("c", 0.0), sample("d", 1.0)]
-    samples += [sample("a", 0.0, evaluation.AUTOLABEL), sample("p", 1.0, evaluation.PROVE)]
+    samples += [sample("a", 0.0, held_out.AUTOLABEL), sample("p", 1.0, held_out.PROVE)]
     found = answer.agreement(samples, proofs)
     assert found == {
         "human/full-marks/parsed": 2 / 3,

@@ -5,8 +5,9 @@ import random
 import numpy as np
 import pytest
 
-from mathv2_jax import evaluation, records, reward, roles
-from mathv2_jax.evaluation import Ratio
+from mathv2_jax import records, reward, roles
+from mathv2_jax.evaluation import held_out
+from mathv2_jax.evaluation.held_out import Ratio
 from mathv2_jax.records import Finish, Outcome
 from mathv2_jax.text import parse
 from mathv2_jax.world import corpus, judge
@@ -45,7 +46,7 @@ def sample(role, target, **fields):
 
 
 def measured(samples):
-    return evaluation.measure(samples, judge.ExactJudge())
+    return held_out.measure(samples, judge.ExactJudge())
 
 
 # The metrics, by hand.
@@ -99,7 +100,7 @@ AUTO = [
 )
 def test_a_metric_of_hand_made_answers(name, mean, n):
     found = measured([*VERIFY, *META, *PROVE, *AUTO])
-    assert set(found) == set(evaluation.METRICS)
+    assert set(found) == set(held_out.METRICS)
     assert (found[name].mean, found[name].n) == (pytest.approx(mean), n)
 
 
@@ -139,7 +140,7 @@ def test_the_constant_beside_a_metric_is_what_the_best_constant_answer_gets(name
 
 def test_auto_labels_are_compared_with_a_constant_where_there_is_a_label():
     before, after = measured(AUTO), measured(AUTO[:1])
-    found = evaluation.constants(before, after)
+    found = held_out.constants(before, after)
     assert found["autolabel_precision"] == {"before": round(1 / 3, 6), "after": 1.0}
     assert found["meta_accuracy"] == {"before": None, "after": None}  # of no items
     assert "analysis_faithfulness" not in found and "generator_true_score" not in found
@@ -151,14 +152,14 @@ def test_labels_that_training_was_given_are_judged_beside_the_best_constant_one(
         return dataclasses.replace(proof, statement=STATEMENT)
 
     given = [labelled(RIGHT, 1.0), labelled(FALSE, 1.0), labelled(SKIPS, 0.0), labelled(FALSE, 0.0)]
-    found = evaluation.labels_given(given, judge.ExactJudge())
+    found = held_out.labels_given(given, judge.ExactJudge())
     assert found == {
         "mean": 0.5,
         "se": pytest.approx(0.5 / 3**0.5, abs=1e-6),
         "n": 4,
         "constant": 0.5,
     }
-    nothing = evaluation.labels_given([], judge.ExactJudge())
+    nothing = held_out.labels_given([], judge.ExactJudge())
     assert nothing == {"mean": None, "se": None, "n": 0, "constant": None}
 
 
@@ -206,11 +207,11 @@ def test_the_error_of_a_paired_difference_is_that_of_the_items_own_differences()
     rng = np.random.default_rng(1)
     before = rng.random(200)
     after = before + 0.1 * rng.random(200)
-    found = evaluation.difference_se(ratio(before), ratio(after))
+    found = held_out.difference_se(ratio(before), ratio(after))
     assert found == pytest.approx(np.std(after - before, ddof=1) / math.sqrt(200))
     alone = math.hypot(ratio(before).se, ratio(after).se)
     assert found < 0.2 * alone  # the pairing is what makes it small
-    assert evaluation.difference_se(ratio(before), ratio(before)) == 0.0
+    assert held_out.difference_se(ratio(before), ratio(before)) == 0.0
 
 
 def test_a_paired_difference_of_ratios_is_that_of_the_bootstrap():
@@ -221,7 +222,7 @@ def test_a_paired_difference_of_ratios_is_that_of_the_bootstrap():
     before, after = (
         v[picked].sum(axis=1) / w[picked].sum(axis=1) for v, w in zip(values, weights, strict=True)
     )
-    found = evaluation.difference_se(ratio(values[0], weights[0]), ratio(values[1], weights[1]))
+    found = held_out.difference_se(ratio(values[0], weights[0]), ratio(values[1], weights[1]))
     assert found == pytest.approx(np.std(after - before), rel=0.06)
 
 
@@ -247,16 +248,16 @@ def test_the_errors_of_a_mean_of_strata_are_those_of_the_bootstrap():
     for side, means in zip(sides, drawn, strict=True):
         assert side.se == pytest.approx(np.std(means), rel=0.06)
         assert side.mean == np.mean([side.value[strata == s].mean() for s in records.SCORES])
-    found = evaluation.difference_se(*sides)
+    found = held_out.difference_se(*sides)
     assert found == pytest.approx(np.std(drawn[1] - drawn[0]), rel=0.06)
 
 
 def test_a_difference_of_other_items_is_refused():
     one, other = ratio([0.0, 1.0]), ratio([0.0, 1.0, 1.0])
     with pytest.raises(ValueError, match="are not the same"):
-        evaluation.difference_se(one, other)
+        held_out.difference_se(one, other)
     with pytest.raises(ValueError, match="are not the same"):
-        evaluation.difference_se(one, dataclasses.replace(one, items=("1", "0")))
+        held_out.difference_se(one, dataclasses.replace(one, items=("1", "0")))
 
 
 # The table.
@@ -268,13 +269,13 @@ def test_a_table_holds_both_sides_and_the_difference():
         dataclasses.replace(s, text=SILENT, score=1.0) if s.target == "6" else s for s in VERIFY
     ]
     after = measured([*better, *META, *PROVE, *AUTO])
-    row = evaluation.compare(before, after)["verifier_accuracy"]
+    row = held_out.compare(before, after)["verifier_accuracy"]
     assert row["before"] == {"mean": 0.5, "se": round(math.sqrt(0.25 / 5), 6), "n": 6}
     assert row["after"]["mean"] == round(4 / 6, 6)
     # One item of six moved by one.
     assert row["difference"]["mean"] == round(1 / 6, 6)
     assert row["difference"]["se"] == round(1 / 6, 6)
-    assert evaluation.compare(before, after)["meta_accuracy"]["difference"] == {
+    assert held_out.compare(before, after)["meta_accuracy"]["difference"] == {
         "mean": 0.0,
         "se": 0.0,
     }
@@ -282,7 +283,7 @@ def test_a_table_holds_both_sides_and_the_difference():
 
 def test_a_metric_that_nothing_counts_for_is_none():
     silent = [VERIFY[0], VERIFY[3]]
-    table = evaluation.compare(measured(silent), measured(silent))
+    table = held_out.compare(measured(silent), measured(silent))
     row = table["analysis_faithfulness"]
     assert row["before"] == row["after"] == {"mean": None, "se": None, "n": 0}
     assert row["difference"] == {"mean": None, "se": None}
@@ -308,7 +309,7 @@ def house():
 
 @pytest.fixture(scope="module")
 def test_set():
-    return evaluation.TestSet(
+    return held_out.TestSet(
         problems=corpus.plain_problems(CONFIG, 0, "test", SIZE),
         proofs=corpus.graded_proofs(CONFIG, 0, "test", SIZE, labelled=False),
         analyses=corpus.graded_analyses(CONFIG, 0, "test", SIZE, labelled=False),
@@ -320,8 +321,8 @@ def test_set():
 def parts(house, test_set, verdicts, proofs, seed=0):
     verifier = house.engine({scripted.VERIFY: verdicts, scripted.META: {RATED: 1.0}})
     generator = house.engine({scripted.PROVE: proofs})
-    players = evaluation.Players(roles=scripted.ROLES, verifier=verifier, generator=generator)
-    return list(evaluation.answers(players, test_set, "after", seed, chunk=10))
+    players = held_out.Players(roles=scripted.ROLES, verifier=verifier, generator=generator)
+    return list(held_out.answers(players, test_set, "after", seed, chunk=10))
 
 
 def test_the_figures_of_scripted_players_are_those_of_the_script(house, test_set):
@@ -372,14 +373,14 @@ def test_parts_may_be_made_in_any_order_or_left_out(house, test_set):
 def test_players_are_shown_what_they_are_to_judge(house, test_set):
     verifier = house.engine({scripted.VERIFY: {FOUND: 1.0}, scripted.META: {RATED: 1.0}})
     generator = house.engine({scripted.PROVE: {MADE[1.0]: 1.0}})
-    players = evaluation.Players(roles=scripted.ROLES, verifier=verifier, generator=generator)
+    players = held_out.Players(roles=scripted.ROLES, verifier=verifier, generator=generator)
     one = dataclasses.replace(
         test_set,
         problems=test_set.problems[:1],
         proofs=test_set.proofs[:1],
         analyses=test_set.analyses[:1],
     )
-    for part in evaluation.answers(players, one, "after", 0):
+    for part in held_out.answers(players, one, "after", 0):
         part()
     (problem,), (proof,), (analysis,) = one.problems, one.proofs, one.analyses
     names, shown = scripted.ROLES, scripted.shown
@@ -403,10 +404,10 @@ def test_a_machine_label_can_be_made_again_from_the_opinions_on_record(house, te
         scripted.META: {RATED: 0.7, SILENT: 0.3},
     }
     player = house.engine(script)
-    players = evaluation.Players(roles=scripted.ROLES, verifier=player, generator=player)
+    players = held_out.Players(roles=scripted.ROLES, verifier=player, generator=player)
     asked = dataclasses.replace(test_set, problems=(), analyses=(), rule=rule)
-    samples = [s for part in evaluation.answers(players, asked, "after", 0) for s in part()]
-    rows = [s for s in samples if s.role == evaluation.AUTOLABEL]
+    samples = [s for part in held_out.answers(players, asked, "after", 0) for s in part()]
+    rows = [s for s in samples if s.role == held_out.AUTOLABEL]
     assert len(rows) == 12 and {s.label for s in rows} >= {None, 0.0, 1.0}
     for row in rows:
         analyses = [s for s in samples if s.role == "verifier" and s.target == row.target]
@@ -424,9 +425,9 @@ def test_a_machine_label_can_be_made_again_from_the_opinions_on_record(house, te
 def test_a_proof_that_cannot_be_read_is_not_judged(house, test_set):
     made = parts(house, test_set, {SILENT: 1.0}, {SILENT: 1.0})
     samples = [sample for part in made for sample in part()]
-    proved = [s for s in samples if s.role == evaluation.PROVE]
+    proved = [s for s in samples if s.role == held_out.PROVE]
     assert len(proved) == SIZE
     assert {(s.proof, s.votes, s.outcome) for s in proved} == {("", (), Outcome.UNPARSEABLE)}
-    assert not [s for s in samples if s.role == evaluation.JUDGE]
+    assert not [s for s in samples if s.role == held_out.JUDGE]
     found = measured(samples)
     assert (found["generator_true_score"].mean, found["verifier_minus_true"].n) == (0.0, 0)

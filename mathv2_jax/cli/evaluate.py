@@ -1,0 +1,214 @@
+"""mathv2-evaluate: how right a verifier is, and what a search has solved, with intervals.
+
+A verifier's ratings against people's scores, from files alone:
+
+mathv2-evaluate --graded=FILE [--graded=FILE ...] --rating=COLUMN --out=DIR
+                [--scale=NAME] [--score_map=marks:7]
+
+What a search has solved, by attempts, rounds and tokens:
+
+mathv2-evaluate --search=WORKDIR [--one_shot=WORKDIR] [--judge=votes|world] --out=DIR
+
+The judge of a proof is the majority of its own votes, or the exact one of the proof world. With
+--one_shot the best of N proofs without refinement is put beside it, at the tokens that they took.
+
+DIR gets evaluation.json, evaluation.md and, where matplotlib is installed, figures. Intervals are
+the middle 95 % of a bootstrap over problems (--rounds draws, --seed).
+
+Exit codes: 0 finished, 2 bad usage or input, 1 failure.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from etils import epath
+
+from mathv2_jax import records, storage
+from mathv2_jax.cli import config as config_lib
+from mathv2_jax.cli import search_config, shell
+from mathv2_jax.data import graded, sources
+from mathv2_jax.evaluation import agreement, benchmarks, curves, figures, intervals
+from mathv2_jax.search import candidates as candidates_lib
+from mathv2_jax.search import pool as pool_lib
+from mathv2_jax.search import refine, rounds
+from mathv2_jax.world import judge as world_judge
+
+_ASKED = flags.FlagValues()
+VOTES, WORLD = "votes", "world"
+
+
+def _define(make: Callable[..., Any], name: str, default: Any, doc: str) -> None:
+    make(name, default, doc, flag_values=_ASKED)
+
+
+_define(flags.DEFINE_multi_string, "graded", [], "A file of graded proofs; may be given often.")
+_define(flags.DEFINE_string, "rating", None, "Its column of a verifier's mean score.")
+_define(flags.DEFINE_string, "scale", "", "How people's scores were made, such as full-marks.")
+_define(flags.DEFINE_string, "score_map", None, "marks, marks:7, or pairs: 7:1,6:0.5,else:0")
+_define(flags.DEFINE_string, "search", None, "The workdir of a search.")
+_define(flags.DEFINE_string, "one_shot", None, "The workdir of one without refinement.")
+_define(flags.DEFINE_string, "judge", VOTES, f"Of proofs: {VOTES} or {WORLD}.")
+_define(flags.DEFINE_string, "out", None, "The folder for what is found.")
+_define(flags.DEFINE_integer, "rounds", intervals.ROUNDS, "Draws of the bootstrap.")
+_define(flags.DEFINE_integer, "seed", 0, "Of the bootstrap.")
+_OF_GRADED, _OF_SEARCHES = ("rating", "scale", "score_map"), ("one_shot", "judge")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Usage and input errors are one line and exit code 2; what is a bug keeps its traceback."""
+    try:
+        _ASKED.unparse_flags()  # one process may call it often
+        if not shell.read_flags(_ASKED, argv, __doc__, ["out"]):
+            return shell.FINISHED
+        if bool(_ASKED.graded) == bool(_ASKED.search):
+            raise ValueError("--graded=FILE or --search=WORKDIR must be given, one of the two")
+        if _ASKED.rounds < 1:
+            raise ValueError(f"--rounds={_ASKED.rounds}: must be at least 1")
+        if _ASKED.graded:
+            shell.require_unused(_ASKED, _OF_SEARCHES, "are about --search")
+        else:
+            shell.require_unused(_ASKED, _OF_GRADED, "are about --graded")
+        out = shell.absolute(_ASKED.out)
+        (_ratings if _ASKED.graded else _searched)(out)
+        return shell.FINISHED
+    except (ValueError, FileNotFoundError, flags.Error) as error:
+        if not shell.is_of_input(error):
+            raise
+        print(f"mathv2-evaluate: {error}", file=sys.stderr)
+        return shell.BAD_INPUT
+
+
+def _draws() -> dict[str, int]:
+    return {"rounds": _ASKED.rounds, "seed": _ASKED.seed}
+
+
+def _ratings(out: epath.Path) -> None:
+    if not _ASKED.rating:
+        raise ValueError("--rating=COLUMN must be given: where a verifier's mean scores stand")
+    given = None if _ASKED.score_map is None else graded.ScoreMap.parse(_ASKED.score_map)
+    scale = benchmarks.Scale(scale=_ASKED.scale, score_map=given)
+    found = [
+        item
+        for file in _ASKED.graded
+        for item in benchmarks.read(shell.absolute(file), scale, _ASKED.rating)
+    ]
+    body = agreement.by_group(benchmarks.rated(found), **_draws())
+    _write(out, body, agreement.table(body))
+    figures.draw_agreement(body["all"], out)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Searched:
+    """A search as its workdir holds it."""
+
+    config: search_config.SearchConfig
+    written: list[tuple[records.Problem, list[records.Sample]]]
+
+    @property
+    def problems(self) -> list[records.Problem]:
+        return [problem for problem, _ in self.written]
+
+
+def _read_search(flag: str, name: str) -> _Searched:
+    workdir = shell.absolute(name)
+    path = workdir / "config.json"
+    if not storage.exists(path):
+        raise FileNotFoundError(f"--{flag}={name}: {path} is not there: it is no search's workdir")
+    try:
+        body = storage.parse_json(storage.read_bytes(path))
+        if "search" not in body:
+            raise ValueError("it is of a run of mathv2-train, or of nothing that is known here")
+        saved = body["search"]
+        fields = {f.name for f in dataclasses.fields(search_config.SearchConfig)}
+        known = {name: saved[name] for name in saved if name in fields}
+        config = config_lib.build_as(search_config.SearchConfig, known, "config")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--{flag}={name}: {path} is of no search: {error}") from error
+    problems = sources.read(workdir / "records" / "input" / "problems.jsonl", records.Problem)
+    by_problem: dict[str, list[records.Sample]] = {p.id: [] for p in problems}
+    parts = storage.Parts(workdir / "records" / rounds.STAGE)
+    for sample in sources.parse_lines(list(parts.read()), records.Sample, f"--{flag}={name}"):
+        by_problem[sample.problem_id].append(sample)
+    return _Searched(config, [(p, by_problem[p.id]) for p in problems])
+
+
+def _judge() -> curves.Score:
+    if _ASKED.judge == VOTES:
+        return curves.by_majority
+    if _ASKED.judge != WORLD:
+        raise ValueError(f"--judge={_ASKED.judge}: must be {VOTES} or {WORLD}")
+    exact = world_judge.ExactJudge()
+    return lambda problem, candidate: exact.proof_score(problem.statement, candidate.proof)
+
+
+def _searched(out: epath.Path) -> None:
+    found, score = _read_search("search", _ASKED.search), _judge()
+    body: dict[str, Any] = {"judge": _ASKED.judge, "problems": len(found.problems)}
+    if found.config.method == search_config.REFINE:
+        if _ASKED.one_shot:
+            raise ValueError("--one_shot is put beside a pool search, and this is a refinement")
+        body |= _refinement(found, score)
+    else:
+        body |= _pool(found, score)
+    _write(out, body, curves.table(body))
+    figures.draw_curves(body, out)
+
+
+def _refinement(found: _Searched, score: curves.Score) -> dict[str, Any]:
+    config = found.config.refine
+    pools = []
+    for problem, samples in found.written:
+        pool = candidates_lib.Pool(problem)
+        method = refine.Refinement(config, found.config.seed)
+        for attempt in range(config.attempts):
+            method.absorb(pool, [s for s in samples if s.step == attempt])
+        pools.append(pool)
+    made = curves.of_refinement(pools, config, score, **_draws())
+    return {"threads": config.threads, **config_lib.plain(made)}
+
+
+def _pool(found: _Searched, score: curves.Score) -> dict[str, Any]:
+    method = pool_lib.PoolSearch(found.config.pool, found.config.seed)
+    made = curves.of_rounds(found.written, method, score, **_draws())
+    body = {"pool": config_lib.plain(made)}
+    if _ASKED.one_shot:
+        other = _read_search("one_shot", _ASKED.one_shot)
+        if other.config.method != search_config.POOL or other.config.pool.rounds:
+            raise ValueError(
+                f"--one_shot={_ASKED.one_shot}: this search refines; one with "
+                "--config.pool.rounds=0 does not"
+            )
+        if [p.id for p in other.problems] != [p.id for p in found.problems]:
+            raise ValueError(f"--one_shot={_ASKED.one_shot}: it is a search of other problems")
+        single = pool_lib.PoolSearch(other.config.pool, other.config.seed)
+        limits = _doubling(other.config.pool.proofs)
+        shots = curves.of_one_shot(other.written, single, score, limits, **_draws())
+        body["one_shot"] = config_lib.plain(shots)
+    return body
+
+
+def _doubling(most: int) -> list[int]:
+    """1, 2, 4 and so on, and `most`."""
+    return [*(2**n for n in range(most.bit_length()) if 2**n < most), most]
+
+
+def _write(out: epath.Path, body: Mapping[str, Any], table: str) -> None:
+    text = json.dumps(body, indent=1, sort_keys=True) + "\n"
+    storage.write_whole(out / "evaluation.json", text.encode())
+    storage.write_whole(out / "evaluation.md", table.encode())
+    print(table)
+    print(f"in {os.fspath(out)}")
+
+
+def run() -> None:
+    """The console script."""
+    shell.run(main)
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,163 @@
+"""What a search has solved, as a function of what it was allowed: attempts, rounds, tokens.
+
+A proof's score is given by whoever judges it: the proof world's exact judge, people, or a majority
+of votes. Every curve is a mean over problems, with an interval.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from mathv2_jax import records
+from mathv2_jax.evaluation import intervals
+from mathv2_jax.search import candidates as candidates_lib
+from mathv2_jax.search import pool as pool_lib
+from mathv2_jax.search import refine
+
+Pool = candidates_lib.Pool
+Candidate = candidates_lib.Candidate
+Score = Callable[[records.Problem, Candidate], float | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """A place on a curve: the limit, the mean score there, the share of problems with score 1, and
+    the mean number of generated tokens of a problem up to there."""
+
+    limit: int
+    score: intervals.Figure
+    solved: intervals.Figure
+    tokens: float
+
+
+def by_majority(problem: records.Problem, candidate: Candidate) -> float | None:
+    """The score that most of the candidate's own votes give; None without any."""
+    return candidate.majority
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Limited:
+    """What each problem comes to under one limit: `groups` are the scores whose mean counts."""
+
+    limit: int
+    problems: Sequence[str]
+    groups: Sequence[Sequence[float]]
+    tokens: Sequence[int]
+
+    def point(self, draws: Mapping[str, int]) -> Point:
+        values = [sum(group) / len(group) for group in self.groups]
+        solved = [sum(x == 1.0 for x in group) / len(group) for group in self.groups]
+        return Point(
+            limit=self.limit,
+            score=intervals.mean(self.problems, values, **draws),
+            solved=intervals.mean(self.problems, solved, **draws),
+            tokens=sum(self.tokens) / max(1, len(self.tokens)),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """Pass@1 (the mean over threads) and Best@N (picked by self-score, ties averaged) of sequential
+    refinement, for each limit of attempts."""
+
+    pass_at_1: list[Point]
+    best_at_n: list[Point]
+
+
+def of_refinement(
+    pools: Sequence[Pool], config: refine.RefineConfig, score: Score, **draws: int
+) -> Refinement:
+    """The curves of one run; a thread without a readable proof scores 0.
+
+    `draws` are the bootstrap's `rounds` and `seed`, here and below.
+    """
+    names = [pool.problem.id for pool in pools]
+    first, best = [], []
+    for limit in range(1, config.attempts + 1):
+        every, picked, tokens = [], [], []
+        for pool in pools:
+            found = refine.answers(pool, config.threads, limit)
+            scores = [_score(pool, a and a.candidate, score) for a in found]
+            top = max((a.self_score for a in found if a is not None), default=None)
+            own = [s for a, s in zip(found, scores, strict=True) if a and a.self_score == top]
+            every.append(scores)
+            picked.append(own or [0.0])
+            tokens.append(sum(s.num_tokens for s in pool.written if s.step < limit))
+        for points, groups in ((first, every), (best, picked)):
+            made = _Limited(limit=limit, problems=names, groups=groups, tokens=tokens)
+            points.append(made.point(draws))
+    return Refinement(pass_at_1=first, best_at_n=best)
+
+
+def _score(pool: Pool, candidate: Candidate | None, score: Score) -> float:
+    return 0.0 if candidate is None else score(pool.problem, candidate) or 0.0
+
+
+Written = Sequence[tuple[records.Problem, Sequence[records.Sample]]]  # each problem's records
+
+
+def of_rounds(
+    written: Written, search: pool_lib.PoolSearch, score: Score, **draws: int
+) -> list[Point]:
+    """The best proof after each round of a pool search: by its votes, judged by `score`.
+
+    A search that ended before keeps what it had.
+    """
+    pools = [(Pool(problem), samples) for problem, samples in written]
+    names, spent = [problem.id for problem, _ in written], [0] * len(written)
+    points = []
+    for limit in range(search.config.rounds + 1):
+        for place, (pool, samples) in enumerate(pools):
+            new = [s for s in samples if s.step == limit]
+            if new:
+                search.absorb(pool, new)
+                spent[place] += sum(s.num_tokens for s in new)
+        best = [[_score(pool, search.best(pool), score)] for pool, _ in pools]
+        made = _Limited(limit=limit, problems=names, groups=best, tokens=tuple(spent))
+        points.append(made.point(draws))
+    return points
+
+
+def of_one_shot(
+    written: Written,
+    search: pool_lib.PoolSearch,
+    score: Score,
+    limits: Sequence[int],
+    **draws: int,
+) -> list[Point]:
+    """The best of the first so many proofs that were written without refinement, by their votes."""
+    names, points = [problem.id for problem, _ in written], []
+    for limit in limits:
+        tokens, best = [], []
+        for problem, samples in written:
+            ids = {s.id for s in samples if s.target == problem.id and s.index < limit}
+            used = [s for s in samples if s.id in ids or s.target in ids]
+            pool = Pool(problem)
+            pool.absorb(used)
+            tokens.append(sum(s.num_tokens for s in used))
+            best.append([_score(pool, search.best(pool), score)])
+        made = _Limited(limit=limit, problems=names, groups=best, tokens=tokens)
+        points.append(made.point(draws))
+    return points
+
+
+_TITLES = {
+    "pass_at_1": ("Pass@1", "attempts"),
+    "best_at_n": ("best by self-score", "attempts"),
+    "pool": ("pool search", "rounds"),
+    "one_shot": ("best of N without refinement", "proofs"),
+}
+
+
+def table(body: Mapping[str, Any]) -> str:
+    """Markdown: each curve of an evaluation, given as data."""
+    lines = [f"{body['problems']} problems, judged by {body['judge']}"]
+    for name, (title, limit) in _TITLES.items():
+        if name not in body:
+            continue
+        lines += ["", f"| {title}: {limit} | mean score | share solved | tokens of a problem |"]
+        lines.append("|--:|---|---|--:|")
+        for point in body[name]:
+            score, solved = (intervals.Figure(**point[key]) for key in ("score", "solved"))
+            lines.append(f"| {point['limit']} | {score} | {solved} | {point['tokens']:,.0f} |")
+    return "\n".join(lines) + "\n"
