@@ -66,8 +66,8 @@ def kill_while_running(
         process = subprocess.Popen(
             arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
-        aim, before = chance.randrange(1, 24), _on_disk(workdir)
-        while process.poll() is None and len(_on_disk(workdir) - before) < aim:
+        aim, before = chance.randrange(1, 24), on_disk(workdir)
+        while process.poll() is None and len(on_disk(workdir) - before) < aim:
             time.sleep(0.002)
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -79,7 +79,7 @@ def kill_while_running(
     return kills
 
 
-def _on_disk(workdir: pathlib.Path) -> set[str]:
+def on_disk(workdir: pathlib.Path) -> set[str]:
     """Files of answers and of records."""
     return {str(p) for name in ("responses", "records") for p in workdir.glob(f"{name}/**/part-*")}
 
@@ -177,8 +177,11 @@ def _roles(run_dir: pathlib.Path) -> list[str]:
     flat = {"templates": roles["templates"]}
     for name in ("generator", "verifier", "meta_verifier"):
         flat |= {f"{name}.{field}": value for field, value in roles[name].items()}
-    return [f"--config.roles.{name}={value}" for name, value in flat.items()] + [
-        "--config.remote.key_env=''"
+    # The server now and then never answers after clients have vanished: it is asked again.
+    remote = {"key_env": "''", "timeout_s": 30.0, "backoff_s": 0.2}
+    return [
+        *(f"--config.roles.{name}={value}" for name, value in flat.items()),
+        *(f"--config.remote.{name}={value}" for name, value in remote.items()),
     ]
 
 
