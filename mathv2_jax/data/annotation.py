@@ -8,25 +8,22 @@ by the majority or by one of them who has the last word.
 import collections
 import csv
 import dataclasses
-import html
 import io
 import itertools
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from mathv2_jax import records, storage
-from mathv2_jax.data import lineage
+from mathv2_jax.data import formulas, lineage
 
 ANALYSES = 4  # of a proof that people are shown, at most
 MAJORITY = "majority"
 _VERIFIER = "verifier"  # the role that wrote a sample, as roles.py names it
 CONFIG, TASKS, TABLE = "labeling_config.xml", "tasks.json", "tasks.csv"
 _CHOICES = {"0": 0.0, "0.5": 0.5, "1": 1.0}
-_MATH = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\$([^$\n]+?)\$|\\\((.+?)\\\)", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,36 +123,6 @@ def labelling_config(most: int) -> str:
     )
 
 
-def rendered(text: str) -> str:
-    """Text as HTML: formulas as MathML, which browsers draw; one that cannot be read as it stands.
-
-    ValueError without latex2mathml.
-    """
-    try:
-        from latex2mathml import converter, exceptions
-    except ImportError as error:
-        raise ValueError('formulas are drawn by latex2mathml: pip install -e ".[data]"') from error
-    own = [e for e in vars(exceptions).values() if isinstance(e, type) and issubclass(e, Exception)]
-    # Of 12,000 formulas that were spoiled for a trial 4,091 raised, all one of these.
-    unreadable = (*own, LookupError, RecursionError, StopIteration, ValueError)
-    parts, at = [], 0
-    for match in _MATH.finditer(text):
-        parts.append(_plain(text[at : match.start()]))
-        shown = match[1] or match[2]
-        try:
-            formula = shown or match[3] or match[4]
-            parts.append(converter.convert(formula, display="block" if shown else "inline"))
-        except unreadable:
-            parts.append(f"<code>{html.escape(match[0])}</code>")
-        at = match.end()
-    parts.append(_plain(text[at:]))
-    return f'<div style="line-height:1.5">{"".join(parts)}</div>'
-
-
-def _plain(text: str) -> str:
-    return html.escape(text).replace("\n", "<br>")
-
-
 def project(waiting: Sequence[Task]) -> dict[str, bytes]:
     """The files of a project, by name: the page, the tasks, and the same tasks as a CSV file."""
     most = max((len(task.analyses) for task in waiting), default=0)
@@ -163,13 +130,13 @@ def project(waiting: Sequence[Task]) -> dict[str, bytes]:
     for task in waiting:
         data: dict[str, Any] = dict(
             proof_id=task.proof.id,
-            problem=rendered(task.proof.statement),
-            proof=rendered(task.proof.text),
+            problem=formulas.rendered(task.proof.statement),
+            proof=formulas.rendered(task.proof.text),
         )
         for number in range(1, most + 1):
             analysis = task.analyses[number - 1] if number <= len(task.analyses) else None
             data[f"analysis_{number}_id"] = analysis.id if analysis else ""
-            text = rendered(analysis.text) if analysis else "<i>There is none.</i>"
+            text = formulas.rendered(analysis.text) if analysis else "<i>There is none.</i>"
             data[f"analysis_{number}"] = text
         made.append({"data": data})
     body = json.dumps(made, ensure_ascii=False, indent=1) + "\n"

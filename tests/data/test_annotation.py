@@ -80,12 +80,6 @@ def test_a_sampled_analysis_becomes_a_record_that_names_its_sample():
     assert (found.text, found.score, found.parents, found.proof_id) == (text, 0.5, ("s",), "proof1")
 
 
-def test_formulas_are_drawn_and_everything_else_is_escaped():
-    shown = annotation.rendered(STATEMENT + "\n<b>$\\notacommand{$")
-    assert shown.count("<math") >= 2 and "<mfrac>" in shown and 'display="block"' in shown
-    assert "<b>" not in shown and "&lt;b&gt;" in shown and "<br>" in shown and "&amp;" in shown
-
-
 def test_the_page_asks_for_a_score_and_a_rating_of_each_analysis():
     page = etree.fromstring(annotation.labelling_config(4))
     choices = {c.get("name"): [x.get("value") for x in c] for c in page.iter("Choices")}
