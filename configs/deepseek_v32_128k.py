@@ -3,8 +3,9 @@
     mathv2-compile --config=configs/deepseek_v32_128k.py --topology=v5p:4x8x8
 
 Queries are split over the chips of a row; the latents of its keys, which are small, are on all of
-them, and of those each query gathers the 2,048 that its indexer picks. Training fits; sampling of
-answers so long does not (experiments/pods/notes.md).
+them, and of those each query gathers the 2,048 that its indexer picks. Two replicas of
+128 chips sample: on half as many there is no room for their matrices beside policy and judge
+(experiments/pods/notes.md).
 """
 
 import ml_collections
@@ -20,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
         model.model(), 256, mesh, prompt=1024, answer=130_048, moments="bfloat16"
     )
     c.runtime.attention = "auto"
-    c.runtime.sampling = dict(replicas=2, data=1, expert=32, tensor=4)
-    c.runtime.placement = dict(reference="host", judge="host", optimizer="host")
-    c.engine.update(param_dtype="bfloat16", rows=64)
+    c.runtime.sampling = dict(replicas=2, data=1, expert=16, tensor=8)
+    c.runtime.placement = dict(reference="host", judge="host")
+    c.engine.update(param_dtype="bfloat16", rows=32)
     return c

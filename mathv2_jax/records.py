@@ -70,7 +70,8 @@ class Label:
     """A trusted score: of a proof under I_v, or of an analysis under I_mv.
 
     `votes` are the scores that it was made of: analyses', or those of several raters. `comment` is
-    what a person said beside it. `rubric` names the rubric, and its version where that has one.
+    what a person said beside it. `rubric` names the rubric, and its version where that has one:
+    a template's fingerprint after an @.
     `scale` names how the score was made from the rater's own scale (say `full-marks`, or
     `opc-5-of-7`); labels of different scales are never mixed without a stated map.
     """
@@ -85,6 +86,8 @@ class Label:
 
     def __post_init__(self):
         require_score(self.score, f"label by {self.source}")
+        for vote in self.votes:
+            require_score(vote, f"vote of a label by {self.source}")
         if self.source not in ("human", "auto", "world"):
             raise ValueError(f"label source {self.source!r} is not human, auto or world")
 
@@ -143,6 +146,10 @@ class Proof:
     origin: Origin | None = None
     parents: tuple[str, ...] = ()
 
+    def __post_init__(self):
+        if self.self_score is not None:
+            require_score(self.self_score, f"self-score of proof {self.id}")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Analysis:
@@ -159,6 +166,9 @@ class Analysis:
     label: Label | None = None
     origin: Origin | None = None
     parents: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        require_score(self.score, f"analysis {self.id}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -42,9 +42,15 @@ def values(hint):
         return st.sampled_from(hint)
     if dataclasses.is_dataclass(hint):
         fields = {name: values(field) for name, field in typing.get_type_hints(hint).items()}
+        scores = st.sampled_from(records.SCORES)
         if hint is records.Label:
-            fields["score"] = st.sampled_from(records.SCORES)
+            fields["score"] = scores
+            fields["votes"] = st.lists(scores, max_size=3).map(tuple)
             fields["source"] = st.sampled_from(["human", "auto", "world"])
+        if hint is records.Proof:
+            fields["self_score"] = st.none() | scores
+        if hint is records.Analysis:
+            fields["score"] = scores
         return st.fixed_dictionaries(fields)
     return {str: TEXT, int: st.integers(), float: NUMBERS}[hint]
 

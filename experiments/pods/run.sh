@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The programs of an RL step, compiled for TPU pods that are not there: two hours on two cores, for a
+# The programs of an RL step, compiled for TPU pods that are not there: an hour on two cores, for a
 # nightly job. What was compiled from the same sources before is not compiled again (runs/pods).
 #
 #   bash experiments/pods/run.sh [NAME...]

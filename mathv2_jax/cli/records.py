@@ -8,11 +8,12 @@ mathv2-records --from=FILE [--from=FILE ...] --records=DIR [--field=OURS=THEIRS 
 
 What a row may hold: problem; proof; score (0, 0.5 or 1) or human_score and human_max; analysis;
 id, source, scale, rater; answer, reference_solution, grading_guidelines, false_variant. Records
-written by this program are taken as they are. Rejects stand in DIR/rejects.jsonl.
+written by this program are taken as they are. Rejects stand in DIR/rejects.jsonl. What --evaluation
+or --withdraw names counts for texts that are there already, too.
 
 mathv2-records --records=DIR [--statistics=FILE.json] [--figure=FILE.png]     # what is there
 mathv2-records --records=DIR --lineage=ID     # what a record is made of; also of runs/X/records
-mathv2-records --records=DIR --to=FILE.jsonl [--kind=proof]     # what is there, without copies
+mathv2-records --records=DIR --to=FILE.jsonl [--kind=proof] [--evaluation]     # without copies
 
 Send what has no label to people, and take their ratings back (DIR may be runs/X/records):
 
@@ -109,7 +110,8 @@ def main(argv: Sequence[str]) -> int:
         if len(jobs) > 1:
             raise ValueError(f"{' and '.join(f'--{name}' for name in jobs)} exclude each other")
         if "from" not in jobs:
-            _require_unused(_OF_IMPORTS, "are about --from=FILE")
+            unused = set(_OF_IMPORTS) - ({"evaluation"} if jobs == ["to"] else set())
+            _require_unused(sorted(unused), "are about --from=FILE")
         if jobs:
             _require_unused(("statistics", "figure", "tokenizer"), "are about what is there")
         _JOBS.get("".join(jobs), _show)(folder)
@@ -190,10 +192,16 @@ def _export(folder: epath.Path) -> None:
     if _ASKED.kind not in (*kinds, "auto"):
         raise ValueError(f"--kind={_ASKED.kind}: one of auto, {', '.join(kinds)}")
     wanted = tuple(kinds.values()) if _ASKED.kind == "auto" else (kinds[_ASKED.kind],)
-    found = [r for r in store_lib.require(folder).latest() if isinstance(r, wanted)]
+    store = store_lib.require(folder)
+    held = store.marked("evaluation") - store.marked("withdraws")
+    every = [r for r in store.latest() if isinstance(r, wanted)]
+    found = [r for r in every if ((type(r), r.id) in held) is _ASKED.evaluation]
     target = _new_file(_ASKED.to)
     storage.write_whole(target, records.to_lines(found))
     print(f"{len(found)} records in {os.fspath(target)}")
+    if len(found) < len(every):
+        other = "for training" if _ASKED.evaluation else "for evaluation, which --evaluation writes"
+        print(f"note: {len(every) - len(found)} records are {other}")
 
 
 def _annotate(folder: epath.Path) -> None:

@@ -1,13 +1,16 @@
 """Problem clusters of real statements: what must not be split between training and evaluation.
 
-Two statements share a cluster where their letters and digits are the same, or where nearly all of
+Two statements are neighbours where their letters and digits are the same, or where nearly all of
 the shorter one stands in the longer one: a contest's problem is often found again with another
-layout, another phrase, or a corrected bound.
+layout, another phrase, or a corrected bound. A cluster is all that neighbours join, however many of
+them lie between.
 """
 
 import collections
+import heapq
 import itertools
 import math
+import re
 import unicodedata
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -17,10 +20,12 @@ from mathv2_jax import records
 SHINGLE = 8  # characters
 MIN_SHINGLES = 24  # shorter statements have only exact twins
 
+_NUMBER = re.compile(r"\s*(?:problem\s*)?\(?\d{1,3}(?:[.)]|\s*:)\s+", re.IGNORECASE)
+
 
 def normalise(statement: str) -> str:
-    """Letters and digits alone, compatibility forms and case folded."""
-    folded = unicodedata.normalize("NFKC", statement).casefold()
+    """Letters and digits alone, compatibility forms and case folded, without a number in front."""
+    folded = unicodedata.normalize("NFKC", _NUMBER.sub("", statement, count=1)).casefold()
     return "".join(c for c in folded if c.isalnum())
 
 
@@ -33,12 +38,14 @@ class _Remembered(NamedTuple):
 class Clusters:
     """Names the cluster of one statement after another; the first of a cluster founds it.
 
-    `near` is the share of the shorter statement's shingles that the other must hold. All of them
-    are held in memory.
+    A statement may join clusters that were two before: `current` names a cluster as it is called
+    now, and `joined` counts how often that has happened. `near` is the share of the shorter
+    statement's shingles that the other must hold. All of them are held in memory.
     """
 
     def __init__(self, near: float):
-        self.near = near
+        self.near, self.joined = near, 0
+        self._into: dict[str, str] = {}  # the cluster that another has become a part of
         self._exact: dict[str, str] = {}
         self._remembered: list[_Remembered] = []
         self._holders: dict[str, list[int]] = collections.defaultdict(list)
@@ -48,9 +55,14 @@ class Clusters:
         """The statement's cluster, which later ones may join."""
         text = normalise(statement) or statement
         if text in self._exact:
-            return self._exact[text]
+            return self.current(self._exact[text])
         shingles = frozenset(text[i : i + SHINGLE] for i in range(max(1, len(text) - SHINGLE + 1)))
-        cluster = self._nearest(shingles) or records.content_id("cluster", text)
+        first, *others = self._near(shingles) or [records.content_id("cluster", text)]
+        cluster = self.current(first)
+        for other in map(self.current, others):
+            if other != cluster:
+                self._into[other] = cluster
+                self.joined += 1
         self._exact[text] = cluster
         if len(shingles) >= MIN_SHINGLES:
             place = len(self._remembered)
@@ -62,30 +74,39 @@ class Clusters:
                 self._some_holders[shingle].append(place)
         return cluster
 
+    def current(self, cluster: str) -> str:
+        """What a cluster that `of` has named is called now."""
+        while cluster in self._into:
+            cluster = self._into[cluster]
+        return cluster
+
     def _some(self, shingles: frozenset[str]) -> tuple[list[str], int]:
-        """So many, in one order of all, and how many of these one holds who holds `near` of all:
-        who lacks so many in all lacks no more of a part.
+        """The rarest of them, and how many of these one holds who holds `near` of all: who lacks so
+        many in all lacks no more of a part. Rare ones are in few others that need a look.
         """
         missing = len(shingles) - math.ceil(self.near * len(shingles))
         number = max(1, missing // 3)
-        return sorted(shingles, key=hash)[: missing + number], number
+        rarest = heapq.nsmallest(
+            missing + number, shingles, key=lambda s: (len(self._holders.get(s, ())), s)
+        )
+        return rarest, number
 
-    def _nearest(self, shingles: frozenset[str]) -> str | None:
+    def _near(self, shingles: frozenset[str]) -> list[str]:
+        """The clusters of its neighbours, by age."""
         if len(shingles) < MIN_SHINGLES:
-            return None
+            return []
         # The shorter of two is this one, and the other holds enough of a part of it, or the other.
         some, number = self._some(shingles)
         shared = collections.Counter(_chained(self._holders, some))
         places = {place for place, count in shared.items() if count >= number}
         shared = collections.Counter(_chained(self._some_holders, shingles))
         places |= {p for p, count in shared.items() if count >= self._remembered[p].number}
-        best, found = self.near, None
+        found = []
         for place in sorted(places):
             other = self._remembered[place]
             common = len(shingles & other.shingles)
-            share = common / min(len(other.shingles), len(shingles))
-            if share >= best and (found is None or share > best):
-                best, found = share, other.cluster
+            if common >= self.near * min(len(other.shingles), len(shingles)):
+                found.append(other.cluster)
         return found
 
 

@@ -106,17 +106,26 @@ class _Reader:
                 f"real.sources names {', '.join(unknown)}; {store.folder} has "
                 f"{', '.join(sorted(known))}"
             )
+        evaluated, given_up = store.marked("evaluation"), store.marked("withdraws")
+        found: list[Item] = []
         for record in store.latest():
             if isinstance(record, store_lib.Import | store_lib.Reject):
                 continue
             if config.sources and _source(record) not in config.sources:
                 continue
             number, line = store_lib.import_of(record)
-            came_by = imports[number]
-            item = Item(record, came_by.file, line, self._clusters.of(record.statement))
-            (self.evaluation if came_by.evaluation else self.training).append(item)
-            if came_by.withdraws:
-                self.withdrawn.setdefault(item.cluster, came_by.file)
+            cluster = self._clusters.of(record.statement)
+            found.append(Item(record, imports[number].file, line, cluster))
+        for item in found:  # clusters are known by now
+            item = dataclasses.replace(item, cluster=self._clusters.current(item.cluster))
+            key = type(item.record), item.record.id
+            held = key in evaluated and key not in given_up
+            (self.evaluation if held else self.training).append(item)
+            if key in given_up:
+                self.withdrawn.setdefault(item.cluster, item.file)
+        self.false_variants = {
+            i.record.id for i in found if getattr(i.record, "false_variant_of", None)
+        }
 
     def of(self, kind: type, items: Sequence[Item]) -> list[Item]:
         """Those of a kind; statements that are false on purpose are no problems to learn from."""
@@ -169,7 +178,7 @@ def make_corpus(store: store_lib.Store, config: RealConfig, templates: prompts.P
     judged = [i for i in analyses if i.record.label is not None]
     listed = [i for i in analyses if i.record.label is None]
 
-    proofs = [i for i in proofs if i.record.label is not None]
+    proofs = [i for i in proofs if i.record.label is not None and not _too_good(reader, i)]
     verdicts = {i.record.id: i.record.label for i in proofs if i.record.label.source == "human"}
     proofs = _mapped(reader, proofs, config.scales)
     busy = {i.cluster for i in judged} | set(reader.withdrawn)
@@ -199,6 +208,16 @@ def make_corpus(store: store_lib.Store, config: RealConfig, templates: prompts.P
     corpus = Corpus(files, reader.rejects)
     require_disjoint(corpus)
     return require_enough(corpus, config)
+
+
+def _too_good(reader: _Reader, item: Item) -> bool:
+    """Whether a proof of a false statement has a label above 0; then it is a reject."""
+    proof = item.record
+    wrong = proof.problem_id in reader.false_variants and proof.label.score > 0.0
+    if wrong:
+        reason = "its statement is a false variant, of which no proof is more than a 0"
+        reader.rejects.append(item.reject("conflicting-label", reason))
+    return wrong
 
 
 def _once(reader: _Reader, items: Sequence[Item]) -> list[Item]:

@@ -7,11 +7,13 @@ be learned from together.
 """
 
 import dataclasses
+import math
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from mathv2_jax import records
+from mathv2_jax import records, storage
 from mathv2_jax.data import raw_files
 from mathv2_jax.data import store as store_lib
 from mathv2_jax.text import parse
@@ -29,6 +31,11 @@ NEARLY_FULL = 0.85  # of the marks: 0.5
 _VERDICT_TAG = re.compile(r"<verification>\s*(true|false)\s*</verification>", re.IGNORECASE)
 _CHUNK_MARK = re.compile(r"^\s*\[chunk \d+\]\s*", re.MULTILINE)
 _MIN_NAME = 4  # shorter names of writers (o3) are also names of points
+# Names of families of models that are no words of a proof; others must be named in full.
+_FAMILIES = (
+    *("claude", "deepseek", "doubao", "ernie", "gemini", "gemma", "grok", "hunyuan", "internlm"),
+    *("kimi", "llama", "magistral", "minimax", "mistral", "mixtral", "nemotron", "olmo", "qwen"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,7 +50,8 @@ class Row:
     @property
     def id(self) -> str:
         """The row's own id."""
-        return str(self.fields.get("id", ""))
+        value = self.fields.get("id")
+        return "" if value is None else str(value)
 
     def reject(self, rule: str, reason: str) -> store_lib.Reject:
         """This row, left out by `rule`."""
@@ -79,9 +87,29 @@ class Row:
         value = raw_files.as_number(self.fields.get(name))
         if value is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"field {name!r} is {value!r:.40}, no number")
+        if not abs(value) <= sys.float_info.max:
+            raise ValueError(f"field {name!r} is {value!r:.40}, no finite number")
         return float(value)
+
+    def truth(self, name: str) -> bool | None:
+        """A field that holds true or false, in a CSV cell too; None without it, ValueError else."""
+        value = self.fields.get(name)
+        if isinstance(value, str):
+            value = {"true": True, "false": False}.get(value.strip().lower(), value)
+        if value is not None and not isinstance(value, bool):
+            raise ValueError(f"{name} is {value!r:.40}, neither true nor false")
+        return value
+
+    def items(self, name: str) -> list[Any] | None:
+        """A field that holds a list, as JSON in a CSV cell; None without it, ValueError else."""
+        value = self.fields.get(name)
+        if isinstance(value, str) and value.lstrip().startswith("["):
+            value = storage.parse_json(value)
+        if value is not None and not isinstance(value, list):
+            raise ValueError(f"{name} is {value!r:.40}, no list")
+        return value
 
 
 class TooLongError(ValueError):
@@ -118,7 +146,11 @@ class ScoreMap:
                     raise ValueError(f"{part!r} has no colon")
                 score = records.require_score(float(ours), part)
                 if theirs.strip() == "else":
+                    if otherwise is not None:
+                        raise ValueError("else stands there twice")
                     otherwise = score
+                elif not math.isfinite(float(theirs)):
+                    raise ValueError(f"{theirs} is no finite number")
                 else:
                     pairs.append((float(theirs), score))
         except ValueError as error:
@@ -193,7 +225,10 @@ def score_of(row: Row, given: ScoreMap | None) -> float | None:
     if given is not None and (marks if score is None else score) is not None:
         theirs = marks if marks is not None else score
         assert theirs is not None
-        return given.score(theirs, best)
+        ours = given.score(theirs, best)
+        if given.marks and marks is not None and score in records.SCORES and score != ours:
+            raise ValueError(f"score {score:g}, but human_score {marks:g} is a {ours:g} by the map")
+        return ours
     if score is None and marks is not None:
         raise ValueError(f"human_score {marks:g} has no map: --score_map=marks, or pairs")
     if score is None:
@@ -289,15 +324,12 @@ def analysis_of(
     stands in `<verification>` tags; `issues`, a list: an analysis that scores 0 where it has any,
     else 1; `verdict`: its score; else its text is in the verifier's format.
     """
-    agrees = row.fields.get("human_agrees_with_analyst")
+    agrees, issues = row.truth("human_agrees_with_analyst"), row.items("issues")
     body = row.text("analysis")
     label = None
     if agrees is not None:
         body, score, label = _judged(row, body, agrees)
-    elif row.fields.get("issues") is not None:
-        issues = row.fields["issues"]
-        if not isinstance(issues, list):
-            raise ValueError(f"issues is {issues!r:.40}, no list")
+    elif issues is not None:
         score = 0.0 if issues else 1.0
     elif row.fields.get("verdict") is not None:
         score = records.require_score(row.number("verdict"), "verdict")
@@ -315,21 +347,19 @@ def analysis_of(
     return [analysis, proof_of(row, source, label_of(row, source, given), parents)]
 
 
-def _judged(row: Row, raw: str, agrees: Any) -> tuple[str, float, records.Label]:
+def _judged(row: Row, raw: str, agrees: bool) -> tuple[str, float, records.Label]:
     """A critique without tags and chunk marks, its verdict, and what a person thinks of it."""
-    if not isinstance(agrees, bool):
-        raise ValueError(f"human_agrees_with_analyst is {agrees!r:.40}, neither true nor false")
     verdicts = {verdict.lower() for verdict in _VERDICT_TAG.findall(raw)}
     if not verdicts:
         raise ValueError("the critique holds no verdict in <verification> tags")
     body = _CHUNK_MARK.sub("", _VERDICT_TAG.sub("", raw)).strip()
-    comments = row.fields.get("human_comments")
+    comments = row.items("human_comments") or ()
     label = records.Label(
         score=1.0 if agrees else 0.0,
         source="human",
         scale=AGREEMENT,
         rubric="I_mv",
-        comment="\n".join(map(str, comments)) if isinstance(comments, list) else "",
+        comment="\n".join(map(str, comments)),
     )
     return body, 0.0 if "false" in verdicts else 1.0, label
 
@@ -360,11 +390,18 @@ def _analysis(  # noqa: PLR0913 - what an analysis is made of
 
 
 def names_of(model: str) -> set[str]:
-    """What a writer is called, for a search in texts: a/grok-3 is a/grok-3, grok-3 and grok."""
+    """What a writer is called, for a search in texts: a/grok-3 is a/grok-3, grok-3 and grok.
+
+    A first word alone counts where it begins with a known family's name: step-2 is not `step`.
+    """
     model = model.partition(" (")[0].casefold()
     parts = [model, *model.split("/")]
-    families = [found[0] for p in parts if (found := re.match(r"[a-z]+", p))]
-    return {name for name in (*parts, *families) if len(name) >= _MIN_NAME}
+    found = set(parts)
+    for name in _FAMILIES:
+        for part in parts:
+            if part.startswith(name):
+                found |= {name, *re.findall(r"^[a-z]+", part)}
+    return {name for name in found if len(name) >= _MIN_NAME}
 
 
 def require_anonymous(texts: Sequence[str], model: str) -> None:

@@ -64,8 +64,19 @@ class ImportConfig:
             raise ValueError("--evaluation and --withdraw exclude each other")
 
     def settings(self) -> str:
-        """As a line of JSON."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        """What records are made by, as a line of JSON."""
+        body = dataclasses.asdict(self)
+        del body["max_bad_share"]  # whether they are made, not how
+        return json.dumps(body, sort_keys=True)
+
+    def require_none_of_rows(self, kind: str) -> None:
+        """ValueError where settings speak of rows of others, and the row is a record of ours."""
+        given = [n for n in ("score_map", "fields") if getattr(self, n)]
+        if given or self.kind not in ("auto", kind.lower()):
+            raise ValueError(
+                f"a record of ours, a {kind}, which says itself what it is: import it without "
+                f"--{given[0] if given else 'kind'}"
+            )
 
 
 @dataclasses.dataclass
@@ -73,6 +84,8 @@ class Report:
     """What came of a command: rows, records by kind, and the rows that were left out."""
 
     rows: int = 0
+    own: int = 0  # records of ours among them
+    marked: int = 0  # that were there, and are for evaluation, or given up by it, from now on
     kept: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     rejects: list[store_lib.Reject] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -97,9 +110,12 @@ class Importer:
         self._known: dict[str, tuple[str, Any]] = {}  # where, and itself, by id
         # Where, and the text's id; by kind, source and the row's id.
         self._rows: dict[tuple[type, str, str], tuple[str, str]] = {}
-        self._evaluated: dict[str, str] = {}  # where, by cluster
+        # By the names of clusters when they were noted: `_guard` has them by those of now.
+        self._evaluated: dict[str, str] = {}  # where
         self._withdrawn: set[str] = set()
-        self._trained: dict[str, int] = collections.Counter()
+        self._trained: collections.Counter[str] = collections.Counter()
+        self._guard: tuple[tuple[int, ...], dict[str, str]] = ((), {})
+        self._marked: set[tuple[str, str]] = set()  # (use, id): see _uses
         self.made: list[Any] = []
         self.report = Report()
         for record in store:
@@ -115,7 +131,9 @@ class Importer:
             raise FileNotFoundError(f"{path} does not exist")
         settings, data = self._config.settings(), storage.read_bytes(path)
         digest = hashlib.sha256(data).hexdigest()
-        number = records.content_id("import", digest, settings)
+        # After a withdrawal rows are taken that were refused before.
+        given_up = sorted(i.id for i in self._imports.values() if i.withdraws)
+        number = records.content_id("import", digest, settings, *given_up)
         if number in self._imports:
             self.report.notes.append(f"{path} was imported before, with the same settings")
             return
@@ -129,10 +147,17 @@ class Importer:
             withdraws=self._config.withdraw,
         )
         self._imports[number] = came_by
-        rows, at = 0, len(self.made)
+        rows, at, columns = 0, len(self.made), set[str]()
         for raw in raws:
             rows += 1
+            columns.update(raw.fields)
             self._row(raw, came_by)
+        for ours, theirs in self._config.fields.items():
+            if rows and theirs not in columns:
+                raise ValueError(
+                    f"--field={ours}={theirs}: no row of {path} has a column {theirs!r}; there are "
+                    f"{', '.join(sorted(columns))}"
+                )
         self.made.insert(at, dataclasses.replace(came_by, rows=rows))
         self.report.rows += rows
 
@@ -146,7 +171,8 @@ class Importer:
         try:
             if raw.fault:
                 raise ValueError(raw.fault)
-            made = self._records(row, (f"{came_by.id}:{row.line}", *filter(None, [row.id])))
+            own = [f"{store_lib.ROW}{row.id}"] if row.id else []
+            made = self._records(row, (f"{came_by.id}:{row.line}", *own))
         except graded.TooLongError as error:
             self._reject(row, "too-long", str(error))
             return
@@ -157,11 +183,19 @@ class Importer:
 
     def _records(self, row: graded.Row, parents: tuple[str, ...]) -> list[Any]:
         config, fields = self._config, row.fields
-        if fields.get("kind") in _OURS and "schema" in fields:
+        named = fields.get("kind")
+        if isinstance(named, str) and named in _OURS and "schema" in fields:
+            config.require_none_of_rows(named)
+            self.report.own += 1
             return [_ours(row, parents)]
         kind = config.kind
         if kind == "auto":
             kind = next((k for k in ("analysis", "proof") if fields.get(k) is not None), "problem")
+            if kind == "problem" and any(fields.get(n) is not None for n in _GRADES):
+                raise ValueError(
+                    "it has a score, and no proof or analysis that it could be of: name the column "
+                    "with --field=proof=COLUMN, or say --kind=problem"
+                )
         source = config.source or row.optional_text("source") or _stem(row.file)
         if kind == "problem":
             cluster = self._clusters.of(row.text("problem"))
@@ -175,8 +209,9 @@ class Importer:
         """Into the store, unless something there says otherwise."""
         first, where = made[0], f"{row.file}, line {row.line}"
         cluster = self._clusters.of(first.statement)
-        if not (came_by.evaluation or came_by.withdraws) and self._is_evaluated(cluster):
-            reason = f"its problem reads as that of {self._evaluated[cluster]}, kept for evaluation"
+        held = self._held_back(cluster)
+        if held is not None and not (came_by.evaluation or came_by.withdraws):
+            reason = f"its problem reads as that of {held}, kept for evaluation"
             self._reject(row, "evaluation", reason)
             return
         if row.id:
@@ -185,51 +220,90 @@ class Importer:
             if held != text:
                 self._reject(row, "duplicate-id", f"id {row.id!r} is that of {before}, another row")
                 return
-        if first.id in self._known and not self._is_better(row, first):
-            return
-        for place, record in enumerate(made):
-            if place and record.id in self._known and not self._is_better(row, record, told=False):
+        kept = 0
+        for record in made:
+            fault = self._fault(record)
+            if fault is None:
+                kept += 1
+                self._keep(record, came_by, where)
+                self.report.kept[type(record).__name__] += 1
                 continue
-            self._note(record, came_by, where)
-            self.made.append(record)
-            self.report.kept[type(record).__name__] += 1
+            if self._marks(record, came_by):
+                # Another version, which says for what the text is, and takes no label's place.
+                self._keep(_unlabelled(record), came_by, where)
+                self.report.marked += 1
+                kept += 1
+            if fault[0] != "duplicate":
+                self._reject(row, *fault)
+        if not kept and (fault := self._fault(first)) is not None and fault[0] == "duplicate":
+            self._reject(row, *fault)
 
-    def _is_better(self, row: graded.Row, record: Any, *, told: bool = True) -> bool:
-        """Whether a text that was met before has a label now that takes the place of the old one.
+    def _keep(self, record: Any, came_by: store_lib.Import, where: str) -> None:
+        self._note(record, came_by, where)
+        self.made.append(record)
 
-        Otherwise the labels tell a duplicate, which is told only where asked, from a conflict.
+    def _marks(self, record: Any, came_by: store_lib.Import) -> bool:
+        """Whether the import says of a text that is there what none before it has said: that it is
+        for evaluation, or that evaluation gives it up."""
+        return any((use, record.id) not in self._marked for use in _uses(came_by))
+
+    def _fault(self, record: Any) -> tuple[str, str] | None:
+        """Why a record is not taken, a rule and a reason; None where it is.
+
+        A text that was met before is taken where its label now takes the place of the old one.
+        Otherwise the labels tell a duplicate from a conflict.
         """
+        label = getattr(record, "label", None)
+        if isinstance(record, records.Proof) and label is not None and label.score > 0.0:
+            _, problem = self._known.get(record.problem_id, ("", None))
+            if getattr(problem, "false_variant_of", None):
+                reason = "its statement is a false variant, of which no proof is more than a 0"
+                return "conflicting-label", reason
+        if record.id not in self._known:
+            return None
         where, old = self._known[record.id]
+        if _texts(old) != _texts(record):
+            return "duplicate-id", f"id {record.id!r} is that of {where}, another text"
         if store_lib.trust(record) > store_lib.trust(old):
-            return True
-        before, now = old.label if hasattr(old, "label") else None, getattr(record, "label", None)
-        if before is None or now is None or before.score == now.score:
-            if told:
-                self._reject(row, "duplicate", f"the same text as {where}")
-        else:
-            reason = (
-                f"the same text as {where}, which is a {before.score:g} ({before.scale}); here it "
-                f"is a {now.score:g} ({now.scale})"
-            )
-            self._reject(row, "conflicting-label", reason)
-        return False
+            return None
+        before = getattr(old, "label", None)
+        if before is None or label is None or before.score == label.score:
+            return "duplicate", f"the same text as {where}"
+        reason = (
+            f"the same text as {where}, which is a {before.score:g} ({before.scale}); here it is a "
+            f"{label.score:g} ({label.scale})"
+        )
+        return "conflicting-label", reason
 
     def _reject(self, row: graded.Row, rule: str, reason: str) -> None:
         reject = row.reject(rule, reason)
         self.report.rejects.append(reject)
         self.made.append(reject)
 
-    def _is_evaluated(self, cluster: str) -> bool:
-        return cluster in self._evaluated and cluster not in self._withdrawn
+    def _held_back(self, cluster: str) -> str | None:
+        """Where the evaluation problem stands whose cluster this is; None where there is none that
+        was not given up."""
+        state = (self._clusters.joined, len(self._evaluated), len(self._withdrawn))
+        if self._guard[0] != state:
+            current = self._clusters.current
+            given_up = {current(name) for name in self._withdrawn}
+            held: dict[str, str] = {}
+            for name, where in self._evaluated.items():
+                if current(name) not in given_up:
+                    held.setdefault(current(name), where)
+            self._guard = state, held
+        return self._guard[1].get(self._clusters.current(cluster))
 
     def _note(self, record: Any, came_by: store_lib.Import, where: str) -> None:
         if record.id not in self._known or store_lib.trust(record) >= store_lib.trust(
             self._known[record.id][1]
         ):
             self._known[record.id] = where, record
-        row = next((p for p in record.parents if not _IMPORT.fullmatch(p)), "")
+        row = next((p for p in record.parents if p.startswith(store_lib.ROW)), "")
         if row and not getattr(record, "false_variant_of", None):
-            self._rows.setdefault((type(record), record.source, row), (where, record.id))
+            key = type(record), record.source, row.removeprefix(store_lib.ROW)
+            self._rows.setdefault(key, (where, record.id))
+        self._marked |= {(use, record.id) for use in _uses(came_by)}
         cluster = self._clusters.of(record.statement)
         if came_by.evaluation:
             self._evaluated.setdefault(cluster, where)
@@ -240,7 +314,7 @@ class Importer:
 
     def contaminated(self) -> int:
         """Training records whose problem is one of evaluation: a run leaves them out."""
-        return sum(n for cluster, n in self._trained.items() if self._is_evaluated(cluster))
+        return sum(n for cluster, n in self._trained.items() if self._held_back(cluster))
 
 
 _OURS = {kind.__name__: kind for kind in (records.Problem, records.Proof, records.Analysis)}
@@ -251,12 +325,32 @@ def _ours(row: graded.Row, parents: tuple[str, ...]) -> Any:
     for name in ("statement", "text", "proof"):
         if name in row.fields:
             row.text(name)
-    record = records.from_json(_OURS[row.fields["kind"]], json.dumps(row.fields))
+    try:
+        line = json.dumps(row.fields)
+    except TypeError as error:  # a Parquet file has more types than JSON
+        raise ValueError(f"a field of another type than JSON's: {error}") from error
+    record = records.from_json(_OURS[row.fields["kind"]], line)
     given = [p for p in record.parents if not _IMPORT.fullmatch(p)]
     return dataclasses.replace(record, parents=(parents[0], *given))
 
 
 _IMPORT = re.compile(r"[0-9a-f]{16}:\d+")
+_GRADES = ("score", "human_score")
+
+
+def _uses(came_by: store_lib.Import) -> list[str]:
+    """What an import says of its texts."""
+    return [use for use in ("evaluation", "withdraws") if getattr(came_by, use)]
+
+
+def _texts(record: Any) -> tuple[str, ...]:
+    """What makes a record what it is."""
+    names = ("statement", "proof", "text")
+    return tuple(getattr(record, name) for name in names if hasattr(record, name))
+
+
+def _unlabelled(record: Any) -> Any:
+    return dataclasses.replace(record, label=None) if hasattr(record, "label") else record
 
 
 def _stem(file: str) -> str:
@@ -282,6 +376,11 @@ def import_files(
                 f"{describe(report.rejects)}"
             )
         store.append(importer.made)
+        if report.own and (config.source or config.scale):
+            report.notes.append(f"{report.own} records of ours keep their own source and scale")
+        if report.marked:
+            use = "for evaluation" if config.evaluation else "withdrawn from evaluation"
+            report.notes.append(f"{report.marked} records that were there are {use} from now on")
         found = importer.contaminated()
         if found:
             report.notes.append(

@@ -167,4 +167,6 @@ def _outside(name: str, by_id: dict[str, Any]) -> str:
         came_by = by_id[number]
         part = "task" if came_by.of_ratings else "line"
         return f"{part} {line} of {came_by.file} (import {number})"
+    if name.startswith(store_lib.ROW):
+        return f"{name.removeprefix(store_lib.ROW)} (the row's own id)"
     return f"{name} (not among these records)"

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -64,7 +65,7 @@ def stream(
     seed: int,
     *,
     exhausted: str = REPEAT,
-    weights: Mapping[str, np.ndarray | None] = {},
+    weights: Mapping[str, np.ndarray | None] = types.MappingProxyType({}),
 ) -> grain.MapDataset:
     """A shuffled mixture with random access.
 

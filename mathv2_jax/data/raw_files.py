@@ -4,16 +4,20 @@ A row is a mapping from names to values, or the reason why it is none. Rows are 
 lines of JSON lines, the records of the other formats (a CSV file's header is no record).
 """
 
+import codecs
 import csv
 import io
-import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from mathv2_jax import storage
+
+_ANY_CELL = 2**31 - 1  # characters: the limit of csv itself is 131,072
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 
 
 class Raw(NamedTuple):
@@ -51,7 +55,8 @@ def _json_row(number: int, data: bytes) -> Raw:
 
 def _json_lines(path: epath.Path) -> Iterator[Raw]:
     # Bytes split at line feeds, which JSON escapes; text would split at U+2028, which it need not.
-    for number, line in enumerate(storage.read_bytes(path).split(b"\n"), start=1):
+    data = storage.read_bytes(path).removeprefix(codecs.BOM_UTF8)
+    for number, line in enumerate(data.split(b"\n"), start=1):
         if line.strip():
             yield _json_row(number, line)
 
@@ -63,9 +68,10 @@ def _csv(path: epath.Path) -> Iterator[Raw]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no UTF-8 ({error}); convert it first") from error
+    csv.field_size_limit(_ANY_CELL)
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        header = next(rows, [])
+        header = [name.strip() for name in next(rows, [])]
     except csv.Error as error:
         raise ValueError(f"{path}: its first line is no CSV header: {error}") from error
     if len(set(header)) < len(header) or not all(header):
@@ -131,10 +137,6 @@ _READERS: Mapping[str, Callable[[epath.Path], Iterator[Raw]]] = {
 
 def as_number(value: Any) -> Any:
     """A cell of text that is a number, as that number; anything else as it is."""
-    if not isinstance(value, str):
+    if not isinstance(value, str) or not _NUMBER.fullmatch(value.strip()):
         return value
-    try:
-        found = json.loads(value.strip())
-    except ValueError:
-        return value
-    return found if isinstance(found, int | float) and not isinstance(found, bool) else value
+    return float(value)

@@ -18,6 +18,7 @@ from mathv2_jax.data import table
 
 REJECTS = "rejects.jsonl"
 ADJUDICATE = "adjudicate"  # the one setting of an import of ratings
+ROW = "row:"  # before a row's own id among a record's parents
 _LEASE = "lease.json"
 _LEASE_SECONDS = 600
 
@@ -134,6 +135,17 @@ class Store:
                 found[key] = record
         return list(found.values())
 
+    def marked(self, use: str) -> set[tuple[type, str]]:
+        """The records, by kind and id, any version of which came by an import for that use:
+        `evaluation` or `withdraws`."""
+        imports = self.imports()
+        return {
+            (type(record), record.id)
+            for record in self
+            if not isinstance(record, Import | Reject)
+            and getattr(imports[import_of(record)[0]], use)
+        }
+
     def imports(self) -> dict[str, Import]:
         """By id."""
         return {found.id: found for found in self.of(Import)}
@@ -142,7 +154,7 @@ class Store:
 def trust(record: Any) -> int:
     """How much a record's label counts beside another of the same text."""
     label = getattr(record, "label", None)
-    return 0 if label is None else 1 if label.source == "auto" else 2
+    return 0 if label is None else ("auto", "world", "human").index(label.source) + 1
 
 
 def import_of(record: Any) -> tuple[str, int]:

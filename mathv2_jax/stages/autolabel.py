@@ -115,6 +115,7 @@ def run_stage(run: run_lib.Run, stage: AutolabelStage) -> dict[str, float]:
                 scale="auto",
                 rater=stage.judge,
                 votes=verdict.votes,
+                rubric=f"I_v@{run.roles.verifier.template.fingerprint}",
             ),
         )
         for proof, verdict in decided

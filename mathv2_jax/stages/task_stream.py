@@ -1,14 +1,16 @@
 """The order in which a stage of reinforcement learning meets its tasks."""
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+import hashlib
+import io
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from absl import logging
 
-from mathv2_jax import records, roles
+from mathv2_jax import processes, records, roles, storage
 from mathv2_jax.data import mixture, table
 from mathv2_jax.stages import rl_config, steps
 from mathv2_jax.stages import run as run_lib
@@ -119,11 +121,11 @@ def _fitting(
         most = items.num_bytes()[places] + needs(int(places[0])) + _EDGES
     else:
         most = np.full(len(places), limit + 1)
-    kept = [
-        place
-        for place, bound in zip(places.tolist(), most.tolist(), strict=True)
-        if bound <= limit or needs(place) <= limit
-    ]
+    unsure = places[most > limit]
+    counted = _counted(run, name, items, unsure, needs)
+    fits = most <= limit
+    fits[most > limit] = counted <= limit
+    kept = places[fits]
     said = (
         "engine.context and row_length with an answer at full length: engine.context = "
         f"{run.engine_config.context}, row_length = {stage.rl.row_length}"
@@ -131,6 +133,31 @@ def _fitting(
     left_out = len(places) - len(kept)
     steps.report_left_out(f"{stage.name}/{name}", left_out, len(places), said)
     return np.array(kept, np.int64)
+
+
+def _counted(
+    run: run_lib.Run,
+    name: str,
+    items: Sequence[Any],
+    places: np.ndarray,
+    needs: Callable[[int], int],
+) -> np.ndarray:
+    """What some prompts need, counted by the tokenizer once in a run, of records in a table."""
+    if not isinstance(items, table.Table) or not len(places):
+        return np.array([needs(place) for place in places.tolist()], np.int64)
+    role = run.roles.named(name.partition(":")[0])
+    facts = (run.tokenizer.fingerprint, role.template.fingerprint, role.think, role.sampling)
+    digest = hashlib.sha256(repr(facts).encode())
+    for array in (items.num_bytes(), places):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    path = run.input_path("").parent / "lengths" / f"{digest.hexdigest()[:16]}.npy"
+    if processes.exchange(storage.exists(path))[0]:
+        return np.load(io.BytesIO(storage.read_bytes(path)))
+    counts = np.array([needs(place) for place in places.tolist()], np.int64)
+    data = io.BytesIO()
+    np.save(data, counts)
+    processes.first(lambda: storage.write_whole(path, data.getvalue()))
+    return counts
 
 
 def _weights(

@@ -85,3 +85,20 @@ def test_the_nearest_is_found_among_many_as_a_search_through_all_finds_it(near: 
 def test_statements_without_letters_or_digits_stay_apart() -> None:
     found = clusters.Clusters(0.8)
     assert found.of("$$ + $$") != found.of("$$ - $$")
+
+
+def test_a_statement_between_two_clusters_makes_them_one() -> None:
+    text = "".join(random.Random(4).choices(string.ascii_lowercase, k=400))
+    made = clusters.Clusters(0.8)
+    first, last = made.of(text[:300]), made.of(text[80:380])
+    assert first != last
+    between = made.of(text[40:340])
+    assert between == made.current(first) == made.current(last) == made.of(text[80:380])
+    assert made.joined == 1
+
+
+@pytest.mark.parametrize("number", ["1. ", "(12) ", "Problem 3: ", "problem 4. ", "7) "])
+def test_a_number_in_front_is_no_part_of_a_statement(number: str) -> None:
+    made = clusters.Clusters(0.8)
+    assert made.of("Show that 2 + 2 = 4.") == made.of(f"{number}Show that 2 + 2 = 4.")
+    assert made.of("12 is even.") != made.of("is even.")

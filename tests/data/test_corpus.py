@@ -12,6 +12,7 @@ from etils import epath
 
 from mathv2_jax import records
 from mathv2_jax.data import corpus, graded
+from mathv2_jax.data import store as store_lib
 from mathv2_jax.text import parse, prompts
 from tests import imported
 
@@ -100,7 +101,7 @@ def make(
 
 
 def row_id(item: corpus.Item) -> str:
-    return item.record.parents[1]
+    return item.record.parents[1].removeprefix(store_lib.ROW)
 
 
 def rules(found: corpus.Corpus, file: str) -> collections.Counter[str]:

@@ -251,16 +251,180 @@ def test_records_that_this_program_wrote_are_taken_as_they_are(tmp_path):
     assert [dataclasses.replace(r, parents=()) for r in second] == [
         dataclasses.replace(r, parents=()) for r in first
     ]
-    assert [r.parents[1:] for r in second] == [("a",), ("b",)]
+    assert [r.parents[1:] for r in second] == [("row:a",), ("row:b",)]
 
 
-_ANY = st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=6)
-_FIELDS = st.sampled_from(importing.FIELDS)
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(score=0.3), "score 0.3 is not one of"),
+        (dict(label=dict(score=1.0, source="auto", votes=[0.0, 100.0])), "vote of a label"),
+        (dict(kind=[]), "has no known scale"),
+        (dict(schema=9), "this program reads"),
+    ],
+)
+def test_a_record_of_ours_must_be_one(tmp_path, change, reason):
+    row = dict(kind="Analysis", schema=1, id="i", problem_id="p", proof_id="q", statement="S")
+    row |= dict(proof="P", text=parse.write_analysis("Fine.", 1.0), score=1.0)
+    report, _ = take(tmp_path, lines([{**row, **change}]), importing.ImportConfig(max_bad_share=1))
+    assert [r.rule for r in report.rejects] == ["malformed"]
+    assert reason in report.rejects[0].reason
+
+
+def test_one_id_of_two_texts_is_no_duplicate(tmp_path):
+    take(tmp_path / "1", lines([good("a"), good("b")]))
+    first, second = store_lib.Store(tmp_path / "1" / "records").of(records.Proof)
+    forged = dataclasses.replace(second, id=first.id)
+    report, store = take(
+        tmp_path / "2", records.to_lines([first, forged]), importing.ImportConfig(max_bad_share=1)
+    )
+    assert [r.rule for r in report.rejects] == ["duplicate-id"]
+    assert "another text" in report.rejects[0].reason and len(store.of(records.Proof)) == 1
+
+
+def test_settings_for_rows_of_others_are_refused_for_ours_or_said_to_be_unused(tmp_path):
+    take(tmp_path / "1", lines([good("a")]))
+    data = records.to_lines(store_lib.Store(tmp_path / "1" / "records").of(records.Proof))
+    marks = loose(score_map=graded.ScoreMap(marks=True))
+    report, _ = take(tmp_path / "2", data, marks)
+    assert "import it without --score_map" in report.rejects[0].reason
+    report, _ = take(tmp_path / "3", data, FULL)
+    assert report.notes == ["1 records of ours keep their own source and scale"]
+
+
+EVALUATION = importing.ImportConfig(scale="full-marks", evaluation=True)
+WITHDRAW = importing.ImportConfig(scale="full-marks", withdraw=True)
+
+
+def marked(store, use):
+    return {kind.__name__ for kind, _ in store.marked(use)}
+
+
+def test_evaluation_counts_for_texts_that_were_there_before(tmp_path):
+    rows = [dict(id="p", problem=letters("secret", 200)), good("q")]
+    take(tmp_path, lines(rows))
+    report, store = take(tmp_path, lines(rows), EVALUATION, "b.jsonl")
+    assert not report.rejects
+    assert report.notes == [
+        "2 records that were there are for evaluation from now on",
+        "2 records for training are about problems that are kept for evaluation: "
+        "runs leave them out",
+    ]
+    assert marked(store, "evaluation") == {"Problem", "Proof"}
+    (proof,) = [r for r in store.latest() if isinstance(r, records.Proof)]
+    assert proof.label is not None and proof.label.score == 1.0
+    near = good("n", problem=letters("secret", 200) + " Show it.")
+    report, _ = take(tmp_path, lines([near]), loose(), "c.jsonl")
+    assert [r.rule for r in report.rejects] == ["evaluation"]
+    report, _ = take(tmp_path, lines(rows), dataclasses.replace(EVALUATION, near=0.9), "d.jsonl")
+    assert [r.rule for r in report.rejects] == ["duplicate", "duplicate"]
+
+
+def test_withdrawal_counts_for_texts_that_were_there_before(tmp_path):
+    rows = lines([dict(id="p", problem=letters("secret", 200))])
+    take(tmp_path, rows, EVALUATION)
+    near = lines([good("n", problem=letters("secret", 200) + " Show it.")])
+    report, _ = take(tmp_path, near, loose(), "b.jsonl")
+    assert [r.rule for r in report.rejects] == ["evaluation"]
+    report, store = take(tmp_path, rows, WITHDRAW, "c.jsonl")
+    assert report.notes == ["1 records that were there are withdrawn from evaluation from now on"]
+    report, store = take(tmp_path, near, FULL, "d.jsonl")
+    assert not report.rejects and len(store.of(records.Proof)) == 1
+
+
+def test_a_neighbour_of_an_evaluation_problem_is_refused_whoever_is_nearer(tmp_path):
+    text = letters("window", 400)
+    between, evaluated, wanted = text[:300], text[60:360], text[20:320]
+    take(tmp_path, lines([good("t", problem=between)]))
+    take(tmp_path, lines([dict(id="e", problem=evaluated)]), EVALUATION, "b.jsonl")
+    report, _ = take(tmp_path, lines([good("n", problem=wanted)]), loose(), "c.jsonl")
+    assert [r.rule for r in report.rejects] == ["evaluation"]
+
+
+def test_a_proof_of_a_false_statement_is_never_right(tmp_path):
+    variant = letters("false", 80)
+    take(tmp_path, lines([dict(id="a", problem=letters("true", 80), false_variant=variant)]))
+    rows = [good("r", problem=variant, score=1), good("w", problem=variant, score=0)]
+    report, store = take(tmp_path, lines(rows), loose(), "b.jsonl")
+    assert [(r.id, r.rule) for r in report.rejects] == [("r", "conflicting-label")]
+    assert [p.label.score for p in store.of(records.Proof)] == [0.0]
+
+
+def test_rows_without_an_id_have_none(tmp_path):
+    rows = [{**good("a"), "id": None}, {**good("b"), "id": None}]
+    report, store = take(tmp_path, lines(rows))
+    assert not report.rejects and len(store.of(records.Proof)) == 2
+
+
+def test_a_column_that_no_row_has_is_an_error_and_so_is_a_score_of_nothing(tmp_path):
+    typo = dataclasses.replace(FULL, fields={"score": "graed"})
+    with pytest.raises(ValueError, match=r"--field=score=graed: .* has a column 'graed'; there"):
+        take(tmp_path / "1", lines([good("a")]), typo)
+    row = good("a")
+    row["prof"] = row.pop("proof")
+    report, _ = take(tmp_path / "2", lines([row]), loose())
+    assert "no proof or analysis that it could be of" in report.rejects[0].reason
+
+
+def test_csv_may_have_spaces_in_its_header_long_cells_and_what_json_lines_say(tmp_path):
+    long = "z" * 200_000
+    text = f'id, problem , proof,score\na,"{letters("p")}",{long},.5\n'
+    _, store = take(tmp_path / "1", text.encode(), name="a.csv")
+    (proof,) = store.of(records.Proof)
+    assert proof.text == long and proof.label.score == 0.5
+    critique = "It fails. <verification>false</verification>"
+    text = "problem,proof,analysis,human_agrees_with_analyst,issues\n"
+    text += f"{letters('p')},{letters('q')},{critique},True,\n"
+    text += f'{letters("r")},{letters("s")},An issue,,"[""a gap""]"\n'
+    _, store = take(tmp_path / "2", text.encode(), name="a.csv")
+    judged, listed = store.of(records.Analysis)
+    assert judged.label.score == 1.0 and listed.score == 0.0
+
+
+def test_a_byte_order_mark_hides_no_row(tmp_path):
+    _, store = take(tmp_path, b"\xef\xbb\xbf" + lines([good("a")]))
+    assert len(store.of(records.Proof)) == 1
+
+
+def test_what_an_analysis_brings_of_its_proof_is_kept_though_the_analysis_was_there(tmp_path):
+    row = {**good("a"), "analysis": parse.write_analysis("Fine.", 1.0)}
+    row.pop("score")
+    take(tmp_path, lines([row]))
+    marks = dataclasses.replace(FULL, score_map=graded.ScoreMap(marks=True))
+    judged = {**row, "human_score": 7, "human_max": 7}
+    report, store = take(tmp_path, lines([judged]), marks, "b.jsonl")
+    assert not report.rejects
+    assert [p.label.score for p in store.of(records.Proof)] == [1.0]
+
+
+def test_numbers_that_no_float_holds_are_named(tmp_path):
+    huge = json.dumps(good("a")).replace('"score": 1', f'"score": {10**400}').encode() + b"\n"
+    deep = lines([good("b", score="[" * 100_000)])
+    endless = json.dumps(good("c")).replace('"score": 1', '"score": Infinity').encode() + b"\n"
+    mapped = loose(score_map=graded.ScoreMap(pairs=((7.0, 1.0),), otherwise=0.0))
+    report, _ = take(tmp_path, huge + deep + endless, mapped)
+    assert [r.rule for r in report.rejects] == ["malformed"] * 3
+
+
+def test_only_a_changed_limit_of_bad_rows_imports_nothing_again(tmp_path):
+    rows = lines([good("a"), good("b", score=0.3)])
+    take(tmp_path, rows, loose())
+    report, _ = take(tmp_path, rows, dataclasses.replace(FULL, max_bad_share=0.5))
+    assert report.rows == 0 and not report.rejects
+
+
+_LEAF = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6)
+_KEYS = st.text(max_size=3)
+_ANY = st.recursive(
+    _LEAF, lambda x: st.lists(x, max_size=2) | st.dictionaries(_KEYS, x, max_size=2)
+)
+_NAMES = st.sampled_from(["Problem", "Proof", "Analysis", "Import", 1, 10**400, "[[[", "1e999"])
+_FIELDS = st.sampled_from((*importing.FIELDS, "kind", "schema", "statement", "text", "label"))
 
 
 @hypothesis.settings(max_examples=60)
 @hypothesis.given(
-    st.lists(st.dictionaries(_FIELDS, _ANY, max_size=6), max_size=5),
+    st.lists(st.dictionaries(_FIELDS, _ANY | _NAMES, max_size=6), max_size=5),
     st.lists(st.binary(max_size=30), max_size=3),
 )
 def test_whatever_stands_in_a_file_each_row_is_a_record_or_a_reject(tmp_path_factory, bodies, junk):
