@@ -198,10 +198,10 @@ def standing(
 ) -> records.Label | None:
     """The label that stands of an earlier one and that made of ratings; None where they conflict.
 
-    The new one, where there was none or a machine's, or one that came from ratings too, all of
+    The new one, where there was none or no person's, or one that came from ratings too, all of
     whose raters are heard again. Otherwise the earlier one, with which the new one must agree.
     """
-    if before is None or before.source == "auto":
+    if before is None or before.source != "human":
         return made
     if by_ratings and _raters(before) <= _raters(made):
         return made

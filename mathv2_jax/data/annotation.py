@@ -112,7 +112,8 @@ def _proof(analysis: records.Analysis) -> records.Proof:
         statement=analysis.statement,
         text=analysis.proof,
         source=analysis.source,
-        parents=analysis.parents,
+        # A row's own id is the analysis's: a row with a proof may have the same.
+        parents=tuple(p for p in analysis.parents if not p.startswith(store_lib.ROW)),
     )
 
 

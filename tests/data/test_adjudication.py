@@ -119,9 +119,10 @@ def test_a_label_of_another_file_stays_and_a_rating_that_differs_is_refused():
         adjudication.labels(given, annotation.items([proof(1), rated]))
 
 
-def test_a_persons_rating_replaces_a_machines_label():
-    machine = records.Label(score=1.0, source="auto")
-    (made,) = relabelled(machine, [rating("1", 0.0)]).labelled
+@pytest.mark.parametrize("source", ["auto", "world"])
+def test_a_persons_rating_replaces_a_label_that_no_person_gave(source):
+    before = records.Label(score=1.0, source=source)
+    (made,) = relabelled(before, [rating("1", 0.0)]).labelled
     assert made.is_new and made.record.label.score == 0.0
 
 

@@ -33,7 +33,7 @@ def analysis(number, of, score, label=None):
         text=parse.write_analysis(f"Thought {number}.", score),
         score=score,
         label=label,
-        parents=(f"row{number}",),
+        parents=(f"f00:{number}", f"row:a{number}"),
     )
 
 
@@ -122,7 +122,7 @@ def test_an_analysis_brings_its_proof_where_that_is_no_record():
     (task,) = tasks([analysis(5, "proof7", 1.0)])
     assert shown(task) == ("proof7", ["analysis5"])
     assert (task.proof.text, task.proof.statement) == ("By $x^7$.\nDone.", STATEMENT)
-    assert task.proof.parents == ("row5",)
+    assert task.proof.parents == ("f00:5",)  # and not the row's id
 
 
 def test_what_has_a_label_is_not_asked_for_again():
