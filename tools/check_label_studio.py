@@ -25,7 +25,7 @@ from typing import Any
 
 from mathv2_jax import records
 from mathv2_jax.cli import records as command
-from mathv2_jax.data import annotation
+from mathv2_jax.data import annotation, ratings
 from mathv2_jax.data import store as store_lib
 from mathv2_jax.text import parse
 
@@ -137,7 +137,7 @@ def _records(folder: pathlib.Path, *flags: str) -> None:
     assert code == 0, flags
 
 
-def answer(url: str, task: dict[str, Any], token: str, draw: random.Random) -> annotation.Rating:
+def answer(url: str, task: dict[str, Any], token: str, draw: random.Random) -> ratings.Rating:
     """A random answer to a task by a user, through the API."""
     choice = lambda: draw.choice(["0", "0.5", "1"])  # noqa: E731
     data, score = task["data"], choice()
@@ -154,8 +154,8 @@ def answer(url: str, task: dict[str, Any], token: str, draw: random.Random) -> a
         for name, to, kind, value in said
     ]
     call(f"{url}/api/tasks/{task['id']}/annotations", token, {"result": result})
-    return annotation.Rating(
-        rater="", proof_id=data["proof_id"], score=float(score), qualities=qualities
+    return ratings.Rating(
+        rater="", proof_id=data["proof_id"], score=float(score), qualities=qualities, place=0
     )
 
 
@@ -176,10 +176,10 @@ def check(url: str, folder: pathlib.Path) -> tuple[int, int]:
         said.append([answer(url, task, user[1], draw) for task in served])
     exported = call(f"{url}/api/projects/{number}/export?exportType=JSON", token)
     (folder / "export.json").write_text(json.dumps(exported))
-    ratings = annotation.read(store_lib.epath.Path(folder / "export.json"))
-    raters = sorted({rating.rater for rating in ratings})
-    assert len(raters) == len(USERS) and len(ratings) == len(USERS) * len(tasks), raters
-    heard = sorted((r.proof_id, r.score, sorted(r.qualities.items())) for r in ratings)
+    given = ratings.read(store_lib.epath.Path(folder / "export.json"))
+    raters = sorted({rating.rater for rating in given})
+    assert len(raters) == len(USERS) and len(given) == len(USERS) * len(tasks), raters
+    heard = sorted((r.proof_id, r.score, sorted(r.qualities.items())) for r in given)
     spoken = [r for each in said for r in each]
     assert heard == sorted((r.proof_id, r.score, sorted(r.qualities.items())) for r in spoken)
     flags = (f"--annotations={folder / 'export.json'}", f"--adjudicate={raters[0]}")
@@ -191,9 +191,7 @@ def check(url: str, folder: pathlib.Path) -> tuple[int, int]:
         assert proof.label.score == rating.score and "Looked at it." in proof.label.comment
         for name, value in rating.qualities.items():
             assert found[name].label.score == value
-    print(
-        f"{len(tasks)} tasks, {len(ratings)} annotations by {len(raters)} users came back as said"
-    )
+    print(f"{len(tasks)} tasks, {len(given)} annotations by {len(raters)} users came back as said")
     return number, max(task["id"] for task in served if task["data"]["analysis_2_id"])
 
 

@@ -15,17 +15,21 @@ mathv2-records --records=DIR [--statistics=FILE.json] [--figure=FILE.png]     # 
 mathv2-records --records=DIR --lineage=ID     # what a record is made of; also of runs/X/records
 mathv2-records --records=DIR --to=FILE.jsonl [--kind=proof] [--evaluation]     # without copies
 
-Send proofs without a label to people, and take their ratings back (DIR may be runs/X/records):
+Send what has no label to people, and take their ratings back (DIR may be runs/X/records):
 
-mathv2-records --records=DIR --annotate=PROJECT [--analyses=4]    # labeling_config.xml, tasks.json
+mathv2-records --records=DIR --annotate=PROJECT [--analyses=4] [--kind=proof]
 mathv2-records --records=DIR --annotations=EXPORT.json [--adjudicate=majority] [--to=FILE.jsonl]
 
-The export is Label Studio's JSON, or PROJECT/tasks.csv filled in. Labels go into DIR, or, of a run,
-to the stages of kind `experts` that wait for them, and to FILE.jsonl.
+PROJECT holds labeling_config.xml, tasks.json and tasks.csv: proofs without a label, and analyses
+without one, those of other proofs too (--kind=proof: not these). The export is Label Studio's JSON,
+or tasks.csv filled in. Labels go into DIR, or, of a run, to the stages of kind `experts` that wait
+for them, and to FILE.jsonl; analyses of a run have no other place. Later exports, with more raters
+or another --adjudicate, replace the labels that the same raters' ratings made before.
 
 Exit codes: 0 finished, 2 bad usage or input (nothing was written), 1 failure.
 """
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +40,16 @@ from etils import epath
 
 from mathv2_jax import records, storage
 from mathv2_jax.cli import shell
-from mathv2_jax.data import annotation, graded, importing, lineage, statistics
+from mathv2_jax.data import (
+    adjudication,
+    annotation,
+    graded,
+    importing,
+    lineage,
+    ratings,
+    sources,
+    statistics,
+)
 from mathv2_jax.data import store as store_lib
 from mathv2_jax.stages import experts
 
@@ -70,7 +83,7 @@ _define(flags.DEFINE_string, "to", None, "A .jsonl file to be written.")
 _define(flags.DEFINE_string, "annotate", None, "A new folder for a project of Label Studio.")
 _define(flags.DEFINE_integer, "analyses", annotation.ANALYSES, "Of a proof, at most, in a project.")
 _define(flags.DEFINE_string, "annotations", None, "What people made of it: .json or .csv.")
-_define(flags.DEFINE_string, "adjudicate", annotation.MAJORITY, "Or a rater with the last word.")
+_define(flags.DEFINE_string, "adjudicate", adjudication.MAJORITY, "Or a rater with the last word.")
 _OF_IMPORTS = (
     "field",
     "source",
@@ -197,9 +210,15 @@ def _annotate(folder: epath.Path) -> None:
     target = shell.absolute(_ASKED.annotate)
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"--annotate={target} is there already and not empty; name another folder")
-    waiting = annotation.tasks(_records(folder), _ASKED.analyses)
+    kind = _ASKED.kind
+    if kind not in ("auto", "proof"):
+        raise ValueError(f"--kind={kind}: auto, or proof for the proofs without a label alone")
+    waiting = annotation.tasks(_items(folder), _ASKED.analyses)
+    if kind == "proof":
+        waiting = [task for task in waiting if task.proof.label is None]
     if not waiting:
-        raise ValueError(f"{folder} holds no proof without a label: there is nothing to annotate")
+        what = "no proof without a label" + (", and no analysis" if kind == "auto" else "")
+        raise ValueError(f"{folder} holds {what}: there is nothing to annotate")
     for name, data in annotation.project(waiting).items():
         storage.write_whole(target / name, data)
     shown = sum(len(task.analyses) for task in waiting)
@@ -207,54 +226,128 @@ def _annotate(folder: epath.Path) -> None:
 
 
 def _annotations(folder: epath.Path) -> None:
-    path, out = shell.absolute(_ASKED.annotations), None
-    if _ASKED.to:
-        out = _new_file(_ASKED.to)
-    ratings = annotation.read(path)
-    waiting = annotation.tasks(_records(folder), sys.maxsize)
-    found = annotation.labels(ratings, waiting, _ASKED.adjudicate)
-    made = [*found.proofs, *found.analyses]
-    for name, labelled, still_open, agreed in (
-        ("proofs", found.proofs, found.open_proofs, found.on_proofs),
-        ("analyses", found.analyses, found.open_analyses, found.on_analyses),
-    ):
-        print(f"{name}: {len(labelled)} labelled, {len(still_open)} not decided")
-        if agreed.items:
-            kappa = "undefined" if agreed.kappa is None else f"{agreed.kappa:.3f}"
-            print(
-                f"  {agreed.items} by several raters, equal {agreed.equal:.1%}, {agreed.name} "
-                f"kappa {kappa}"
-            )
-        for item in still_open:
-            print(f"  not decided: {item}")
-    if out is not None:
-        storage.write_whole(out, records.to_lines(made))
-    if storage.list_names(folder, "manifest-*.json"):
-        importing.import_labels(store_lib.Store(folder), path, made)
+    """What is refused is refused before anything is written; --to is written last."""
+    path = shell.absolute(_ASKED.annotations)
+    out = _new_file(_ASKED.to) if _ASKED.to else None
+    found = adjudication.labels(ratings.read(path), _items(folder), _ASKED.adjudicate)
+    labelled = [*found.proofs.labelled, *found.analyses.labelled]
+    if _is_store(folder):
+        new = [(made.place, made.record) for made in labelled if made.is_new]
+        if new:
+            importing.import_labels(store_lib.Store(folder), path, _ASKED.adjudicate, new)
     else:
-        _answer_experts(folder, found.proofs)
+        answers = _answers(folder, [made.record for made in found.proofs.labelled])
+        if out is None:
+            _require_a_place([made.record for made in labelled if made.is_new], answers)
+        for stage, proofs in answers.items():
+            _write_answers(folder, stage, proofs)
+    if out is not None:
+        storage.write_whole(out, records.to_lines([made.record for made in labelled]))
+    _report("proofs", found.proofs)
+    _report("analyses", found.analyses)
 
 
-def _answer_experts(folder: epath.Path, labelled: Sequence[records.Proof]) -> None:
-    """Puts labels where the stages of a run look for them; a file that is there is left alone."""
+def _report(name: str, found: adjudication.Decisions) -> None:
+    print(f"{name}: {len(found.labelled)} labelled, {len(found.undecided)} not decided")
+    as_before = sum(not made.is_new for made in found.labelled)
+    if as_before:
+        print(f"  {as_before} had their label already")
+    for made in found.labelled:
+        if made.before is not None and made.is_new:
+            was, now = map(adjudication.describe, (made.before, made.record.label))
+            print(f"  {made.record.id} was {was}, is {now}")
+    agreed = found.agreement
+    if agreed.items:
+        kappa = "undefined" if agreed.kappa is None else f"{agreed.kappa:.3f}"
+        print(
+            f"  {agreed.items} by several raters, equal {agreed.equal:.1%}, {agreed.name} "
+            f"kappa {kappa}"
+        )
+    for record in found.undecided:
+        held = record.label and f", it stays {adjudication.describe(record.label)}"
+        print(f"  not decided: {record.id}{held or ''}")
+
+
+def _answers_path(folder: epath.Path, stage: str) -> epath.Path:
+    return folder / "input" / experts.ANSWERS / f"{stage}.jsonl"
+
+
+def _answered(path: epath.Path) -> list[records.Proof]:
+    """The proofs in a file of answers; none where there is no file."""
+    lines = storage.read_bytes(path).split(b"\n") if storage.exists(path) else []
+    return sources.parse_lines([line for line in lines if line], records.Proof, os.fspath(path))
+
+
+def _answers(
+    folder: epath.Path, labelled: Sequence[records.Proof]
+) -> Mapping[str, list[records.Proof]]:
+    """What the file of each stage that waits for some of these is to hold: all that it holds, and
+    these. ValueError where labels conflict.
+    """
     by_id = {proof.id: proof for proof in labelled}
+    found = {}
     for name in sorted(p.name for p in folder.iterdir() if p.name.endswith(experts.WANTED)):
-        wanted = [p for p in lineage.read(folder / name) if p.id in by_id]
         stage = name.removesuffix(experts.WANTED)
-        target = folder / "input" / experts.ANSWERS / f"{stage}.jsonl"
-        if wanted and target.exists():
-            print(f"stage {stage}: {target} is there already, and left as it is")
-        elif wanted:
-            storage.write_whole(target, records.to_lines([by_id[p.id] for p in wanted]))
-            print(f"stage {stage}: {len(wanted)} labels in {target}")
+        wanted = {p.id: by_id[p.id] for p in lineage.read(folder / name) if p.id in by_id}
+        if wanted:
+            path = _answers_path(folder, stage)
+            there = [_merged(proof, wanted.pop(proof.id, proof), path) for proof in _answered(path)]
+            found[stage] = [*there, *wanted.values()]
+    return found
 
 
-def _records(folder: epath.Path) -> list[Any]:
+def _merged(there: records.Proof, labelled: records.Proof, path: epath.Path) -> records.Proof:
+    if labelled.label is None:
+        return there
+    label = adjudication.standing(there.label, labelled.label, by_ratings=True)
+    if there.label is not None and label is None:
+        was, now = map(adjudication.describe, (there.label, labelled.label))
+        raise ValueError(
+            f"labels conflict: proof {there.id} is {was} in {path}, the ratings make it {now}"
+        )
+    return dataclasses.replace(there, label=label)
+
+
+def _write_answers(folder: epath.Path, stage: str, proofs: Sequence[records.Proof]) -> None:
+    path = _answers_path(folder, stage)
+    if proofs == _answered(path):
+        return
+    storage.write_whole(path, records.to_lines(proofs))
+    print(f"stage {stage}: {len(proofs)} labels in {path}")
+    if storage.list_names(folder / stage, "manifest-*.json"):
+        print(f"  it has read its labels before: --restart_stage={stage} takes these")
+
+
+def _require_a_place(labelled: Sequence[Any], answers: Mapping[str, Sequence[Any]]) -> None:
+    """ValueError where some of a run's labels would be written nowhere."""
+    placed = {proof.id for proofs in answers.values() for proof in proofs}
+    lost = [record for record in labelled if record.id not in placed]
+    if lost:
+        kinds = " and ".join(
+            f"{number} {name}"
+            for kind, name in ((records.Proof, "proofs"), (records.Analysis, "analyses"))
+            if (number := sum(isinstance(record, kind) for record in lost))
+        )
+        raise ValueError(
+            f"no stage of this run takes the labels of {kinds}, such as {lost[0].id}: give "
+            "--to=FILE.jsonl too, and import that with mathv2-records --from=FILE.jsonl"
+        )
+
+
+def _is_store(folder: epath.Path) -> bool:
+    return bool(storage.list_names(folder, "manifest-*.json"))
+
+
+def _items(folder: epath.Path) -> annotation.Items:
+    """Proofs and analyses of a store, or of a run, whose experts' answers are people's ratings."""
     if not folder.exists():
         raise FileNotFoundError(f"--records={folder}: there is no such folder")
-    if storage.list_names(folder, "manifest-*.json"):
-        return store_lib.Store(folder).latest()
-    return list(lineage.read(folder))
+    if _is_store(folder):
+        return annotation.items(store_lib.Store(folder).latest())
+    answers = folder / "input" / experts.ANSWERS
+    files = [answers / name for name in storage.list_names(answers, "*.jsonl")]
+    answered = [proof.id for file in files for proof in _answered(file) if proof.label]
+    return annotation.items(lineage.read(folder), answered)
 
 
 def _new_file(name: str) -> epath.Path:

@@ -390,22 +390,28 @@ def import_files(
         return report
 
 
-def import_labels(store: store_lib.Store, path: epath.Path, made: Sequence[Any]) -> None:
-    """Labelled versions of a store's records, which came from people's ratings in a file."""
+def import_labels(
+    store: store_lib.Store, path: epath.Path, rule: str, made: Sequence[tuple[int, Any]]
+) -> None:
+    """Labelled versions of a store's records, which came from people's ratings in a file.
+
+    `rule` is the one by which they were decided; each record has the place of its task in the file
+    beside it, from 1. The same file may come again, with other labels by another rule.
+    """
     digest = hashlib.sha256(storage.read_bytes(path)).hexdigest()
-    came_by = store_lib.Import(
-        id=records.content_id("import", digest, "annotations"),
-        file=os.fspath(path),
-        sha256=digest,
-        settings="{}",
-        rows=len(made),
-    )
+    settings = json.dumps({store_lib.ADJUDICATE: rule})
     with store.writing():
-        if came_by.id in store.imports():
-            raise ValueError(f"{path} was imported before")
+        before = sum(came_by.sha256 == digest for came_by in store.imports().values())
+        came_by = store_lib.Import(
+            id=records.content_id("import", digest, settings, str(before)),
+            file=os.fspath(path),
+            sha256=digest,
+            settings=settings,
+            rows=len(made),
+        )
         traced = [
-            dataclasses.replace(record, parents=(*record.parents, f"{came_by.id}:{number}"))
-            for number, record in enumerate(made, start=1)
+            dataclasses.replace(record, parents=(*record.parents, f"{came_by.id}:{place}"))
+            for place, record in made
         ]
         store.append([came_by, *traced])
 

@@ -164,7 +164,9 @@ def _outside(name: str, by_id: dict[str, Any]) -> str:
     """A parent that is no record: a line of an imported file, a checkpoint, a row's own id."""
     number, colon, line = name.rpartition(":")
     if colon and number in by_id:
-        return f"line {line} of {by_id[number].file} (import {number})"
+        came_by = by_id[number]
+        part = "task" if came_by.of_ratings else "line"
+        return f"{part} {line} of {came_by.file} (import {number})"
     if name.startswith(store_lib.ROW):
         return f"{name.removeprefix(store_lib.ROW)} (the row's own id)"
     return f"{name} (not among these records)"

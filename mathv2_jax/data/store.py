@@ -7,6 +7,7 @@ too, for people.
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from mathv2_jax import leases, records, storage
 from mathv2_jax.data import table
 
 REJECTS = "rejects.jsonl"
+ADJUDICATE = "adjudicate"  # the one setting of an import of ratings
 ROW = "row:"  # before a row's own id among a record's parents
 _LEASE = "lease.json"
 _LEASE_SECONDS = 600
@@ -27,7 +29,8 @@ class Import:
     `ID:LINE`.
 
     `evaluation`: its problems are for evaluation, and nothing that shares a cluster with them is
-    learned from. `withdraws`: evaluation problems that share a cluster with it are given up.
+    learned from. `withdraws`: evaluation problems that share a cluster with it are given up. A file
+    of people's ratings has tasks for lines.
     """
 
     id: str
@@ -37,6 +40,11 @@ class Import:
     rows: int
     evaluation: bool = False
     withdraws: bool = False
+
+    @property
+    def of_ratings(self) -> bool:
+        """Whether the file is one of people's ratings, which were made labels of."""
+        return ADJUDICATE in json.loads(self.settings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,12 +1,10 @@
-"""Proofs out to people and their ratings back; what they differ about is told."""
+"""What waits for people, and the project in which it goes to them."""
 
 import csv
+import dataclasses
 import io
 import json
 import xml.etree.ElementTree as etree
-
-import pytest
-from etils import epath
 
 from mathv2_jax import records
 from mathv2_jax.data import annotation
@@ -25,45 +23,28 @@ def proof(number, label=None):
     )
 
 
-def analysis(number, of, score):
+def analysis(number, of, score, label=None):
     return records.Analysis(
         id=f"analysis{number}",
         problem_id="p",
         proof_id=of,
         statement=STATEMENT,
-        proof="",
+        proof=f"By $x^{of.removeprefix('proof')}$.\nDone.",
         text=parse.write_analysis(f"Thought {number}.", score),
         score=score,
+        label=label,
+        parents=(f"f00:{number}", f"row:a{number}"),
     )
 
 
-LABELLED = proof(9, records.Label(score=1.0, source="human"))
-ITEMS = [
-    proof(1),
-    proof(2),
-    LABELLED,
-    *(analysis(n, "proof1", 1.0) for n in range(3)),
-    analysis(3, "proof1", 0.0),
-    analysis(4, "proof2", 0.5),
-]
-
-
-def test_what_waits_for_people_are_proofs_without_a_label_with_unlike_analyses():
-    first, second = annotation.tasks(ITEMS, most=2)
-    assert (first.proof.id, second.proof.id) == ("proof1", "proof2")
-    assert [a.id for a in first.analyses] == ["analysis3", "analysis0"]  # the rarer score first
-    assert [a.id for a in second.analyses] == ["analysis4"]
-
-
-def test_a_sampled_analysis_becomes_a_record_that_names_its_sample():
-    text = parse.write_analysis("Fine.", 0.5)
-    sample = records.Sample(
+def sample(of, text, **fields):
+    return records.Sample(
         id="s",
         role="verifier",
         stage="label",
         step=0,
         problem_id="p",
-        target="proof1",
+        target=of,
         index=0,
         statement=STATEMENT,
         proof="P",
@@ -74,34 +55,37 @@ def test_a_sampled_analysis_becomes_a_record_that_names_its_sample():
         num_tokens=3,
         checkpoint="v@1",
         score=0.5,
+        **fields,
     )
-    (task,) = annotation.tasks([proof(1), sample])
-    (found,) = task.analyses
-    assert (found.text, found.score, found.parents, found.proof_id) == (text, 0.5, ("s",), "proof1")
 
 
-def test_formulas_are_drawn_and_everything_else_is_escaped():
-    shown = annotation.rendered(STATEMENT + "\n<b>$\\notacommand{$")
-    assert shown.count("<math") >= 2 and "<mfrac>" in shown and 'display="block"' in shown
-    assert "<b>" not in shown and "&lt;b&gt;" in shown and "<br>" in shown and "&amp;" in shown
+def human(score, **fields):
+    return records.Label(score=score, source="human", **fields)
 
 
-def test_the_page_asks_for_a_score_and_a_rating_of_each_analysis():
-    page = etree.fromstring(annotation.labelling_config(4))
-    choices = {c.get("name"): [x.get("value") for x in c] for c in page.iter("Choices")}
-    assert choices == {
-        n: ["0", "0.5", "1"] for n in ("score", *(f"quality_{i}" for i in range(1, 5)))
-    }
-    shown = {tag.get("value") for tag in page.iter("HyperText")}
-    files = annotation.project(annotation.tasks(ITEMS))
-    for task in json.loads(files[annotation.TASKS]):
-        assert shown <= {f"${name}" for name in task["data"]}
+LABELLED = proof(9, human(1.0))
+ITEMS = [
+    proof(1),
+    proof(2),
+    LABELLED,
+    *(analysis(n, "proof1", 1.0) for n in range(3)),
+    analysis(3, "proof1", 0.0),
+    analysis(4, "proof2", 0.5),
+]
 
 
-def export(answers):
+def tasks(found, most=annotation.ANALYSES):
+    return annotation.tasks(annotation.items(found), most)
+
+
+def shown(task):
+    return task.proof.id, [a.id for a in task.analyses]
+
+
+def export(answers, items=ITEMS):
     """What Label Studio exports: (task number, rater, score, quality of the first analysis)."""
-    tasks = json.loads(annotation.project(annotation.tasks(ITEMS))[annotation.TASKS])
-    for task in tasks:
+    body = json.loads(annotation.project(tasks(items))[annotation.TASKS])
+    for task in body:
         task["annotations"] = []
     for at, rater, score, quality in answers:
         result = [
@@ -110,97 +94,70 @@ def export(answers):
             if value is not None
         ]
         result.append({"from_name": "comment", "type": "textarea", "value": {"text": ["So."]}})
-        tasks[at]["annotations"].append({"completed_by": rater, "result": result})
-    return tasks
+        body[at]["annotations"].append({"completed_by": rater, "result": result})
+    return body
 
 
-def read(folder, body, name="export.json"):
-    path = epath.Path(folder / name)
-    path.write_bytes(body if isinstance(body, bytes) else json.dumps(body).encode())
-    return annotation.read(path)
+def test_what_waits_for_people_are_proofs_without_a_label_with_unlike_analyses():
+    first, second = tasks(ITEMS, most=2)
+    assert shown(first) == ("proof1", ["analysis3", "analysis0"])  # the rarer score first
+    assert shown(second) == ("proof2", ["analysis4"])
 
 
-def test_an_export_comes_back_as_human_labels_of_proofs_and_analyses(tmp_path):
-    ratings = read(tmp_path, export([(0, 1, "0.5", "1"), (1, 1, "0", None)]))
-    found = annotation.labels(ratings, annotation.tasks(ITEMS))
-    assert [(p.id, p.label.score, p.label.source, p.label.rubric) for p in found.proofs] == [
-        ("proof1", 0.5, "human", "I_v"),
-        ("proof2", 0.0, "human", "I_v"),
-    ]
-    assert found.proofs[0].label.comment == "1: So." and found.proofs[0].label.scale == "full-marks"
-    assert [(a.id, a.label.score, a.label.rubric) for a in found.analyses] == [
-        ("analysis3", 1.0, "I_mv")
-    ]
-    assert not found.open_proofs and not found.open_analyses
+def test_a_sampled_analysis_becomes_a_record_that_names_its_sample():
+    text = parse.write_analysis("Fine.", 0.5)
+    (task,) = tasks([proof(1), sample("proof1", text)])
+    (found,) = task.analyses
+    assert (found.text, found.score, found.parents, found.proof_id) == (text, 0.5, ("s",), "proof1")
 
 
-def test_a_cancelled_annotation_counts_for_nothing(tmp_path):
-    body = export([(0, 1, "0.5", None)])
-    body[0]["annotations"][0]["was_cancelled"] = True
-    assert read(tmp_path, body) == []
+def test_analyses_of_a_proof_that_has_a_label_go_out_after_the_undecided_proofs():
+    items = [LABELLED, analysis(5, "proof9", 1.0), sample("proof9", "So."), proof(1)]
+    first, second = tasks(items)
+    assert shown(first) == ("proof1", [])
+    assert second.proof == LABELLED and len(second.analyses) == 2
 
 
-def test_raters_who_differ_are_decided_by_the_majority_or_by_the_last_word(tmp_path):
-    body = export([(0, 1, "1", "1"), (0, 2, "0", "1"), (1, 1, "1", "0"), (1, 2, "1", "1")])
-    ratings, tasks = read(tmp_path, body), annotation.tasks(ITEMS)
-    found = annotation.labels(ratings, tasks)
-    assert [p.id for p in found.proofs] == ["proof2"] and found.open_proofs == ["proof1"]
-    assert found.open_analyses == ["analysis4"]
-    assert found.proofs[0].label.votes == (1.0, 1.0) and found.proofs[0].label.rater == "1, 2"
-    last = annotation.labels(ratings, tasks, "2")
-    assert {p.id: p.label.score for p in last.proofs} == {"proof1": 0.0, "proof2": 1.0}
-    third = [*ratings, *read(tmp_path, export([(0, 3, "0", None)]))]
-    assert {p.id: p.label.score for p in annotation.labels(third, tasks).proofs}["proof1"] == 0.0
-    with pytest.raises(ValueError, match="--adjudicate=9: no rater of that name; there are 1, 2"):
-        annotation.labels(ratings, tasks, "9")
+def test_an_analysis_brings_its_proof_where_that_is_no_record():
+    (task,) = tasks([analysis(5, "proof7", 1.0)])
+    assert shown(task) == ("proof7", ["analysis5"])
+    assert (task.proof.text, task.proof.statement) == ("By $x^7$.\nDone.", STATEMENT)
+    assert task.proof.parents == ("f00:5",)  # and not the row's id
 
 
-def test_a_filled_in_table_comes_back_too(tmp_path):
-    table = annotation.project(annotation.tasks(ITEMS))[annotation.TABLE].decode()
-    rows = list(csv.DictReader(io.StringIO(table, newline="")))
-    assert rows[0]["proof"] == "By $x^1$.\nDone."
-    rows[0] |= dict(score="1", rater="ab", quality_2=" 0.5 ", comment="Nice.")
-    out = io.StringIO(newline="")
-    writer = csv.DictWriter(out, list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
-    (rating,) = read(tmp_path, out.getvalue().encode(), "tasks.csv")
-    assert (rating.rater, rating.score, rating.comment) == ("ab", 1.0, "Nice.")
-    assert list(rating.qualities.values()) == [0.5]
-    with pytest.raises(ValueError, match="row 1 has no rater"):
-        read(tmp_path, out.getvalue().replace("ab", "").encode(), "tasks.csv")
+def test_what_has_a_label_is_not_asked_for_again():
+    rated = analysis(5, "proof1", 1.0, human(1.0, scale="agrees-with-critique"))
+    (task,) = tasks([proof(1), rated, analysis(6, "proof1", 0.0)])
+    assert shown(task) == ("proof1", ["analysis6"])
+    again = sample("proof1", rated.text)  # the same text as that of a rated record
+    text_id = records.content_id("analysis", again.statement, again.proof, again.text)
+    (task,) = tasks([proof(1), dataclasses.replace(rated, id=text_id), again])
+    assert shown(task) == ("proof1", [])
 
 
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        (b"{", "no JSON export"),
-        ({"a": 1}, "no list of tasks"),
-        ([{"proof_id": "x"}], "export as JSON, not JSON-MIN"),
-        ([{"data": {}, "annotations": []}], "has no proof_id"),
-    ],
-)
-def test_another_file_is_refused(tmp_path, body, message):
-    with pytest.raises(ValueError, match=message):
-        read(tmp_path, body)
+def test_a_persons_label_hides_a_machines_wherever_it_stands():
+    machine = proof(1, records.Label(score=0.0, source="auto"))
+    for items in ([proof(1, human(1.0)), machine], [machine, proof(1, human(1.0)), proof(1)]):
+        assert annotation.items(items).proofs["proof1"].label == human(1.0)
 
 
-def test_ratings_of_other_proofs_are_refused(tmp_path):
-    ratings = read(tmp_path, export([(0, 1, "1", None)]))
-    with pytest.raises(ValueError, match="speaks of proof1, which does not wait"):
-        annotation.labels(ratings, annotation.tasks(ITEMS[1:]))
+def test_the_page_asks_for_a_score_and_a_rating_of_each_analysis():
+    page = etree.fromstring(annotation.labelling_config(4))
+    choices = {c.get("name"): [x.get("value") for x in c] for c in page.iter("Choices")}
+    assert choices == {
+        n: ["0", "0.5", "1"] for n in ("score", *(f"quality_{i}" for i in range(1, 5)))
+    }
+    filled = {tag.get("value") for tag in page.iter("HyperText")}
+    files = annotation.project(tasks(ITEMS))
+    for task in json.loads(files[annotation.TASKS]):
+        assert filled <= {f"${name}" for name in task["data"]}
 
 
-def test_kappas_are_those_of_the_textbooks():
-    # Cohen 1960, the usual two-by-two example: 20, 5, 10, 15 of 50.
-    pairs = [(1.0, 1.0)] * 20 + [(1.0, 0.0)] * 5 + [(0.0, 1.0)] * 10 + [(0.0, 0.0)] * 15
-    assert annotation.cohen_kappa(pairs) == pytest.approx(0.4)
-    # Fleiss 1971 by hand: three raters, four items.
-    items = [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 0.5]]
-    observed = (1 + 1 + 1 / 3 + 1 / 3) / 4
-    chance = (5 / 12) ** 2 + (6 / 12) ** 2 + (1 / 12) ** 2
-    assert annotation.fleiss_kappa(items) == pytest.approx((observed - chance) / (1 - chance))
-    assert annotation.cohen_kappa([(1.0, 1.0)] * 3) is None
-    assert annotation.fleiss_kappa([]) is None
-    with pytest.raises(ValueError, match="one number > 1"):
-        annotation.fleiss_kappa([[1.0], [1.0, 0.0]])
+def test_a_task_says_whether_the_score_of_its_proof_is_asked_for():
+    files = annotation.project(tasks([proof(1), LABELLED, analysis(5, "proof9", 1.0)]))
+    asked = [task["data"]["asked"] for task in json.loads(files[annotation.TASKS])]
+    assert "score the proof" in asked[0] and "analyses only" in asked[1]
+    page = etree.fromstring(files[annotation.CONFIG])
+    assert not any(choices.get("required") for choices in page.iter("Choices"))
+    table = csv.DictReader(io.StringIO(files[annotation.TABLE].decode(), newline=""))
+    assert [row["asked"] in text for row, text in zip(table, asked, strict=True)] == [True, True]

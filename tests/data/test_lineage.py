@@ -90,7 +90,7 @@ def test_an_imported_proof_leads_to_its_line_and_its_rows_id(tmp_path):
         f"Proof {proof.id} [mine] So.",
         "|- label 1: human, I_v, full-marks",
         f"|- line 1 of {path} (import {number})",
-        "|- r7 (not among these records)",
+        "|- r7 (the row's own id)",
     ]
 
 
