@@ -111,9 +111,11 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"{' and '.join(f'--{name}' for name in jobs)} exclude each other")
         if "from" not in jobs:
             unused = set(_OF_IMPORTS) - ({"evaluation"} if jobs == ["to"] else set())
-            _require_unused(sorted(unused), "are about --from=FILE")
+            shell.require_unused(_ASKED, sorted(unused), "are about --from=FILE")
         if jobs:
-            _require_unused(("statistics", "figure", "tokenizer"), "are about what is there")
+            shell.require_unused(
+                _ASKED, ("statistics", "figure", "tokenizer"), "are about what is there"
+            )
         _JOBS.get("".join(jobs), _show)(folder)
         return shell.FINISHED
     except (ValueError, FileNotFoundError, flags.Error) as error:
@@ -124,12 +126,6 @@ def main(argv: Sequence[str]) -> int:
     except OSError as error:  # a full disk, a folder that may not be read: no bug of ours
         print(f"mathv2-records: {error}", file=sys.stderr)
         return shell.FAILED
-
-
-def _require_unused(names: Sequence[str], why: str) -> None:
-    given = [name for name in names if _ASKED[name].value != _ASKED[name].default]
-    if given:
-        raise ValueError(f"--{', --'.join(given)} {why}, which is not asked for")
 
 
 def _fields(given: Sequence[str]) -> Mapping[str, str]:
