@@ -63,18 +63,17 @@ def kill_while_running(
     """Starts a search again and again, and kills it each time once some more answers are on disk;
     how often it was killed before it ended."""
     for kill in range(kills):
-        process = subprocess.Popen(
+        with subprocess.Popen(
             arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        aim, before = chance.randrange(1, 24), on_disk(workdir)
-        while process.poll() is None and len(on_disk(workdir) - before) < aim:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        ) as process:
+            aim, before = chance.randrange(1, 24), on_disk(workdir)
+            while process.poll() is None and len(on_disk(workdir) - before) < aim:
+                time.sleep(0.002)
+            process.send_signal(signal.SIGKILL)
+            _, errors = process.communicate()
         if process.returncode != -signal.SIGKILL:
             if process.returncode:
-                assert process.stderr is not None
-                raise RuntimeError(process.stderr.read()[-3000:])
+                raise RuntimeError(errors[-3000:])
             return kill
     return kills
 
@@ -150,6 +149,7 @@ def with_server(
     convert = [sys.executable, "-m", "mathv2_jax.cli.convert"]
     run([*convert, f"--to_hf={target}", f"--checkpoint={run_dir}", "--dtype=float32"])
     with check_serve.serving(time.monotonic() + 240.0) as url:
+        _warm(f"{url}/v1", target)
         between = faulty.Server(upstream=f"{url}/v1")
         with faulty.serving(between) as proxy:
             more = _roles(run_dir)
@@ -169,6 +169,17 @@ def with_server(
     if answered - recorded > killed * 16:  # HTTP requests that are open at once
         wrong.append(f"{answered - recorded} answers are not recorded")
     return wrong
+
+
+def _warm(url: str, model: pathlib.Path) -> None:
+    """Has a server load its model: asked by many at once it may never come to that."""
+    from mathv2_jax import records
+    from mathv2_jax.rollout import remote
+
+    config = remote.RemoteConfig(base_url=url, model=str(model), key_env="", timeout_s=240.0)
+    asked = (("user", "Prove it."),)
+    request = records.Request(id="warm", messages=asked, num_samples=1, seed=0, max_tokens=2)
+    remote.RemoteEngine(config).generate([request])
 
 
 def _roles(run_dir: pathlib.Path) -> list[str]:
