@@ -1,3 +1,5 @@
+import random
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -238,3 +240,41 @@ def test_every_phrase_a_reader_looks_for_is_among_the_key_phrases():
     for phrase in parse.KEY_PHRASES:
         written = written.replace(phrase, "")
     assert written.strip() == ""
+
+
+def test_a_hundred_thousand_broken_responses_are_read_or_are_none():
+    """Pieces of every format, in any order, cut anywhere: nothing raises, scores are scores."""
+    draw = random.Random(0)
+    pieces = [
+        *parse.KEY_PHRASES,
+        "```",
+        "~~~~",
+        "\n",
+        "\n## ",
+        "\\boxed{",
+        "{",
+        "}",
+        "0.5",
+        "1",
+        "x",
+    ]
+    pieces += ["<think>", "</think>", "\u2028", "\r", "\x00", "\ud800", "é" * 40, "\\boxed{{{1}}}"]
+    whole = parse.write_generation("A proof.", parse.write_analysis("Fine.", 1.0))
+    read = 0
+    for _ in range(100_000):
+        text = "".join(draw.choices(pieces, k=draw.randrange(12)))
+        if draw.random() < 0.3:
+            at = draw.randrange(len(whole))
+            text = (
+                whole[:at]
+                + text
+                + whole[at if draw.random() < 0.5 else draw.randrange(len(whole)) :]
+            )
+        for found in (
+            parse.parse_analysis(text),
+            parse.parse_meta_analysis(text),
+            parse.parse_generation(text),
+        ):
+            read += found is not None
+            assert found is None or found[-1] in (0.0, 0.5, 1.0)
+    assert read > 1000  # some of them are in a format
