@@ -70,20 +70,7 @@ def _graded(raw: raw_files.Raw, path: epath.Path, scale: Scale, rating: str) -> 
     given = row.number(rating) if rating else None
     if given is not None and not 0.0 <= given <= 1.0:
         raise ValueError(f"{rating} is {given:g}: a mean score lies in 0..1")
-    return Graded(row.id, _proof(row, source, label), given)
-
-
-def _proof(row: graded.Row, source: str, label: records.Label) -> records.Proof:
-    """Whoever wrote it may be named: these proofs are measured on, and never learned from."""
-    statement, text = row.text("problem"), row.text("proof")
-    return records.Proof(
-        id=records.content_id("proof", statement, text),
-        problem_id=records.content_id("problem", statement),
-        statement=statement,
-        text=text,
-        source=source,
-        label=label,
-    )
+    return Graded(row.id, graded.as_proof(row, source, label), given)
 
 
 def rated(items: Sequence[Graded]) -> list[agreement.Rated]:
