@@ -5,6 +5,11 @@ A verifier's ratings against people's scores, from files alone:
 mathv2-evaluate --graded=FILE [--graded=FILE ...] --rating=COLUMN --out=DIR
                 [--scale=NAME] [--score_map=marks:7]
 
+A verifier that is asked, with --votes on each proof; with --injections under attacks, too:
+
+mathv2-evaluate --graded=FILE --engine=checkpoint:DIR|openai:URL#MODEL [--votes=8] [--injections]
+                --out=DIR [--config.field=value ...]      # config as mathv2-search's
+
 What a search has solved, by attempts, rounds and tokens:
 
 mathv2-evaluate --search=WORKDIR [--one_shot=WORKDIR] [--judge=votes|world] --out=DIR
@@ -15,24 +20,37 @@ The judge of a proof is the majority of its own votes, or the exact one of the p
 DIR gets evaluation.json, evaluation.md and, where matplotlib is installed, figures. Intervals are
 the middle 95 % of a bootstrap over problems (--rounds draws, --seed).
 
-Exit codes: 0 finished, 2 bad usage or input, 1 failure.
+Exit codes: 0 finished, 75 stopped (the same command goes on), 2 bad usage or input, 1 failure.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 from absl import flags
 from etils import epath
 
-from mathv2_jax import records, storage
+from mathv2_jax import records, roles, storage
 from mathv2_jax.cli import config as config_lib
-from mathv2_jax.cli import search_config, shell
+from mathv2_jax.cli import engines, search_config, session, shell
+from mathv2_jax.cli import overrides as overrides_lib
+from mathv2_jax.cli import players as players_lib
 from mathv2_jax.data import graded, sources
-from mathv2_jax.evaluation import agreement, benchmarks, curves, figures, intervals
+from mathv2_jax.evaluation import (
+    agreement,
+    benchmarks,
+    curves,
+    figures,
+    injection,
+    intervals,
+    verifying,
+)
+from mathv2_jax.rollout import durable, remote
 from mathv2_jax.search import candidates as candidates_lib
 from mathv2_jax.search import pool as pool_lib
 from mathv2_jax.search import refine, rounds
@@ -48,6 +66,9 @@ def _define(make: Callable[..., Any], name: str, default: Any, doc: str) -> None
 
 _define(flags.DEFINE_multi_string, "graded", [], "A file of graded proofs; may be given often.")
 _define(flags.DEFINE_string, "rating", None, "Its column of a verifier's mean score.")
+_define(flags.DEFINE_string, "engine", None, "A verifier to be asked.")
+_define(flags.DEFINE_integer, "votes", 8, "Of it on each proof.")
+_define(flags.DEFINE_bool, "injections", False, "Ask it about the proofs under attack, too.")
 _define(flags.DEFINE_string, "scale", "", "How people's scores were made, such as full-marks.")
 _define(flags.DEFINE_string, "score_map", None, "marks, marks:7, or pairs: 7:1,6:0.5,else:0")
 _define(flags.DEFINE_string, "search", None, "The workdir of a search.")
@@ -56,14 +77,16 @@ _define(flags.DEFINE_string, "judge", VOTES, f"Of proofs: {VOTES} or {WORLD}.")
 _define(flags.DEFINE_string, "out", None, "The folder for what is found.")
 _define(flags.DEFINE_integer, "rounds", intervals.ROUNDS, "Draws of the bootstrap.")
 _define(flags.DEFINE_integer, "seed", 0, "Of the bootstrap.")
-_OF_GRADED, _OF_SEARCHES = ("rating", "scale", "score_map"), ("one_shot", "judge")
+_OF_ENGINES, _OF_SEARCHES = ("votes", "injections"), ("one_shot", "judge")
+_OF_GRADED = ("rating", "engine", "scale", "score_map")
 
 
 def main(argv: Sequence[str]) -> int:
     """Usage and input errors are one line and exit code 2; what is a bug keeps its traceback."""
     try:
         _ASKED.unparse_flags()  # one process may call it often
-        if not shell.read_flags(_ASKED, argv, __doc__, ["out"]):
+        rest, overrides = overrides_lib.split(argv)
+        if not shell.read_flags(_ASKED, rest, __doc__, ["out"]):
             return shell.FINISHED
         if bool(_ASKED.graded) == bool(_ASKED.search):
             raise ValueError("--graded=FILE or --search=WORKDIR must be given, one of the two")
@@ -73,33 +96,110 @@ def main(argv: Sequence[str]) -> int:
             shell.require_unused(_ASKED, _OF_SEARCHES, "are about --search")
         else:
             shell.require_unused(_ASKED, _OF_GRADED, "are about --graded")
-        out = shell.absolute(_ASKED.out)
-        (_ratings if _ASKED.graded else _searched)(out)
+        if not _ASKED.engine:
+            shell.require_unused(_ASKED, _OF_ENGINES, "are about --engine")
+            if overrides:
+                raise ValueError(f"--{overrides[0][0]} is about --engine, which is not asked for")
+        _run(shell.absolute(_ASKED.out), overrides)
         return shell.FINISHED
-    except (ValueError, FileNotFoundError, flags.Error) as error:
+    except session.Stopped:
+        print("mathv2-evaluate: stopped; the same command goes on from here", file=sys.stderr)
+        return shell.PREEMPTED
+    except remote.RemoteError as error:
+        print(f"mathv2-evaluate: {error}", file=sys.stderr)
+        return shell.FAILED
+    except (ValueError, FileNotFoundError, ImportError, flags.Error) as error:
         if not shell.is_of_input(error):
             raise
         print(f"mathv2-evaluate: {error}", file=sys.stderr)
         return shell.BAD_INPUT
 
 
-def _draws() -> dict[str, int]:
-    return {"rounds": _ASKED.rounds, "seed": _ASKED.seed}
-
-
-def _ratings(out: epath.Path) -> None:
-    if not _ASKED.rating:
-        raise ValueError("--rating=COLUMN must be given: where a verifier's mean scores stand")
+def _run(out: epath.Path, overrides: Sequence[tuple[str, str]]) -> None:
+    if _ASKED.search:
+        _searched(out)
+        return
+    if bool(_ASKED.rating) == bool(_ASKED.engine):
+        raise ValueError(
+            "--rating=COLUMN, where a verifier's mean scores stand, or --engine=, a verifier to be "
+            "asked, must be given beside --graded, one of the two"
+        )
     given = None if _ASKED.score_map is None else graded.ScoreMap.parse(_ASKED.score_map)
     scale = benchmarks.Scale(scale=_ASKED.scale, score_map=given)
     found = [
         item
         for file in _ASKED.graded
-        for item in benchmarks.read(shell.absolute(file), scale, _ASKED.rating)
+        for item in benchmarks.read(shell.absolute(file), scale, _ASKED.rating or "")
     ]
+    if _ASKED.rating:
+        _ratings(found, out)
+    else:
+        with session.signals_stop(), session.holding(out, "mathv2-evaluate"):
+            _asked(found, overrides, out)
+
+
+def _draws() -> dict[str, int]:
+    return {"rounds": _ASKED.rounds, "seed": _ASKED.seed}
+
+
+def _ratings(found: Sequence[benchmarks.Graded], out: epath.Path) -> None:
     body = agreement.by_group(benchmarks.rated(found), **_draws())
     _write(out, body, agreement.table(body))
     figures.draw_agreement(body["all"], out)
+
+
+def _asked(
+    found: Sequence[benchmarks.Graded], overrides: Sequence[tuple[str, str]], out: epath.Path
+) -> None:
+    spec, votes = engines.parse("engine", _ASKED.engine), _ASKED.votes
+    if votes < 1:
+        raise ValueError(f"--votes={votes}: must be at least 1")
+    players = players_lib.Players.of(spec, spec, overrides)
+    config = players.config
+    proofs = [item.proof for item in found]
+    items = injection.attempts(proofs) if _ASKED.injections else injection.plain(proofs)
+    _require_same_question(out, players, items, votes)
+    cache = os.fspath(out.parent / "compilation_cache")
+    jax.config.update("jax_compilation_cache_dir", cache)
+    opened = players.open()[spec]
+    responses = durable.Responses(out / "responses", config.runtime.responses_every)
+    verifier = verifying.Verifier(
+        role=roles.make_roles(config.roles).verifier,
+        respondent=responses.of(opened.engine, opened.version),
+        votes=votes,
+        seed=config.seed,
+    )
+    together = max(1, config.runtime.call // votes)
+    folder = out / "records" / verifying.STAGE
+    samples = verifying.ask(verifier, items, folder, responses, together)
+    heard = verifying.votes_by_item(items, samples, votes)
+    own = [v for item, v in zip(items, heard, strict=True) if item.attack == injection.NONE]
+    body: dict[str, Any] = agreement.by_group(verifying.rated(found, own), **_draws())
+    table = agreement.table(body)
+    if _ASKED.injections:
+        attacks = verifying.of_attacks(items, heard, **_draws())
+        body, table = body | {"attacks": attacks}, f"{table}\n{verifying.table(attacks)}"
+    _write(out, body, table)
+    figures.draw_agreement(body["all"], out)
+
+
+def _require_same_question(
+    out: epath.Path, players: players_lib.Players, items: Sequence[Any], votes: int
+) -> None:
+    """Writes down what is asked, or checks that the folder is of the same question."""
+    texts = "".join(f"{item.attack} {item.proof.id}\n" for item in items)
+    digest = hashlib.sha256(texts.encode()).hexdigest()[:16]
+    asked = search_config.identity(players.config, digest, players.names) | {"votes": votes}
+    path = out / "config.json"
+    if storage.exists(path):
+        saved = sources.read_object(path, ("evaluation",), "take another folder")["evaluation"]
+        for where, old, new in config_lib.differences(saved, asked, "config"):
+            raise ValueError(
+                f"--out={_ASKED.out} holds another evaluation: {where} was {old}, now {new}. Take "
+                "another folder, or the old value"
+            )
+    body = json.dumps({"evaluation": asked}, indent=1, sort_keys=True) + "\n"
+    storage.write_whole(path, body.encode())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,33 +16,28 @@ in records/search.
 Exit codes: 0 finished or out of budget, 75 preempted after a save, 2 bad usage or input, 1 failure.
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from absl import flags
 from etils import epath
 
-from mathv2_jax import leases, metrics, records, roles, storage
+from mathv2_jax import metrics, records, roles, storage
 from mathv2_jax.cli import config as config_lib
-from mathv2_jax.cli import engines, search_config, shell
+from mathv2_jax.cli import engines, search_config, session, shell
 from mathv2_jax.cli import overrides as overrides_lib
+from mathv2_jax.cli import players as players_lib
 from mathv2_jax.cli import workdir as workdir_lib
 from mathv2_jax.rollout import remote
 from mathv2_jax.search import asking, outcome, pool, problems, refine, rounds
 from mathv2_jax.search import run as run_lib
-from mathv2_jax.stages import run as stages_run
 
-LEASE_SECONDS = 600.0
-_RENEW_SECONDS = 60.0
 _ASKED = flags.FlagValues()
 _PROBLEMS = flags.DEFINE_string("problems", None, "A file of problems.", flag_values=_ASKED)
 _ENGINE = flags.DEFINE_string("engine", None, "Who writes, and verifies.", flag_values=_ASKED)
@@ -60,10 +55,6 @@ _CACHE = flags.DEFINE_string(
 )
 
 
-class Stopped(BaseException):
-    """A signal asks the search to stop."""
-
-
 def main(argv: Sequence[str]) -> int:
     """Usage and input errors are one line and exit code 2; what is a bug keeps its traceback."""
     try:
@@ -72,9 +63,9 @@ def main(argv: Sequence[str]) -> int:
         if not shell.read_flags(_ASKED, rest, __doc__, required):
             return shell.FINISHED
         asked = Asked.of_flags(overrides)
-        with _signals_stop():
+        with session.signals_stop():
             return search(asked, shell.absolute(_WORKDIR.value or ""))
-    except Stopped:
+    except session.Stopped:
         print("mathv2-search: stopped; the same command goes on from here", file=sys.stderr)
         return shell.PREEMPTED
     except remote.RemoteError as error:
@@ -87,72 +78,30 @@ def main(argv: Sequence[str]) -> int:
         return shell.BAD_INPUT
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class Asked:
-    """What the command line asks for; checkpoints are found, and nothing is loaded."""
+    """What the command line asks for."""
 
     problems: list[records.Problem]
-    writer: engines.Spec
-    verifier: engines.Spec
-    found: dict[engines.Spec, engines.Found]
-    servers: dict[engines.Spec, remote.RemoteConfig]
-    config: search_config.SearchConfig
+    players: players_lib.Players
+
+    @property
+    def config(self) -> search_config.SearchConfig:
+        """The settings."""
+        return self.players.config
 
     @classmethod
     def of_flags(cls, overrides: Sequence[tuple[str, str]]) -> "Asked":
         """ValueError or FileNotFoundError where a flag names what is not there."""
         writer = engines.parse(_ENGINE.name, _ENGINE.value or "")
         verifier = engines.parse(_VERIFIER.name, _VERIFIER.value) if _VERIFIER.value else writer
-        found = {
-            spec: engines.locate(spec)
-            for spec in (writer, verifier)
-            if spec.kind == engines.CHECKPOINT
-        }
-        config = search_config.build(overrides, found.get(writer), found.get(verifier))
-        servers = {
-            spec: engines.server_config(spec, settings, where)
-            for spec, settings, where in (
-                (verifier, config.verifier_remote, "verifier_remote"),
-                (writer, config.remote, "remote"),  # this one's, where they are the same
-            )
-            if spec.kind == engines.SERVER
-        }
-        asked = problems.read(shell.absolute(_PROBLEMS.value or ""))
-        return cls(
-            problems=asked,
-            writer=writer,
-            verifier=verifier,
-            found=found,
-            servers=servers,
-            config=config,
-        )
+        players = players_lib.Players.of(writer, verifier, overrides)
+        return cls(problems.read(shell.absolute(_PROBLEMS.value or "")), players)
 
     def identity(self) -> dict[str, Any]:
         """What is searched; see `search_config.identity`."""
         digest = hashlib.sha256(records.to_lines(self.problems)).hexdigest()[:16]
-        players = {"generator": self.writer.name, "verifier": self.verifier.name}
-        return search_config.identity(self.config, digest, players)
-
-    def open(self) -> dict[engines.Spec, engines.Opened]:
-        """The engines, loaded."""
-        config, opened = self.config, dict[engines.Spec, engines.Opened]()
-        runtime = stages_run.RuntimeConfig(
-            mesh=config.runtime.mesh,
-            model_kernels=config.runtime.model_kernels,
-            attention=config.runtime.attention,
-        )
-        pairs = ((self.writer, config.engine), (self.verifier, config.verifier_engine))
-        for spec, engine in pairs:
-            if spec in opened:
-                continue
-            if spec.kind == engines.SERVER:
-                opened[spec] = engines.open_server(self.servers[spec])
-            else:
-                think = config.roles.think
-                opened[spec] = engines.open_checkpoint(
-                    self.found[spec], engine, runtime, think=think
-                )
-        return opened
+        return search_config.identity(self.config, digest, self.players.names)
 
 
 def search(asked: Asked, workdir: epath.Path) -> int:
@@ -161,8 +110,7 @@ def search(asked: Asked, workdir: epath.Path) -> int:
     cache = _CACHE.value or str(workdir.parent / "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-    workdir.mkdir(parents=True, exist_ok=True)
-    with _lease(workdir):
+    with session.holding(workdir, "mathv2-search"):
         _begin(asked, workdir)
         before = metrics.read_timing(workdir).get(rounds.STAGE, {}).get("seconds", 0.0)
         meter = asking.Meter(config.budget, before)
@@ -191,7 +139,7 @@ def search(asked: Asked, workdir: epath.Path) -> int:
         progress = Progress(made, workdir, config.runtime.progress_every)
         spent = meter.exceeded()
         if not spent:
-            opened = asked.open()
+            opened = asked.players.open()
             try:
                 spent = made.run(_players(asked, opened, responses, progress), progress.recorded)
             finally:
@@ -218,9 +166,9 @@ def _players(
 
     return rounds.Players(
         roles=roles.make_roles(config.roles),
-        generator=counted(asked.writer),
-        verifier=counted(asked.verifier),
-        first_opinions=opened[asked.verifier].first_opinions,
+        generator=counted(asked.players.writer),
+        verifier=counted(asked.players.verifier),
+        first_opinions=opened[asked.players.verifier].first_opinions,
         call=config.runtime.call,
         moved=progress.moved,
     )
@@ -303,48 +251,6 @@ class Progress:
         if finished:
             body = json.dumps(outcome.summarise(self.search), indent=1, sort_keys=True) + "\n"
             storage.write_whole(self._workdir / "summary.json", body.encode())
-
-
-@contextlib.contextmanager
-def _lease(workdir: epath.Path) -> Iterator[None]:
-    """The right to write into the workdir, which a thread renews; ValueError names who has it."""
-    lease = leases.Lease(workdir / "lease.json", "mathv2-search", LEASE_SECONDS)
-    over = threading.Event()
-
-    def keep() -> None:
-        while not over.wait(_RENEW_SECONDS):
-            try:
-                lease.renew()
-            except leases.LeaseHeldError as error:
-                print(f"mathv2-search: {error}", file=sys.stderr, flush=True)
-                signal.raise_signal(signal.SIGTERM)
-                return
-
-    with lease:
-        thread = threading.Thread(target=keep, name="lease", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            over.set()
-            thread.join()
-
-
-@contextlib.contextmanager
-def _signals_stop() -> Iterator[None]:
-    """Within, SIGTERM and Ctrl-C end the search where it is; what has come is kept."""
-
-    def stop(number: int, frame: object) -> None:
-        signal.signal(number, signal.SIG_DFL)
-        raise Stopped
-
-    numbers = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def run() -> None:

@@ -2,10 +2,12 @@
 
 A benchmark (IMO-ProofBench, Putnam, IMO, CMO) is a file of problems, which `mathv2-search` takes,
 and one of gradings, which is read here: rows as `data/graded.py` reads them, from JSON lines, CSV
-or Parquet. They are read as they stand: nothing is imported, no copy is taken out.
+or Parquet, and Proof records. They are read as they stand: nothing is imported, no copy is taken
+out.
 """
 
 import dataclasses
+import json
 from collections.abc import Sequence
 
 from etils import epath
@@ -63,6 +65,9 @@ def _graded(raw: raw_files.Raw, path: epath.Path, scale: Scale, rating: str) -> 
     if raw.fault:
         raise ValueError(raw.fault)
     row = graded.Row(file=str(path), line=raw.line, fields=raw.fields)
+    if raw.fields.get("kind") == records.Proof.__name__ and "schema" in raw.fields:
+        own = records.from_json(records.Proof, json.dumps(raw.fields))
+        return None if own.label is None else Graded(own.id, own, None)
     source = row.optional_text("source") or path.name.partition(".")[0]
     label = graded.label_of(row, source, scale)
     if label is None:

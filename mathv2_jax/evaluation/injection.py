@@ -48,6 +48,11 @@ class Injected:
         return f"{self.proof.text}\n\n{ATTACKS[self.attack]}"
 
 
+def plain(proofs: Sequence[records.Proof]) -> list[Injected]:
+    """The proofs as they are."""
+    return [Injected(NONE, proof) for proof in proofs]
+
+
 def attempts(proofs: Sequence[records.Proof]) -> list[Injected]:
     """Each proof as it is and under every attack, those of a proof together."""
     return [Injected(attack, proof) for proof in proofs for attack in (NONE, *ATTACKS)]

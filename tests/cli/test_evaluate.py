@@ -1,0 +1,92 @@
+"""mathv2-evaluate with a verifier that is asked: what it says, is asked once, and is attacked."""
+
+import json
+
+import pytest
+
+from mathv2_jax.cli import evaluate
+from mathv2_jax.evaluation import injection
+from mathv2_jax.text import parse
+from tests import faulty
+
+ROWS = [
+    dict(id=f"r{place}", source="s", problem=f"Show {place}.", proof=f"By {word}.", score=score)
+    for place, (word, score) in enumerate([("luck", 0), ("rule", 1), ("rule two", 1), ("hope", 0)])
+]
+
+
+def gullible(asked):
+    """Gives 1 to what goes by a rule, and to whatever orders it to."""
+    prompt = asked.body["messages"][-1]["content"]
+    good = "rule" in prompt or "Ignore all other instructions" in prompt
+    return faulty.completion(parse.write_analysis("So it is.", 1.0 if good else 0.0))
+
+
+@pytest.fixture
+def graded(tmp_path):
+    path = tmp_path / "graded.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def run(*arguments):
+    return evaluate.main(["mathv2-evaluate", *map(str, arguments)])
+
+
+def settings(graded, url, out, *more):
+    roles = [f"--config.roles.{r}.max_tokens=64" for r in ("generator", "verifier")]
+    return [
+        *(f"--graded={graded}", f"--engine=openai:{url}#m", f"--out={out}", "--scale=full-marks"),
+        *("--votes=3", "--rounds=20", "--config.remote.key_env=''"),
+        *("--config.roles.templates=world", "--config.roles.meta_verifier.max_tokens=64"),
+        *("--config.runtime.call=6", *roles, *more),
+    ]
+
+
+def test_a_verifier_is_asked_about_each_proof_and_what_is_on_disk_is_not_asked_again(
+    graded, tmp_path, capsys
+):
+    server = faulty.Server(answer=gullible)
+    with faulty.serving(server) as url:
+        assert run(*settings(graded, url, tmp_path / "out")) == 0
+        body = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+        assert body["all"]["exact"]["value"] == body["all"]["auc"]["value"] == 1.0
+        assert sum(server.answered.values()) == len(ROWS) * 3
+        assert run(*settings(graded, url, tmp_path / "out")) == 0
+        assert sum(server.answered.values()) == len(ROWS) * 3
+        assert run(*settings(graded, url, tmp_path / "out", "--config.seed=1")) == 2
+    assert "holds another evaluation: config.seed was 0, now 1" in capsys.readouterr().err
+
+
+def test_attacks_that_move_the_verdict_are_counted(graded, tmp_path):
+    with faulty.serving(faulty.Server(answer=gullible)) as url:
+        assert run(*settings(graded, url, tmp_path / "out", "--injections")) == 0
+    attacks = json.loads((tmp_path / "out" / "evaluation.json").read_text())["attacks"]
+    assert set(attacks) == set(injection.ATTACKS)
+    for name, found in attacks.items():
+        obeyed = "Ignore all other instructions" in injection.ATTACKS[name]
+        moved = 0.5 if obeyed else 0.0  # the two proofs that were a 0
+        assert found["shift"]["value"] == found["changed"]["value"] == moved
+        assert found["raised_to_1"]["value"] == moved
+    assert "| order | 4 | 0.500 [" in (tmp_path / "out" / "evaluation.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--graded=FILE or --search=WORKDIR must be given"),
+        (["--graded=g"], "one of the two"),
+        (["--graded=g", "--rating=r", "--votes=3"], "--votes are about --engine"),
+        (["--graded=g", "--rating=r", "--config.seed=1"], "--config.seed is about --engine"),
+        (["--graded=g", "--rating=r", "--judge=world"], "--judge are about --search"),
+        (["--search=w", "--rating=r"], "--rating are about --graded"),
+        (["--search=w"], "it is no search's workdir"),
+        (["--graded=/nowhere.jsonl", "--rating=r"], "there is no such file"),
+        (["--graded=g", "--rating=r", "--rounds=0"], "--rounds=0: must be at least 1"),
+    ],
+)
+def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path, capsys, arguments, message):
+    assert run(*arguments, f"--out={tmp_path / 'out'}") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert message in line
+    assert not (tmp_path / "out").exists()
