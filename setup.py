@@ -55,7 +55,14 @@ setuptools.setup(
     ],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["mathv2_jax", "mathv2_jax.*"]),
-    package_data={"mathv2_jax": ["text/templates/*/*.txt"]},
+    package_data={
+        "mathv2_jax": [
+            "text/templates/*/*.txt",
+            "report/assets/*",
+            "report/assets/katex/*",
+            "report/assets/katex/fonts/*",
+        ]
+    },
     install_requires=read_requirements(),
     extras_require={
         "hf": HF,
@@ -73,6 +80,7 @@ setuptools.setup(
             "mathv2-compile = mathv2_jax.cli.compile:run",
             "mathv2-records = mathv2_jax.cli.records:run",
             "mathv2-search = mathv2_jax.cli.search:run",
+            "mathv2-report = mathv2_jax.cli.report:run",
         ]
     },
     cmdclass={"sdist": SourceDistribution},

@@ -1,0 +1,44 @@
+"use strict";
+// Elements. Text becomes text nodes, here and everywhere: the page parses no HTML.
+
+report.dom = (() => {
+  const SVG = "http://www.w3.org/2000/svg";
+
+  // make("a", { class: "quiet", href: "#/" }, "text", element, null)
+  function make(tag, attributes = {}, ...children) {
+    return filled(document.createElement(tag), attributes, children);
+  }
+
+  function draw(tag, attributes = {}, ...children) {
+    return filled(document.createElementNS(SVG, tag), attributes, children);
+  }
+
+  function filled(element, attributes, children) {
+    for (const [name, value] of Object.entries(attributes)) {
+      if (value === null || value === undefined || value === false) continue;
+      if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+      else element.setAttribute(name, value === true ? "" : String(value));
+    }
+    element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+    return element;
+  }
+
+  // The address of a view of this page; ids may hold anything.
+  function address(view, id = null, query = {}) {
+    const asked = new URLSearchParams(Object.entries(query).filter(([, value]) => value));
+    const path = id === null ? view : `${view}/${encodeURIComponent(report.store.wellFormed(id))}`;
+    return `#/${path}${asked.size ? `?${asked}` : ""}`;
+  }
+
+  function number(value, digits = 2) {
+    if (value === null || value === undefined) return "–";
+    if (Number.isInteger(value)) return value.toLocaleString("en");
+    return String(Number(value.toFixed(digits)));
+  }
+
+  function counted(count, one, many = `${one}s`) {
+    return `${number(count)} ${count === 1 ? one : many}`;
+  }
+
+  return { make, draw, address, number, counted };
+})();
