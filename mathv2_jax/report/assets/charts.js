@@ -18,13 +18,23 @@ report.charts = (() => {
     const scaleY = scale(Math.min(...all), Math.max(...all), HEIGHT - BOTTOM, TOP, 4, false);
     const svg = draw(
       "svg",
-      { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, tabindex: "0", role: "img", "aria-label": summary(name, steps, values, known, unit) },
+      {
+        viewBox: `0 0 ${WIDTH} ${HEIGHT}`,
+        tabindex: "0",
+        role: "img",
+        "aria-label": summary(name, steps, values, known, unit),
+      },
       ...axes(scaleX, scaleY),
       ...lines(steps, values, scaleX, scaleY),
     );
     const value = make("output", { class: "value" });
     follow(svg, value, { steps, values, known, scaleX, scaleY, unit });
-    return make("figure", { class: "chart" }, make("figcaption", {}, make("span", {}, name), value), svg);
+    return make(
+      "figure",
+      { class: "chart" },
+      make("figcaption", {}, make("span", {}, name), value),
+      svg,
+    );
   }
 
   // A map from numbers to places, with ticks that are 1, 2 or 5 times a power of ten. Of a `whole`
@@ -38,9 +48,11 @@ report.charts = (() => {
     const power = 10 ** Math.floor(Math.log10(rough));
     let step = [1, 2, 5, 10].map((times) => times * power).find((size) => size >= rough);
     if (whole) step = Math.max(1, step);
-    if (!whole) [low, high] = [Math.floor(low / step + 1e-9) * step, Math.ceil(high / step - 1e-9) * step];
+    if (!whole)
+      [low, high] = [Math.floor(low / step + 1e-9) * step, Math.ceil(high / step - 1e-9) * step];
     const ticks = [];
-    for (let at = Math.ceil(low / step - 1e-9); at * step <= high + step * 1e-9; at += 1) ticks.push(at * step);
+    for (let at = Math.ceil(low / step - 1e-9); at * step <= high + step * 1e-9; at += 1)
+      ticks.push(at * step);
     const place = (value) => from + ((value - low) / (high - low)) * (to - from);
     return { place, ticks, step };
   }
@@ -49,8 +61,13 @@ report.charts = (() => {
     const size = Math.abs(value);
     if (size >= 1e6) return `${Number((value / 1e6).toPrecision(3))}M`;
     if (size >= 1e4) return `${Number((value / 1e3).toPrecision(3))}k`;
-    if (size !== 0 && size < 1e-3 && (step === 0 || step < 1e-3)) return value.toExponential(1).replace(".0", "");
-    return String(Number(step ? value.toFixed(Math.max(0, Math.ceil(-Math.log10(step)) + 1)) : value.toPrecision(4)));
+    if (size !== 0 && size < 1e-3 && (step === 0 || step < 1e-3))
+      return value.toExponential(1).replace(".0", "");
+    return String(
+      Number(
+        step ? value.toFixed(Math.max(0, Math.ceil(-Math.log10(step)) + 1)) : value.toPrecision(4),
+      ),
+    );
   }
 
   function axes(scaleX, scaleY) {
@@ -58,14 +75,28 @@ report.charts = (() => {
     for (const tick of scaleY.ticks) {
       const y = scaleY.place(tick);
       parts.push(draw("line", { class: "grid", x1: LEFT, x2: WIDTH - RIGHT, y1: y, y2: y }));
-      parts.push(draw("text", { x: LEFT - 6, y: y + 3.5, "text-anchor": "end" }, figure(tick, scaleY.step)));
+      parts.push(
+        draw("text", { x: LEFT - 6, y: y + 3.5, "text-anchor": "end" }, figure(tick, scaleY.step)),
+      );
     }
     for (const tick of scaleX.ticks) {
       const x = scaleX.place(tick);
-      parts.push(draw("line", { class: "axis", x1: x, x2: x, y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM + 4 }));
-      parts.push(draw("text", { x, y: HEIGHT - 7, "text-anchor": "middle" }, figure(tick, scaleX.step)));
+      parts.push(
+        draw("line", { class: "axis", x1: x, x2: x, y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM + 4 }),
+      );
+      parts.push(
+        draw("text", { x, y: HEIGHT - 7, "text-anchor": "middle" }, figure(tick, scaleX.step)),
+      );
     }
-    parts.push(draw("line", { class: "axis", x1: LEFT, x2: WIDTH - RIGHT, y1: HEIGHT - BOTTOM, y2: HEIGHT - BOTTOM }));
+    parts.push(
+      draw("line", {
+        class: "axis",
+        x1: LEFT,
+        x2: WIDTH - RIGHT,
+        y1: HEIGHT - BOTTOM,
+        y2: HEIGHT - BOTTOM,
+      }),
+    );
     return parts;
   }
 
@@ -74,8 +105,15 @@ report.charts = (() => {
     const parts = [];
     let run = [];
     const close = () => {
-      if (run.length === 1) parts.push(draw("circle", { class: "dot", cx: run[0][0], cy: run[0][1], r: 3 }));
-      else if (run.length) parts.push(draw("polyline", { class: "curve", points: run.map((point) => point.join(",")).join(" ") }));
+      if (run.length === 1)
+        parts.push(draw("circle", { class: "dot", cx: run[0][0], cy: run[0][1], r: 3 }));
+      else if (run.length)
+        parts.push(
+          draw("polyline", {
+            class: "curve",
+            points: run.map((point) => point.join(",")).join(" "),
+          }),
+        );
       run = [];
     };
     values.forEach((value, at) => {
@@ -112,7 +150,10 @@ report.charts = (() => {
     svg.addEventListener("pointermove", (event) => {
       const box = svg.getBoundingClientRect();
       const x = ((event.clientX - box.left) / box.width) * WIDTH;
-      at = nearest(known.map((number) => scaleX.place(steps[number])), x);
+      at = nearest(
+        known.map((number) => scaleX.place(steps[number])),
+        x,
+      );
       show();
     });
     svg.addEventListener("pointerleave", rest);

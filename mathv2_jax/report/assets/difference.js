@@ -2,7 +2,7 @@
 // What changed between two texts: by words, where a formula is one word, or by lines.
 
 report.difference = (() => {
-  const { make } = report.dom;
+  const { make, put } = report.dom;
   const { pieces, typeset } = report.mathematics;
   const MOST_EDITS = 2_000; // beyond, the differing middle counts as replaced as a whole
   const CONTEXT = 2; // equal lines that are shown around a change
@@ -38,7 +38,10 @@ report.difference = (() => {
         if (x >= old.length && x - k >= fresh.length) return path(old, fresh, trace);
       }
     }
-    return [{ kind: "del", items: old }, { kind: "ins", items: fresh }];
+    return [
+      { kind: "del", items: old },
+      { kind: "ins", items: fresh },
+    ];
   }
 
   function path(old, fresh, trace) {
@@ -54,7 +57,9 @@ report.difference = (() => {
       const fromY = fromX - (down ? k + 1 : k - 1);
       const begins = down ? fromX : fromX + 1; // of the equal items after the edit
       if (x > begins) found.push({ kind: "same", items: old.slice(begins, x) });
-      found.push(down ? { kind: "ins", items: [fresh[fromY]] } : { kind: "del", items: [old[fromX]] });
+      found.push(
+        down ? { kind: "ins", items: [fresh[fromY]] } : { kind: "del", items: [old[fromX]] },
+      );
       x = fromX;
       y = fromY;
     }
@@ -65,21 +70,22 @@ report.difference = (() => {
   // Neighbours of a kind are one run; in a change, what was taken out stands first.
   function joined(all) {
     const found = [];
-    let out = [];
-    let put = [];
+    let gone = [];
+    let come = [];
     const close = () => {
-      if (out.length) found.push({ kind: "del", items: out });
-      if (put.length) found.push({ kind: "ins", items: put });
-      out = [];
-      put = [];
+      if (gone.length) found.push({ kind: "del", items: gone.flat() });
+      if (come.length) found.push({ kind: "ins", items: come.flat() });
+      gone = [];
+      come = [];
     };
     for (const { kind, items } of all.filter((run) => run.items.length)) {
-      if (kind === "del") out.push(...items);
-      else if (kind === "ins") put.push(...items);
+      if (kind === "del") gone.push(items);
+      else if (kind === "ins") come.push(items);
       else {
         close();
-        if (found.at(-1)?.kind === "same") found.at(-1).items.push(...items);
-        else found.push({ kind, items: [...items] });
+        if (found.at(-1)?.kind === "same")
+          found.push({ kind, items: found.pop().items.concat(items) });
+        else found.push({ kind, items });
       }
     }
     close();
@@ -90,7 +96,8 @@ report.difference = (() => {
   function bridged(all) {
     const found = [];
     all.forEach((run, at) => {
-      const between = at > 0 && at < all.length - 1 && run.kind === "same" && !run.items.join("").trim();
+      const between =
+        at > 0 && at < all.length - 1 && run.kind === "same" && !run.items.join("").trim();
       if (between) found.push({ ...run, kind: "del" }, { ...run, kind: "ins" });
       else found.push(run);
     });
@@ -99,15 +106,17 @@ report.difference = (() => {
 
   function words(text) {
     return pieces(text).flatMap(({ math, source }) =>
-      math === null ? source.match(/\*\*|\s+|[\p{L}\p{N}]+|[^\s\p{L}\p{N}]/gu) ?? [] : [source],
+      math === null ? (source.match(/\*\*|\s+|[\p{L}\p{N}]+|[^\s\p{L}\p{N}]/gu) ?? []) : [source],
     );
   }
 
   function byWords(before, after) {
     const node = make("div", { class: "prose changes" });
     for (const { kind, items } of bridged(runs(words(before), words(after)))) {
-      const shown = pieces(items.join("")).map((each) => (each.math === null ? each.source.replaceAll("**", "") : typeset(each)));
-      node.append(...(kind === "same" ? shown : [make(kind, {}, ...shown)]));
+      const shown = pieces(items.join("")).map((each) =>
+        each.math === null ? each.source.replaceAll("**", "") : typeset(each),
+      );
+      put(node, kind === "same" ? shown : [make(kind, {}, shown)]);
     }
     return node;
   }
@@ -116,8 +125,12 @@ report.difference = (() => {
     const node = make("div", { class: "lines", role: "group", "aria-label": "Changed lines" });
     const all = runs(before.split("\n"), after.split("\n"));
     all.forEach(({ kind, items }, at) => {
-      if (kind === "same") node.append(...unchanged(items, at === 0, at === all.length - 1));
-      else node.append(...items.map((line) => make(kind, {}, line || " ")));
+      if (kind === "same") put(node, unchanged(items, at === 0, at === all.length - 1));
+      else
+        put(
+          node,
+          items.map((line) => make(kind, {}, line || " ")),
+        );
     });
     return node;
   }

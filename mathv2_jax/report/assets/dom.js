@@ -19,7 +19,14 @@ report.dom = (() => {
       if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
       else element.setAttribute(name, value === true ? "" : String(value));
     }
-    element.append(...children.flat().filter((child) => child !== null && child !== undefined));
+    return put(element, children);
+  }
+
+  // Children one by one: as arguments of one call, a long text's would be too many.
+  function put(element, children) {
+    for (const child of children.flat()) {
+      if (child !== null && child !== undefined) element.append(child);
+    }
     return element;
   }
 
@@ -40,5 +47,5 @@ report.dom = (() => {
     return `${number(count)} ${count === 1 ? one : many}`;
   }
 
-  return { make, draw, address, number, counted };
+  return { make, draw, put, address, number, counted };
 })();

@@ -16,7 +16,9 @@ report.filters = (() => {
   function spread(number) {
     const votes = store.votes[number];
     const mean = store.mean[number];
-    return votes.length ? (4 * votes.reduce((sum, vote) => sum + (vote - mean) ** 2, 0)) / votes.length : null;
+    return votes.length
+      ? (4 * votes.reduce((sum, vote) => sum + (vote - mean) ** 2, 0)) / votes.length
+      : null;
   }
 
   function labelsDiffer(number) {
@@ -31,7 +33,11 @@ report.filters = (() => {
     above: { title: "self-score above verifiers", test: (number) => gap(number) > 0, order: "gap" },
     split: { title: "votes split", test: (number) => spread(number) > 0, order: "spread" },
     labels: { title: "auto ≠ expert label", test: labelsDiffer, order: "made" },
-    refined: { title: "refined", test: (number) => column("parents")[number].length > 0, order: "made" },
+    refined: {
+      title: "refined",
+      test: (number) => column("parents")[number].length > 0,
+      order: "made",
+    },
     unread: { title: "unreadable or cut", test: isUnread, order: "made" },
   };
 
@@ -41,7 +47,10 @@ report.filters = (() => {
     gap: { title: "self-score above verifiers", key: (number) => last(gap(number)) },
     spread: { title: "most split votes", key: (number) => last(spread(number)) },
     best: { title: "highest mean score", key: (number) => last(store.mean[number]) },
-    worst: { title: "lowest mean score", key: (number) => (store.mean[number] === null ? -Infinity : -store.mean[number]) },
+    worst: {
+      title: "lowest mean score",
+      key: (number) => (store.mean[number] === null ? -Infinity : -store.mean[number]),
+    },
     reward: { title: "highest reward", key: (number) => last(column("total")[number]) },
   };
 
@@ -63,7 +72,9 @@ report.filters = (() => {
   function problems(query) {
     const words = wordsOf(query);
     const all = Array.from({ length: store.numProblems }, (_, number) => number);
-    return words.length ? all.filter((number) => words.every((word) => ofProblem(number).includes(word))) : all;
+    return words.length
+      ? all.filter((number) => words.every((word) => ofProblem(number).includes(word)))
+      : all;
   }
 
   // `asked`: { q, kinds: [...], stage, order }; `also` are cases found by their texts.
@@ -108,7 +119,11 @@ report.filters = (() => {
       const entries = await store.load(store.index.chunks[chunk]);
       if (isOver()) return;
       done += 1;
-      found(numbers.filter((number) => holds(entries[column("place")[number]], words)), done, byChunk.size);
+      found(
+        numbers.filter((number) => holds(entries[column("place")[number]], words)),
+        done,
+        byChunk.size,
+      );
     }
   }
 
@@ -117,7 +132,8 @@ report.filters = (() => {
     return words.every((word) => text.includes(word));
   }
 
-  const count = (name) => column("id").reduce((sum, _, number) => sum + KINDS[name].test(number), 0);
+  const count = (name) =>
+    column("id").reduce((sum, _, number) => sum + KINDS[name].test(number), 0);
 
   return { KINDS, ORDERS, gap, spread, labelsDiffer, isUnread, problems, cases, texts, count };
 })();

@@ -3,11 +3,16 @@
 
 report.list = (() => {
   const { make } = report.dom;
-  const MARGIN = 12; // rows beyond either edge
+  const MARGIN = 6; // rows beyond either edge
 
   // `row(item)` is the content of an item's row, `open(item)` what Enter and a click do.
   function list({ label, row, open }) {
-    const node = make("div", { class: "list", role: "listbox", tabindex: "0", "aria-label": label });
+    const node = make("div", {
+      class: "list",
+      role: "listbox",
+      tabindex: "0",
+      "aria-label": label,
+    });
     const canvas = make("div", { class: "canvas", role: "presentation" });
     node.append(canvas);
     let items = [];
@@ -46,7 +51,13 @@ report.list = (() => {
       if (element === undefined) {
         element = make(
           "div",
-          { class: "row", role: "option", id: `row-${at}`, "aria-setsize": items.length, "aria-posinset": at + 1 },
+          {
+            class: "row",
+            role: "option",
+            id: `row-${at}`,
+            "aria-setsize": items.length,
+            "aria-posinset": at + 1,
+          },
           row(items[at]),
         );
         element.addEventListener("click", () => choose(at));
@@ -57,7 +68,8 @@ report.list = (() => {
     }
 
     function mark() {
-      for (const [at, element] of drawn) element.setAttribute("aria-selected", String(at === selected));
+      for (const [at, element] of drawn)
+        element.setAttribute("aria-selected", String(at === selected));
       if (drawn.has(selected)) node.setAttribute("aria-activedescendant", `row-${selected}`);
       else node.removeAttribute("aria-activedescendant");
     }
@@ -76,7 +88,8 @@ report.list = (() => {
       const top = canvas.getBoundingClientRect().top + selected * size;
       const covered = document.querySelector(".top").getBoundingClientRect().bottom;
       if (top < covered) window.scrollBy(0, top - covered - 8);
-      else if (top + size > window.innerHeight) window.scrollBy(0, top + size - window.innerHeight + 8);
+      else if (top + size > window.innerHeight)
+        window.scrollBy(0, top + size - window.innerHeight + 8);
       draw();
     }
 

@@ -4,8 +4,9 @@
 // elements, and what KaTeX draws without links, styles or classes of the author's.
 
 report.mathematics = (() => {
-  const { make } = report.dom;
+  const { make, put } = report.dom;
   const LONGEST = 10_000; // characters of a formula that are typeset
+  const MOST_DRAWN = 2_000; // formulas that are kept as they were drawn
   const PAIRS = [
     { open: "\\(", close: "\\)", display: false },
     { open: "\\[", close: "\\]", display: true },
@@ -93,7 +94,20 @@ report.mathematics = (() => {
     return end < 0 ? null : piece(text, at, at + end + 1, 0, 0, false);
   }
 
-  function typeset({ math, source, formula }) {
+  const drawn = new Map(); // formulas by display and source: lists and proofs repeat them
+
+  function typeset(each) {
+    const key = `${each.math} ${each.source}`;
+    let node = drawn.get(key);
+    if (node === undefined) {
+      if (drawn.size >= MOST_DRAWN) drawn.clear();
+      node = typesetAnew(each);
+      drawn.set(key, node);
+    }
+    return node.cloneNode(true);
+  }
+
+  function typesetAnew({ math, source, formula }) {
     const display = math === "display";
     const node = make("span", { class: display ? "formula display" : "formula" });
     if (window.katex === undefined || formula.length > LONGEST) {
@@ -139,31 +153,43 @@ report.mathematics = (() => {
 
   function written(paragraph) {
     const heading = paragraph[0].math === null && /^#{1,4} /.exec(paragraph[0].source);
-    const first = heading ? { math: null, source: paragraph[0].source.slice(heading[0].length) } : paragraph[0];
-    return make("p", { class: heading ? "heading" : null }, ...inline([first, ...paragraph.slice(1)]));
+    const first = heading
+      ? { math: null, source: paragraph[0].source.slice(heading[0].length) }
+      : paragraph[0];
+    return make(
+      "p",
+      { class: heading ? "heading" : null },
+      inline([first].concat(paragraph.slice(1))),
+    );
   }
 
   // Nodes of one paragraph: formulas, `code`, and what stands between two **.
   function inline(all) {
-    const marks = all.reduce((sum, each) => sum + (each.math ? 0 : each.source.split("**").length - 1), 0);
+    const marks = all.reduce(
+      (sum, each) => sum + (each.math ? 0 : each.source.split("**").length - 1),
+      0,
+    );
     const nodes = [];
     let seen = 0;
     let strong = null;
-    const put = (...more) => (strong ? strong.append(...more) : nodes.push(...more));
+    const add = (more) => {
+      if (strong) put(strong, more);
+      else more.forEach((node) => nodes.push(node));
+    };
     all.forEach((each, at) => {
       if (each.math !== null) {
-        put(typeset(each));
+        add([typeset(each)]);
         return;
       }
       const source = trimmed(each.source, all[at - 1], all[at + 1]);
       source.split("**").forEach((part, place) => {
         if (place > 0) {
           seen += 1;
-          if (seen === marks && marks % 2 === 1) put("**");
+          if (seen === marks && marks % 2 === 1) add(["**"]);
           else if (strong) strong = null;
           else nodes.push((strong = make("strong")));
         }
-        put(...codes(part));
+        add(codes(part));
       });
     });
     return nodes;
@@ -177,7 +203,9 @@ report.mathematics = (() => {
   }
 
   function codes(text) {
-    return text.split(/(`[^`\n]{1,400}`)/).map((part, at) => (at % 2 ? make("code", {}, part.slice(1, -1)) : part));
+    return text
+      .split(/(`[^`\n]{1,400}`)/)
+      .map((part, at) => (at % 2 ? make("code", {}, part.slice(1, -1)) : part));
   }
 
   // A text on one line, for lists: its beginning, without structure.

@@ -85,7 +85,14 @@ report.page = (() => {
   }
 
   function markView(name) {
-    const of = { "": "#/", curves: "#/curves", problems: "#/problems", problem: "#/problems", proofs: "#/proofs", proof: "#/proofs" };
+    const of = {
+      "": "#/",
+      curves: "#/curves",
+      problems: "#/problems",
+      problem: "#/problems",
+      proofs: "#/proofs",
+      proof: "#/proofs",
+    };
     for (const link of document.querySelectorAll("#views a")) {
       if (link.getAttribute("href") === of[name]) link.setAttribute("aria-current", "page");
       else link.removeAttribute("aria-current");
@@ -136,7 +143,11 @@ report.page = (() => {
     const target = event.target;
     if (target === search) return typed(event);
     if (target.matches("select, input")) return;
-    if (event.key === "Enter" && now.list && (target === now.list.node || target === document.body || target === main)) {
+    if (
+      event.key === "Enter" &&
+      now.list &&
+      (target === now.list.node || target === document.body || target === main)
+    ) {
       event.preventDefault();
       now.list.open();
       return;
@@ -168,7 +179,11 @@ report.page = (() => {
     const { name, query } = asked();
     const listed = name === "problems" || name === "proofs";
     if (listed) query.set("q", search.value);
-    const to = report.dom.address(listed ? name : "proofs", null, listed ? Object.fromEntries(query) : { q: search.value });
+    const to = report.dom.address(
+      listed ? name : "proofs",
+      null,
+      listed ? Object.fromEntries(query) : { q: search.value },
+    );
     if (to === window.location.hash) return;
     if (listed) replace(to);
     else go(to);
@@ -199,7 +214,13 @@ report.page = (() => {
 
   function start() {
     if (store.index === null) {
-      main.replaceChildren(make("p", {}, "data/index.js could not be read: write the report again with mathv2-report."));
+      main.replaceChildren(
+        make(
+          "p",
+          {},
+          "data/index.js could not be read: write the report again with mathv2-report.",
+        ),
+      );
       return;
     }
     depth = window.history.state?.depth ?? 0;

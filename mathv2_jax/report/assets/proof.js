@@ -14,13 +14,17 @@ report.proof = (() => {
 
   // What a total is made of, by the components that it has (arXiv 2511.22570, section 2).
   const RULES = [
-    { parts: ["honesty", "proof"], text: "total = format · (α proof + β honesty), honesty = self · meta" },
+    {
+      parts: ["honesty", "proof"],
+      text: "total = format · (α proof + β honesty), honesty = self · meta",
+    },
     { parts: ["score", "meta"], text: "total = format · score · meta, score = 1 − |said − label|" },
     { parts: ["score"], text: "total = format · score, score = 1 − |said − label|" },
   ];
 
   const cases = () => store.index.cases;
-  const linkTo = (at, ...content) => make("a", { href: address("proof", cases().id[at]) }, ...content);
+  const linkTo = (at, ...content) =>
+    make("a", { href: address("proof", cases().id[at]) }, ...content);
 
   async function view(at) {
     const problem = cases().problem[at];
@@ -36,8 +40,17 @@ report.proof = (() => {
       "article",
       { class: "proof" },
       heading(at, problem),
-      make("section", { class: "card statement", "aria-label": "Problem" }, mathematics.prose(about.statement)),
-      make("div", { class: "columns" }, make("div", { class: "main" }, reading.node, said.node), aside(at, entry)),
+      make(
+        "section",
+        { class: "card statement", "aria-label": "Problem" },
+        mathematics.prose(about.statement),
+      ),
+      make(
+        "div",
+        { class: "columns" },
+        make("div", { class: "main" }, reading.node, said.node),
+        aside(at, entry),
+      ),
     );
     return { node, turn: reading.turn, move: said.move };
   }
@@ -48,7 +61,17 @@ report.proof = (() => {
     return make(
       "header",
       { class: "heading" },
-      make("p", { class: "trail" }, make("a", { href: address("problem", id[problem]) }, "Problem ", make("code", {}, id[problem])), ` · proof ${among}`),
+      make(
+        "p",
+        { class: "trail" },
+        make(
+          "a",
+          { href: address("problem", id[problem]) },
+          "Problem ",
+          make("code", {}, id[problem]),
+        ),
+        ` · proof ${among}`,
+      ),
       make("h1", {}, report.scores.where(at)),
       make("p", { class: "facts" }, ...report.scores.facts(at)),
     );
@@ -56,18 +79,29 @@ report.proof = (() => {
 
   // The text, or its difference from one of the proofs that it refines.
   function text(at, entry, parents, before) {
-    const earlier = parents.map((parent, place) => ({ title: report.scores.where(parent), text: before[place].text }));
-    if (!earlier.length && entry.shown?.proof) earlier.push({ title: "the proof of its prompt", text: entry.shown.proof });
+    const earlier = parents.map((parent, place) => ({
+      title: report.scores.where(parent),
+      text: before[place].text,
+    }));
+    if (!earlier.length && entry.shown?.proof)
+      earlier.push({ title: "the proof of its prompt", text: entry.shown.proof });
     const body = make("div", { class: "body" });
     const modes = earlier.length ? MODES : MODES.slice(0, 1);
     let mode = 0;
     let against = 0;
     const buttons = modes.map(({ title }, place) =>
-      make("button", { type: "button", "aria-pressed": "false", onclick: () => show(place) }, title),
+      make(
+        "button",
+        { type: "button", "aria-pressed": "false", onclick: () => show(place) },
+        title,
+      ),
     );
     const chosen = make(
       "select",
-      { "aria-label": "Compared with", onchange: (event) => show(mode, event.target.selectedIndex) },
+      {
+        "aria-label": "Compared with",
+        onchange: (event) => show(mode, event.target.selectedIndex),
+      },
       ...earlier.map(({ title }) => make("option", {}, `since ${title}`)),
     );
 
@@ -78,16 +112,45 @@ report.proof = (() => {
       chosen.hidden = mode === 0;
       const old = earlier[against]?.text;
       if (MODES[mode].name === "proof") body.replaceChildren(mathematics.prose(entry.text));
-      else if (old === entry.text) body.replaceChildren(make("p", { class: "quiet" }, "Nothing was changed."));
-      else body.replaceChildren(MODES[mode].name === "words" ? difference.byWords(old, entry.text) : difference.byLines(old, entry.text));
+      else if (old === entry.text)
+        body.replaceChildren(make("p", { class: "quiet" }, "Nothing was changed."));
+      else
+        body.replaceChildren(
+          MODES[mode].name === "words"
+            ? difference.byWords(old, entry.text)
+            : difference.byLines(old, entry.text),
+        );
     }
 
     show(0);
-    const unread = cases().outcome[at] ? make("p", { class: "note" }, "No proof could be read from this response; it is shown whole.") : null;
-    const bars = earlier.length ? make("div", { class: "modes", role: "group", "aria-label": "View of the proof" }, ...buttons, chosen) : null;
-    const thinking = entry.thinking ? folded("Thinking before it", () => mathematics.prose(entry.thinking)) : null;
+    const unread = cases().outcome[at]
+      ? make(
+          "p",
+          { class: "note" },
+          "No proof could be read from this response; it is shown whole.",
+        )
+      : null;
+    const bars = earlier.length
+      ? make(
+          "div",
+          { class: "modes", role: "group", "aria-label": "View of the proof" },
+          ...buttons,
+          chosen,
+        )
+      : null;
+    const thinking = entry.thinking
+      ? folded("Thinking before it", () => mathematics.prose(entry.thinking))
+      : null;
     return {
-      node: make("section", { class: "card", "aria-label": "Proof" }, make("h2", {}, "Proof"), bars, unread, body, thinking),
+      node: make(
+        "section",
+        { class: "card", "aria-label": "Proof" },
+        make("h2", {}, "Proof"),
+        bars,
+        unread,
+        body,
+        thinking,
+      ),
       turn: () => show((mode + 1) % modes.length),
     };
   }
@@ -96,7 +159,8 @@ report.proof = (() => {
   function folded(summary, content, attributes = {}) {
     const node = make("details", attributes, make("summary", {}, ...[summary].flat()));
     node.addEventListener("toggle", () => {
-      if (node.open && node.childElementCount === 1) node.append(make("div", { class: "inside" }, content()));
+      if (node.open && node.childElementCount === 1)
+        node.append(make("div", { class: "inside" }, content()));
     });
     return node;
   }
@@ -105,13 +169,22 @@ report.proof = (() => {
   function remarks(at, entry) {
     const node = make("section", { "aria-label": "Analyses" });
     if (entry.self) {
-      const own = { text: entry.self, score: store.half(cases().self[at]), source: "the generator's own", metas: entry.metas };
+      const own = {
+        text: entry.self,
+        score: store.half(cases().self[at]),
+        source: "the generator's own",
+        metas: entry.metas,
+      };
       node.append(make("h2", {}, "Self-analysis"), remark(own));
     }
     const ranked = entry.remarks.map((each, place) => ({ each, place }));
-    ranked.sort((one, other) => (one.each.score ?? 2) - (other.each.score ?? 2) || one.place - other.place);
+    ranked.sort(
+      (one, other) => (one.each.score ?? 2) - (other.each.score ?? 2) || one.place - other.place,
+    );
     if (ranked.length) {
-      node.append(make("h2", {}, "Analyses ", make("span", { class: "quiet" }, number(ranked.length))));
+      node.append(
+        make("h2", {}, "Analyses ", make("span", { class: "quiet" }, number(ranked.length))),
+      );
     } else if (!entry.self) {
       node.append(make("p", { class: "quiet" }, "Nobody has analysed it."));
     }
@@ -128,7 +201,15 @@ report.proof = (() => {
     extend();
     const same = cases().same[at];
     if (same !== null && !entry.remarks.length) {
-      more.before(make("p", { class: "note" }, "The same proof was written and verified before: ", linkTo(same, report.scores.where(same)), "."));
+      more.before(
+        make(
+          "p",
+          { class: "note" },
+          "The same proof was written and verified before: ",
+          linkTo(same, report.scores.where(same)),
+          ".",
+        ),
+      );
     }
     return { node, move: (by) => moveFocus(node, by) };
   }
@@ -143,16 +224,27 @@ report.proof = (() => {
 
   function remark(each) {
     const votes = each.metas.map((meta) => meta.score);
-    const step = each.step === undefined ? "" : `, ${each.source === "search" ? "round" : "step"} ${each.step}`;
+    const step =
+      each.step === undefined
+        ? ""
+        : `, ${each.source === "search" ? "round" : "step"} ${each.step}`;
     const summary = [
       badge(each.score),
       make("span", { class: "source" }, `${each.source || "given"}${step}`),
       each.outcome && each.outcome !== "parsed" ? outcome(each.outcome) : null,
-      votes.length ? fact(votes.length > 1 ? "meta-verdicts" : "meta-verdict", ...votes.slice(0, 8).map((vote) => badge(vote))) : null,
+      votes.length
+        ? fact(
+            votes.length > 1 ? "meta-verdicts" : "meta-verdict",
+            ...votes.slice(0, 8).map((vote) => badge(vote)),
+          )
+        : null,
       each.label ? fact(`label by ${each.label.source}`, badge(each.label.score)) : null,
       make("span", { class: "begins" }, ...mathematics.line(beginning(each.text), 160).childNodes),
     ];
-    return folded(summary.filter(Boolean), () => inside(each), { class: "remark", "data-score": each.score ?? "none" });
+    return folded(summary.filter(Boolean), () => inside(each), {
+      class: "remark",
+      "data-score": each.score ?? "none",
+    });
   }
 
   // Where an analysis begins to say something of its own.
@@ -168,7 +260,14 @@ report.proof = (() => {
       mathematics.prose(each.text || "(nothing was written)"),
       each.thinking ? folded("Thinking before it", () => mathematics.prose(each.thinking)) : null,
       each.rewards?.length ? rewards(each.rewards, each.advantage, each.target) : null,
-      each.id ? make("p", { class: "quiet" }, make("code", {}, each.id), each.checkpoint ? ` by ${each.checkpoint}` : "") : null,
+      each.id
+        ? make(
+            "p",
+            { class: "quiet" },
+            make("code", {}, each.id),
+            each.checkpoint ? ` by ${each.checkpoint}` : "",
+          )
+        : null,
       each.metas.length ? make("h3", {}, "Meta-verdicts: is this analysis right?") : null,
       ...each.metas.map((meta) => remark(meta)),
     );
@@ -176,7 +275,10 @@ report.proof = (() => {
 
   // Every component of a reward as a bar from 0 to 1, the total last.
   function rewards(all, advantage, target = null) {
-    const parts = [...all.filter(([name]) => name !== "total"), ...all.filter(([name]) => name === "total")];
+    const parts = [
+      ...all.filter(([name]) => name !== "total"),
+      ...all.filter(([name]) => name === "total"),
+    ];
     const rows = parts.map(([name, value]) => {
       const filled = make("span", { class: "fill" });
       filled.style.width = `${100 * Math.max(0, Math.min(1, value))}%`;
@@ -192,9 +294,30 @@ report.proof = (() => {
       ["advantage", advantage],
       ["compared with", target],
     ].filter(([, value]) => value !== null && value !== undefined);
-    rows.push(...extra.map(([name, value]) => make("tr", {}, make("th", { scope: "row" }, name), make("td"), make("td", { class: "amount" }, `${name === "advantage" && value > 0 ? "+" : ""}${number(value, 3)}`))));
-    const table = make("table", { class: "rewards" }, make("caption", {}, "Reward"), make("tbody", {}, ...rows));
-    const rule = RULES.find(({ parts: needed }) => needed.every((name) => all.some(([known]) => known === name)));
+    rows.push(
+      ...extra.map(([name, value]) =>
+        make(
+          "tr",
+          {},
+          make("th", { scope: "row" }, name),
+          make("td"),
+          make(
+            "td",
+            { class: "amount" },
+            `${name === "advantage" && value > 0 ? "+" : ""}${number(value, 3)}`,
+          ),
+        ),
+      ),
+    );
+    const table = make(
+      "table",
+      { class: "rewards" },
+      make("caption", {}, "Reward"),
+      make("tbody", {}, ...rows),
+    );
+    const rule = RULES.find(({ parts: needed }) =>
+      needed.every((name) => all.some(([known]) => known === name)),
+    );
     return make("div", {}, table, rule ? make("p", { class: "quiet rule" }, rule.text) : null);
   }
 
@@ -204,8 +327,12 @@ report.proof = (() => {
       "aside",
       { "aria-label": "Scores and origin" },
       scores(at),
-      entry.rewards.length ? make("section", { class: "card" }, rewards(entry.rewards, advantage)) : null,
-      entry.labels.length ? make("section", { class: "card" }, make("h2", {}, "Labels"), ...entry.labels.map(label)) : null,
+      entry.rewards.length
+        ? make("section", { class: "card" }, rewards(entry.rewards, advantage))
+        : null,
+      entry.labels.length
+        ? make("section", { class: "card" }, make("h2", {}, "Labels"), ...entry.labels.map(label))
+        : null,
       rounds(at, entry),
       origin(at, entry),
     );
@@ -220,10 +347,19 @@ report.proof = (() => {
       "section",
       { class: "card" },
       make("h2", {}, "Scores"),
-      make("p", { class: "facts" }, own === null ? null : fact("self", badge(own)), fact("verifiers", bar(store.votes[at]))),
-      meta.length ? make("p", { class: "facts" }, fact("self-analysis by meta-verifiers", bar(meta))) : null,
-      gap > 0 ? make("p", { class: "note" }, `Its own score is ${number(gap)} above the verifiers'.`) : null,
-      filters.labelsDiffer(at) ? make("p", { class: "note" }, "The auto label and the expert's differ.") : null,
+      make(
+        "p",
+        { class: "facts" },
+        own === null ? null : fact("self", badge(own)),
+        fact("verifiers", bar(store.votes[at])),
+      ),
+      meta.length ? make("p", { class: "facts" }, fact("meta-verifiers", bar(meta))) : null,
+      gap > 0
+        ? make("p", { class: "note" }, `Its own score is ${number(gap)} above the verifiers'.`)
+        : null,
+      filters.labelsDiffer(at)
+        ? make("p", { class: "note" }, "The auto label and the expert's differ.")
+        : null,
     );
   }
 
@@ -232,7 +368,13 @@ report.proof = (() => {
     return make(
       "div",
       { class: "label" },
-      make("p", { class: "facts" }, badge(each.score), make("strong", {}, each.source), make("span", { class: "quiet" }, who)),
+      make(
+        "p",
+        { class: "facts" },
+        badge(each.score),
+        make("strong", {}, each.source),
+        make("span", { class: "quiet" }, who),
+      ),
       each.votes.length ? make("p", { class: "facts" }, fact("made of", bar(each.votes))) : null,
       each.comment ? mathematics.prose(each.comment) : null,
     );
@@ -243,16 +385,27 @@ report.proof = (() => {
     const before = ancestors(at);
     const after = store.children.get(at) ?? [];
     if (before.length < 1 && !after.length && !entry.parents.length) return null;
-    const row = (each) => make("li", {}, linkTo(each, report.scores.where(each)), " ", bar(store.votes[each]));
-    const here = make("li", { "aria-current": "true" }, make("strong", {}, report.scores.where(at)), " ", bar(store.votes[at]));
+    const row = (each) =>
+      make("li", {}, linkTo(each, report.scores.where(each)), " ", bar(store.votes[each]));
+    const here = make(
+      "li",
+      { "aria-current": "true" },
+      make("strong", {}, report.scores.where(at)),
+      " ",
+      bar(store.votes[at]),
+    );
     const shown = after.slice(0, 12).map(row);
-    const analyses = entry.shown?.analysis ? folded("The analysis it was shown", () => mathematics.prose(entry.shown.analysis)) : null;
+    const analyses = entry.shown?.analysis
+      ? folded("The analysis it was shown", () => mathematics.prose(entry.shown.analysis))
+      : null;
     return make(
       "section",
       { class: "card" },
       make("h2", {}, "Refinement"),
       make("ol", { class: "rounds" }, ...before.map(row), here, ...shown),
-      after.length > shown.length ? make("p", { class: "quiet" }, `and ${after.length - shown.length} more`) : null,
+      after.length > shown.length
+        ? make("p", { class: "quiet" }, `and ${after.length - shown.length} more`)
+        : null,
       analyses,
     );
   }
@@ -260,7 +413,12 @@ report.proof = (() => {
   // The first parents, the eldest first.
   function ancestors(at) {
     const found = [];
-    for (let next = cases().parents[at][0]; next !== undefined && !found.includes(next); next = cases().parents[next][0]) found.unshift(next);
+    for (
+      let next = cases().parents[at][0];
+      next !== undefined && !found.includes(next);
+      next = cases().parents[next][0]
+    )
+      found.unshift(next);
     return found;
   }
 
@@ -275,7 +433,13 @@ report.proof = (() => {
       "section",
       { class: "card" },
       make("h2", {}, "Origin"),
-      make("dl", { class: "origin" }, ...known.map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value)))),
+      make(
+        "dl",
+        { class: "origin" },
+        ...known.map(([name, value]) =>
+          make("div", {}, make("dt", {}, name), make("dd", {}, value)),
+        ),
+      ),
     );
   }
 

@@ -22,11 +22,13 @@ report.scores = (() => {
     const counts = [...NAMES.keys()].map((score) => votes.filter((vote) => vote === score).length);
     const tones = [...NAMES.values()].map(({ tone }) => tone);
     const said = `${counts[2]} × 1, ${counts[1]} × ½, ${counts[0]} × 0`;
-    const parts = [2, 1, 0].filter((at) => counts[at]).map((at) => {
-      const part = make("span", { class: tones[at] });
-      part.style.flexGrow = counts[at];
-      return part;
-    });
+    const parts = [2, 1, 0]
+      .filter((at) => counts[at])
+      .map((at) => {
+        const part = make("span", { class: tones[at] });
+        part.style.flexGrow = counts[at];
+        return part;
+      });
     const mean = votes.reduce((sum, vote) => sum + vote, 0) / votes.length;
     return make(
       "span",
@@ -69,7 +71,8 @@ report.scores = (() => {
     const { cases, stages } = store.index;
     const stage = stages[cases.stage[at]] || "given";
     if (cases.step[at] === null) return stage;
-    const step = stage === "search" ? `round ${cases.step[at]}` : `${stage}, step ${cases.step[at]}`;
+    const step =
+      stage === "search" ? `round ${cases.step[at]}` : `${stage}, step ${cases.step[at]}`;
     return `${step}, no. ${cases.number[at]}`;
   }
 

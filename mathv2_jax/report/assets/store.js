@@ -43,7 +43,12 @@ report.store = (() => {
   function fetched(name) {
     return new Promise((resolve, reject) => {
       const script = document.createElement("script");
-      const fail = () => reject(new Error(`data/${name}.js could not be read. If the report was written anew, reload the page.`));
+      const fail = () =>
+        reject(
+          new Error(
+            `data/${name}.js could not be read. If the report was written anew, reload the page.`,
+          ),
+        );
       script.onerror = fail;
       script.onload = () => {
         script.remove();
@@ -111,7 +116,10 @@ report.store = (() => {
   store.scoresOf = scoresOf;
   store.wellFormed = wellFormed;
   store.casesOf = (problem) =>
-    Array.from({ length: store.index.problems.cases[problem] }, (_, at) => store.firstCase[problem] + at);
+    Array.from(
+      { length: store.index.problems.cases[problem] },
+      (_, at) => store.firstCase[problem] + at,
+    );
   store.textsOf = async (columns, number) => {
     const chunk = await load(store.index.chunks[columns.chunk[number]]);
     return chunk[columns.place[number]];

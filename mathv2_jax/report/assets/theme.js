@@ -18,9 +18,13 @@ const theme = (() => {
   }
 
   function toggle() {
-    root.dataset.theme = isDark() ? "light" : "dark";
+    const wanted = isDark() ? "light" : "dark";
+    const asSystem = (wanted === "dark") === system.matches;
+    if (asSystem) delete root.dataset.theme;
+    else root.dataset.theme = wanted;
     try {
-      window.localStorage.setItem("mathv2-theme", root.dataset.theme);
+      if (asSystem) window.localStorage.removeItem("mathv2-theme");
+      else window.localStorage.setItem("mathv2-theme", wanted);
     } catch {
       // it holds until the page is closed
     }
