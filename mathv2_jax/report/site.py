@@ -3,7 +3,6 @@
 import dataclasses
 import html
 import importlib.resources
-import json
 from collections.abc import Iterator, Mapping
 from importlib.resources.abc import Traversable
 from typing import Any
@@ -79,23 +78,21 @@ def _read(workdir: epath.Path) -> list[Any]:
     folder = workdir / "records"
     if not storage.exists(folder):
         return []
-    try:
-        return list(lineage.read(folder))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{_damaged(folder) or folder}: a line is no JSON ({error})") from error
-
-
-def _damaged(folder: epath.Path) -> str:
-    """Which input file holds a line that is no JSON, and where. Parts were checked already."""
     for at in (folder / "input", folder / "input" / "experts"):
         for name in storage.list_names(at, "*.jsonl"):
-            lines = storage.read_bytes(at / name).decode().split("\n")[:-1]
-            for number, line in enumerate(lines, start=1):
-                try:
-                    storage.parse_json(line)
-                except ValueError:
-                    return f"{at / name}, line {number}"
-    return ""
+            _require_objects(at / name)
+    return list(lineage.read(folder))
+
+
+def _require_objects(path: epath.Path) -> None:
+    """ValueError where a line is no JSON object; parts are checked as they are read."""
+    for number, line in enumerate(storage.read_bytes(path).split(b"\n")[:-1], start=1):
+        try:
+            body = storage.parse_json(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is damaged ({error})") from error
+        if not isinstance(body, dict):
+            raise ValueError(f"{path}, line {number} is damaged (no JSON object)")
 
 
 def _remarks(case: cases.Case) -> int:

@@ -34,9 +34,9 @@ report.page = (() => {
   function made({ name, id, query }) {
     switch (name) {
       case "":
-        return views.overview();
+        return report.overview.overview();
       case "curves":
-        return views.curves(query);
+        return report.overview.curves(query);
       case "problems":
         return views.problems(query);
       case "problem":
@@ -140,24 +140,27 @@ report.page = (() => {
 
   function pressed(event) {
     if (event.ctrlKey || event.metaKey || event.altKey || keys.open) return;
-    const target = event.target;
-    if (target === search) return typed(event);
-    if (target.matches("select, input")) return;
-    if (
-      event.key === "Enter" &&
-      now.list &&
-      (target === now.list.node || target === document.body || target === main)
-    ) {
-      event.preventDefault();
-      now.list.open();
-      return;
-    }
-    const arrows = now.list || target.matches("summary");
-    const key = arrows ? ({ ArrowDown: "j", ArrowUp: "k" }[event.key] ?? event.key) : event.key;
-    const act = KEYS.get(key);
+    if (event.target === search) typed(event);
+    else if (!event.target.matches("select, input")) acted(event);
+  }
+
+  function acted(event) {
+    const act = event.key === "Enter" ? opening(event.target) : KEYS.get(named(event));
     if (act === undefined) return;
     event.preventDefault();
     act();
+  }
+
+  // Enter opens a list's row, unless it is for the button or link that has the focus.
+  function opening(target) {
+    const own = [now.list?.node, document.body, main].includes(target);
+    return now.list && own ? now.list.open : undefined;
+  }
+
+  // Arrows are j and k in a list and among analyses; elsewhere they scroll.
+  function named({ key, target }) {
+    const moves = now.list || target.matches("summary");
+    return (moves && { ArrowDown: "j", ArrowUp: "k" }[key]) || key;
   }
 
   function typed(event) {
