@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from etils import epath
+from selenium.common import exceptions
 from selenium.webdriver.common.keys import Keys
 
 from mathv2_jax.data import lineage
@@ -27,7 +28,7 @@ from mathv2_jax.report import cases, site
 from tools import report_runs
 from tools.report_page import Page, WrongError, browsing, require
 
-WIDE, PHONE = (1280, 900), (390, 844)
+WIDE, PHONE = (1200, 820), (390, 844)
 TIMES = 9
 # Runs before the page's own scripts: when the first row was painted.
 WATCH = """
@@ -363,8 +364,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         try:
             found = check(given.records, given.screenshots, pathlib.Path(folder))
-        except WrongError as error:
-            print(f"check_report: {error}", file=sys.stderr)
+        except (WrongError, exceptions.WebDriverException) as error:
+            print(f"check_report: {str(error).partition('Stacktrace')[0]}", file=sys.stderr)
             return 1
     text = json.dumps(found, indent=1)
     print(text)

@@ -44,14 +44,14 @@ report.filters = (() => {
   const last = (value) => (value === null ? -Infinity : value);
   const ORDERS = {
     made: { title: "as made", key: null },
-    gap: { title: "self-score above verifiers", key: (number) => last(gap(number)) },
-    spread: { title: "most split votes", key: (number) => last(spread(number)) },
-    best: { title: "highest mean score", key: (number) => last(store.mean[number]) },
+    gap: { title: "widest gap first", key: (number) => last(gap(number)) },
+    spread: { title: "most split first", key: (number) => last(spread(number)) },
+    best: { title: "highest mean first", key: (number) => last(store.mean[number]) },
     worst: {
-      title: "lowest mean score",
+      title: "lowest mean first",
       key: (number) => (store.mean[number] === null ? -Infinity : -store.mean[number]),
     },
-    reward: { title: "highest reward", key: (number) => last(column("total")[number]) },
+    reward: { title: "highest reward first", key: (number) => last(column("total")[number]) },
   };
 
   // Every word must stand in the id, the problem's id or its statement.

@@ -2,35 +2,35 @@
 // Dark or light: what was chosen, else what the system prefers. Runs before anything is drawn.
 
 const theme = (() => {
+  const KEY = "mathv2-theme";
   const root = document.documentElement;
   const system = window.matchMedia("(prefers-color-scheme: dark)");
+  let chosen = kept((storage) => storage.getItem(KEY));
 
-  function remembered() {
+  // What `use` makes of the browser's storage; null where it keeps nothing for files.
+  function kept(use) {
     try {
-      return window.localStorage.getItem("mathv2-theme");
+      return use(window.localStorage);
     } catch {
-      return null; // a browser that keeps nothing for files
+      return null;
     }
   }
 
-  function isDark() {
-    return root.dataset.theme ? root.dataset.theme === "dark" : system.matches;
+  const preferred = () => (system.matches ? "dark" : "light");
+
+  function show() {
+    root.dataset.theme = chosen === "dark" || chosen === "light" ? chosen : preferred();
   }
 
+  // What the system prefers too is followed from then on.
   function toggle() {
-    const wanted = isDark() ? "light" : "dark";
-    const asSystem = (wanted === "dark") === system.matches;
-    if (asSystem) delete root.dataset.theme;
-    else root.dataset.theme = wanted;
-    try {
-      if (asSystem) window.localStorage.removeItem("mathv2-theme");
-      else window.localStorage.setItem("mathv2-theme", wanted);
-    } catch {
-      // it holds until the page is closed
-    }
+    const wanted = root.dataset.theme === "dark" ? "light" : "dark";
+    chosen = wanted === preferred() ? null : wanted;
+    kept((storage) => (chosen ? storage.setItem(KEY, chosen) : storage.removeItem(KEY)));
+    show();
   }
 
-  const chosen = remembered();
-  if (chosen === "dark" || chosen === "light") root.dataset.theme = chosen;
+  system.addEventListener("change", show);
+  show();
   return { toggle };
 })();
