@@ -52,6 +52,12 @@ document.querySelector(`[data-kind="${kind}"]`).click();
 })();
 """
 TEXTS = pathlib.Path(__file__).with_name("check_texts.js")
+# Milliseconds to read the text of every proof for a word, in a page that has loaded none.
+SEARCH = """
+const [done] = arguments;
+const began = performance.now();
+report.filters.texts("cauchy", () => false, () => {}).then(() => done(performance.now() - began));
+"""
 # Elements and attributes that the page never makes, whatever a text says.
 FOREIGN = """
 const made = [...document.querySelectorAll("*")];
@@ -259,7 +265,7 @@ def require_inert(page: Page) -> None:
 
 
 def measure(page: Page) -> dict[str, Any]:
-    """Milliseconds, of TIMES loads: from navigation to a painted list, and of each filter."""
+    """Milliseconds, TIMES each: from navigation to a painted list, filters, a search of texts."""
     watch = page.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": WATCH})[
         "identifier"
     ]
@@ -275,6 +281,9 @@ def measure(page: Page) -> dict[str, Any]:
             page.open("#/proofs")
             took = page.driver.execute_async_script(PRESS, kind)
             found.setdefault(f"filter {kind}", []).append(took)
+        page.open("#/proofs")
+        took = page.driver.execute_async_script(SEARCH)
+        found.setdefault("search all texts", []).append(took)
     page.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", {"identifier": watch})
     return {
         name: {
