@@ -67,7 +67,11 @@ report.overview = (() => {
   function stages() {
     const { cases, stages: names } = store.index;
     if (!store.numCases) return null;
-    const rows = names.map((name, stage) => {
+    const inOrder = [...names].sort((one, other) =>
+      one.localeCompare(other, "en", { numeric: true }),
+    );
+    const rows = inOrder.map((name) => {
+      const stage = names.indexOf(name);
       const own = cases.id.map((_, at) => at).filter((at) => cases.stage[at] === stage);
       const parsed = own.filter((at) => !filters.isUnread(at));
       const cell = (values) => make("td", {}, number(meanOf(values)));
@@ -77,7 +81,7 @@ report.overview = (() => {
         make(
           "th",
           { scope: "row" },
-          make("a", { href: address("proofs", null, { stage: name }) }, name || "given"),
+          name ? make("a", { href: address("proofs", null, { stage: name }) }, name) : "given",
         ),
         make("td", {}, number(own.length)),
         make("td", {}, own.length ? `${Math.round((100 * parsed.length) / own.length)} %` : "–"),
