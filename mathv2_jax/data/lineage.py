@@ -29,7 +29,7 @@ def read(folder: epath.Path) -> Iterator[Any]:
             yield from _parsed(storage.Parts(at).read(), at)
         for name in storage.list_names(at, "*.jsonl") if at.name in ("input", "experts") else ():
             found = True
-            yield from _parsed(storage.read_bytes(at / name).decode().split("\n")[:-1], at / name)
+            yield from _parsed(storage.read_bytes(at / name).split(b"\n")[:-1], at / name)
     if not found:
         raise ValueError(
             f"{folder} holds no records: give the folder that mathv2-records imports into, or the "
@@ -42,16 +42,19 @@ def _folders(folder: epath.Path) -> list[epath.Path]:
     return [*inside, *(p / "experts" for p in inside if (p / "experts").is_dir())]
 
 
-def _parsed(lines: Iterable[str], where: epath.Path) -> Iterator[Any]:
+def _parsed(lines: Iterable[str | bytes], where: epath.Path) -> Iterator[Any]:
     for number, line in enumerate(lines, start=1):
-        body = storage.parse_json(line)
-        kind = _KINDS.get(body.get("kind", ""))
-        if kind is None:
-            continue
         try:
-            yield records.from_json(kind, line)
+            text = line if isinstance(line, str) else line.decode()
+            body = storage.parse_json(text)
+            if not isinstance(body, dict):
+                raise ValueError("no JSON object")
+            kind = _KINDS.get(str(body.get("kind")))
+            record = None if kind is None else records.from_json(kind, text)
         except ValueError as error:
-            raise ValueError(f"{where}, line {number}: {error}") from error
+            raise ValueError(f"{where}, line {number} is damaged ({error})") from error
+        if record is not None:
+            yield record
 
 
 def known(items: Iterable[Any]) -> Known:
