@@ -23,7 +23,6 @@ evaluate() {
   shift
   .venv/bin/python -m mathv2_jax.cli.evaluate --judge=world --out="$at/evaluation/$name" "$@"
   cp "$at/evaluation/$name/evaluation.json" "$here/$name.json"
-  cp "$at/evaluation/$name/curves.png" "$here/$name.png"
 }
 
 for stage in generator-2 sft; do
@@ -38,3 +37,6 @@ search one-shot "${engines[@]}" --config.pool.rounds=0 --config.pool.proofs=128 
 search pool "${engines[@]}" --config.pool.rounds=6 --config.pool.proofs=16 \
   --config.pool.verifications=8 --config.pool.best=4 --config.pool.analyses=4
 evaluate pool --search="$at/pool" --one_shot="$at/one-shot"
+for name in pool refine-generator-2; do
+  cp "$at/evaluation/$name/curves.png" "$here/$name.png"
+done

@@ -269,13 +269,19 @@ def _refinement(found: _Searched, score: curves.Score) -> dict[str, Any]:
             method.absorb(pool, [s for s in samples if s.step == attempt])
         pools.append(pool)
     made = curves.of_refinement(pools, config, score, **_draws())
-    return {"threads": config.threads, **config_lib.plain(made)}
+    first, last = made.pass_at_1[0], made.pass_at_1[-1]
+    differences = {
+        "rise_of_pass_at_1": curves.difference(first, last, **_draws()),
+        "best_above_pass_at_1": curves.difference(first, made.best_at_n[0], **_draws()),
+    }
+    return {"threads": config.threads, **config_lib.plain(made), **config_lib.plain(differences)}
 
 
 def _pool(found: _Searched, score: curves.Score) -> dict[str, Any]:
     method = pool_lib.PoolSearch(found.config.pool, found.config.seed)
     made = curves.of_rounds(found.written, method, score, **_draws())
-    body = {"pool": config_lib.plain(made)}
+    rise = curves.difference(made[0], made[-1], **_draws())
+    body = {"pool": config_lib.plain(made), "rise_of_pool": config_lib.plain(rise)}
     if _ASKED.one_shot:
         other = _read_search("one_shot", _ASKED.one_shot)
         if other.config.method != search_config.POOL or other.config.pool.rounds:
@@ -289,6 +295,10 @@ def _pool(found: _Searched, score: curves.Score) -> dict[str, Any]:
         limits = _doubling(other.config.pool.proofs)
         shots = curves.of_one_shot(other.written, single, score, limits, **_draws())
         body["one_shot"] = config_lib.plain(shots)
+        beside = curves.no_cheaper(shots, made[-1].tokens)
+        if beside is not None:
+            above = curves.difference(beside, made[-1], **_draws())
+            body["pool_above_one_shot"] = config_lib.plain(above)
     return body
 
 

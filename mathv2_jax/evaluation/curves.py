@@ -22,12 +22,13 @@ Score = Callable[[records.Problem, Candidate], float | None]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
     """A place on a curve: the limit, the mean score there, the share of problems with score 1, and
-    the mean number of generated tokens of a problem up to there."""
+    the mean number of generated tokens of a problem up to there. `by_problem` are the scores."""
 
     limit: int
     score: intervals.Figure
     solved: intervals.Figure
     tokens: float
+    by_problem: tuple[float, ...]
 
 
 def by_majority(problem: records.Problem, candidate: Candidate) -> float | None:
@@ -52,7 +53,20 @@ class _Limited:
             score=intervals.mean(self.problems, values, **draws),
             solved=intervals.mean(self.problems, solved, **draws),
             tokens=sum(self.tokens) / max(1, len(self.tokens)),
+            by_problem=tuple(values),
         )
+
+
+def difference(before: Point, after: Point, **draws: int) -> intervals.Figure:
+    """The paired difference of two points' scores over the same problems."""
+    gaps = [b - a for a, b in zip(before.by_problem, after.by_problem, strict=True)]
+    return intervals.mean(range(len(gaps)), gaps, **draws)
+
+
+def no_cheaper(points: Sequence[Point], tokens: float) -> Point | None:
+    """The first point that took so many tokens, or the last where none did; None of no points."""
+    enough = [point for point in points if point.tokens >= tokens]
+    return next(iter(enough), points[-1] if points else None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,6 +155,12 @@ def of_one_shot(
     return points
 
 
+_DIFFERENCES = {
+    "rise_of_pass_at_1": ("Pass@1 with all attempts", "above that of the first"),
+    "best_above_pass_at_1": ("best by self-score, one attempt", "above Pass@1"),
+    "rise_of_pool": ("pool search", "above its first proofs, without refinement"),
+    "pool_above_one_shot": ("pool search", "above best of N at no fewer tokens"),
+}
 _TITLES = {
     "pass_at_1": ("Pass@1", "attempts"),
     "best_at_n": ("best by self-score", "attempts"),
@@ -152,6 +172,9 @@ _TITLES = {
 def table(body: Mapping[str, Any]) -> str:
     """Markdown: each curve of an evaluation, given as data."""
     lines = [f"{body['problems']} problems, judged by {body['judge']}"]
+    for name, (title, against) in _DIFFERENCES.items():
+        if name in body:
+            lines += ["", f"{title}: {intervals.Figure(**body[name])} {against}"]
     for name, (title, limit) in _TITLES.items():
         if name not in body:
             continue

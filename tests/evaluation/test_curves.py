@@ -81,3 +81,15 @@ def test_a_majority_of_no_votes_is_no_score(tmp_path):
     assert curves.by_majority(authors.problem(), candidate) is None
     found = curves.of_refinement(pools, CONFIG, curves.by_majority, rounds=20)
     assert found.pass_at_1[0].score.value == 0.0
+
+
+def test_differences_are_paired_and_made_at_no_fewer_tokens(tmp_path):
+    pools = refined(tmp_path)
+    made = curves.of_refinement(pools, CONFIG, level, rounds=20).pass_at_1
+    found = curves.difference(made[0], made[-1], rounds=50)
+    assert found.value == pytest.approx(made[-1].score.value - made[0].score.value)
+    assert curves.difference(made[0], made[0], rounds=50).high == 0.0
+    assert curves.no_cheaper(made, made[1].tokens) == made[1]
+    assert curves.no_cheaper(made, made[1].tokens + 1) == made[2]
+    assert curves.no_cheaper(made, 10 * made[2].tokens) == made[2]
+    assert curves.no_cheaper([], 1.0) is None
