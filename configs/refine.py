@@ -1,4 +1,4 @@
-"""configs/quick.py with demonstrations of refinement: half of the flawed proofs are repaired.
+"""configs/quick.py with demonstrations of refinement: half of the flawed proofs are mended.
 
     mathv2-train --config=configs/refine.py --workdir=runs/refine
 
@@ -13,5 +13,5 @@ from configs import quick
 
 def get_config() -> ml_collections.ConfigDict:
     c = quick.get_config()
-    c.world.refine_share = 0.5
+    c.world.update(refine_share=0.5, repair_share=1.0)
     return c

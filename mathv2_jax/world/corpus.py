@@ -29,7 +29,9 @@ class WorldConfig:
     in source_drills). `graded_wrong_end` is `writers.wrong_end` for the proofs of D_v and of the
     probe alone, where set: experts grade careful work, the demonstrations come from everyone. How
     often a writer's verdict is the judge's in the end is what
-    `python tools/writer_agreement.py` prints.
+    `python tools/writer_agreement.py` prints. Of a generator's demonstrations whose analysis finds
+    fault the share `refine_share` are refinements: new proofs, or, in `repair_share` of them, what
+    stands before the first fault, mended from there.
     """
 
     dials: problems.Dials = dataclasses.field(default_factory=problems.Dials)
@@ -41,6 +43,7 @@ class WorldConfig:
     drill_misquoted: float = 0.2
     num_demonstrations: int = 24_000
     refine_share: float = 0.1
+    repair_share: float = 0.0
     num_problems: int = 4_000
     num_graded_proofs: int = 3_000
     num_graded_analyses: int = 2_000
@@ -58,6 +61,8 @@ class WorldConfig:
         for name in ("refine_share", "label_error", "drill_misquoted"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"world.{name} = {getattr(self, name)}: must lie in [0, 1)")
+        if not 0.0 <= self.repair_share <= 1.0:
+            raise ValueError(f"world.repair_share = {self.repair_share}: must lie in [0, 1]")
         if self.graded_wrong_end is not None:
             try:
                 self.graded_writers()
@@ -176,6 +181,18 @@ class _Author:
             + ("raise" if faulty else "lower")
             + " world.writers.redraw, invent_flawed, invent_sound or overlook"
         )
+
+    def repair(
+        self, problem: problems.WorldProblem, proof: records.Proof, analysis: records.Analysis
+    ) -> records.Proof:
+        steps = judge.judge_proof(proof.statement, proof.text).steps
+        assert steps is not None, "writers write well-formed proofs"
+        named = true_quality(analysis).named
+        text = demonstrations.write_repair(
+            self.rng, problem, list(steps), named, self.config.writers
+        )
+        name = records.content_id("proof", proof.statement, text)
+        return dataclasses.replace(proof, id=name, text=text)
 
     def human_label(self, true_score: float, rubric: str) -> records.Label:
         return _human_label(self.rng, true_score, rubric, self.config.label_error)
@@ -388,6 +405,8 @@ def _generation(
         templates.refine, statement=record.statement, proof=proof.text, analysis=analysis.text
     )
     better = author.proof(problem, record)
+    if author.config.repair_share and author.rng.random() < author.config.repair_share:
+        better = author.repair(problem, proof, analysis)
     text = parse.write_generation(better.text, author.analysis(better).text)
     return _demonstration("refiner", record, user, text, (proof.id, analysis.id))
 

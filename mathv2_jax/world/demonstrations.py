@@ -67,6 +67,47 @@ def write_proof(rng: random.Random, problem: problems.WorldProblem, rates: Write
     return judge.write_proof(steps)
 
 
+def write_repair(
+    rng: random.Random,
+    problem: problems.WorldProblem,
+    flawed: Steps,
+    named: tuple[judge.Issue, ...],
+    rates: WriterRates,
+) -> str:
+    """The steps before the first that an analysis names, then the shortest way on to the goal.
+
+    Where the analysis is wrong, so may the repair be; and half as often as a first proof it has a
+    planted fault of its own. Without a way on the proof is written from the beginning.
+    """
+    first = min((i.step for i in named if i.step != judge.NO_STEPS), default=len(flawed) + 1)
+    kept = flawed[: first - 1]
+    rest = _way_on(problem, {*problem.facts, *(s.conclusion for s in kept)})
+    steps = list(problem.chain) if rest is None else [*kept, *rest]
+    if not steps or len(steps) > judge.MAX_STEPS:
+        steps = list(problem.chain)
+    whole = rates.skipped + rates.false_rule + rates.unsupported + rates.wrong_end
+    if rng.random() >= whole / 2:
+        return judge.write_proof(steps)
+    return judge.write_proof(rng.choice((_skip, _false_rule, _wrong_end))(rng, problem, steps))
+
+
+def _way_on(problem: problems.WorldProblem, known: set[str]) -> Steps | None:
+    """The fewest steps from what is known to the goal, None where none lead there."""
+    made: dict[str, Steps] = {letter: [] for letter in known}
+    while problem.goal not in made:
+        reached: dict[str, Steps] = {}
+        for rule in problem.rules:
+            if rule.conclusion not in made and all(p in made for p in rule.premises):
+                before = [step for p in rule.premises for step in made[p]]
+                way = [*dict.fromkeys(before), rule]
+                if len(way) < len(reached.get(rule.conclusion, [*way, rule])):
+                    reached[rule.conclusion] = way
+        if not reached:
+            return None
+        made |= reached
+    return made[problem.goal]
+
+
 def write_recital(
     rng: random.Random,
     problem: problems.WorldProblem,

@@ -275,6 +275,28 @@ def test_a_refinement_starts_from_a_proof_whose_analysis_finds_fault():
     assert refined > 30
 
 
+def test_a_repair_keeps_what_stands_before_the_first_fault_named_and_is_mostly_right():
+    config = dataclasses.replace(CONFIG, num_demonstrations=900, refine_share=0.9, repair_share=1.0)
+    right, kept, number = 0, 0, 0
+    for demonstration in corpus.make_demonstrations(config, 0, TEMPLATES):
+        if demonstration.role != "refiner":
+            continue
+        number += 1
+        statement, rest = demonstration.user.split("\n", 1)
+        before = rest[: rest.index(parse.ANALYSIS_OPENING)].strip()
+        analysis = parse.parse_analysis(demonstration.user)
+        made = parse.parse_generation(demonstration.assistant)
+        assert analysis is not None and made is not None
+        right += judge.judge_proof(statement, made.proof).score == 1.0
+        named = judge.judge_analysis(statement, before, analysis.body, analysis.score).named
+        faults = [i.step for i in named if i.step]
+        steps = before.split("\n")[: min(faults) - 1 if faults else None]
+        kept += made.proof.startswith("\n".join(steps))
+    assert number > 100
+    assert right > 0.5 * number  # of first proofs 0.35, but for planted rates
+    assert kept > 0.6 * number
+
+
 # Settings.
 
 
@@ -285,6 +307,7 @@ def test_a_refinement_starts_from_a_proof_whose_analysis_finds_fault():
         (dict(num_graded_proofs=-1), "world.num_graded_proofs = -1"),
         (dict(num_drills=0), "world.num_drills = 0"),
         (dict(refine_share=1.0), "world.refine_share = 1.0"),
+        (dict(repair_share=1.1), "world.repair_share = 1.1"),
         (dict(label_error=-0.1), "world.label_error = -0.1"),
         (dict(graded_wrong_end=0.9), "world.graded_wrong_end = 0.9"),
     ],
