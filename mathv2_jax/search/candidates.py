@@ -63,6 +63,7 @@ class Pool:
         self.problem = problem
         self.candidates: list[Candidate] = []
         self.rounds = 0  # that are complete
+        self.tokens = 0  # that were generated, proofs and analyses
         self.written: list[records.Sample] = []  # by the generator: unreadable ones and duplicates
         self._by_text: dict[str, Candidate] = {}
         self._by_sample: dict[str, Candidate] = {}
@@ -73,6 +74,7 @@ class Pool:
         ValueError names a vote on a proof that the pool does not have.
         """
         for sample in samples:
+            self.tokens += sample.num_tokens
             if sample.role == roles.GENERATOR:
                 self._write(sample)
             else:

@@ -56,6 +56,7 @@ def _problem(search: run_lib.Search, pool: Pool) -> dict[str, Any]:
         "rounds": pool.rounds,
         "written": len(pool.written),
         "proofs": len(pool.candidates),
+        "tokens": pool.tokens,
         "best": None,
     }
     if best is not None:
@@ -104,7 +105,10 @@ def line(search: run_lib.Search, pool: Pool) -> str:
         mean = "unverified" if best["mean"] is None else f"mean {best['mean']:.3f}"
         shown = f"best {mean} of {best['votes']} votes, self {best['self_score']:g}"
     ended = "  passed" if found.get("passed") else "  done" if found["done"] else ""
-    return f"{pool.problem.id}: round {pool.rounds}, {found['proofs']} proofs, {shown}{ended}"
+    return (
+        f"{pool.problem.id}: round {pool.rounds}, {found['proofs']} proofs, "
+        f"{pool.tokens:,} tokens, {shown}{ended}"
+    )
 
 
 def table(summary: Mapping[str, Any]) -> str:

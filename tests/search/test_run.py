@@ -8,7 +8,7 @@ import pytest
 
 from mathv2_jax import records, roles, storage
 from mathv2_jax.rollout import durable
-from mathv2_jax.search import asking, pool, refine, rounds, run, selection
+from mathv2_jax.search import asking, outcome, pool, refine, rounds, run, selection
 from tests.search import authors
 
 POOL = pool.PoolConfig(
@@ -261,3 +261,14 @@ def test_what_stands_in_the_folder_must_be_of_this_search(tmp_path):
     searched(tmp_path, pool.PoolSearch(POOL, 4), problems=PROBLEMS[:2])
     with pytest.raises(ValueError, match="holds samples of problem"):
         opened(tmp_path, pool.PoolSearch(POOL, 4), authors.Author(), problems=PROBLEMS[1:2])
+
+
+def test_the_tokens_of_problems_add_up_to_what_was_spent(tmp_path):
+    method = pool.PoolSearch(POOL, 4)
+    search = searched(tmp_path, method)
+    assert sum(p.tokens for p in search.pools) == search.meter.spent.tokens > 0
+    again, _ = opened(tmp_path, method, authors.Author())
+    assert [p.tokens for p in again.pools] == [p.tokens for p in search.pools]
+    shown = outcome.line(search, search.pools[0])
+    assert f"{search.pools[0].tokens:,} tokens" in shown and shown.startswith("a: round ")
+    assert outcome.summarise(again) == outcome.summarise(search)
