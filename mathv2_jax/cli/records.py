@@ -104,6 +104,9 @@ def main(argv: Sequence[str]) -> int:
         if not shell.read_flags(_ASKED, argv, __doc__, ["records"]):
             return shell.FINISHED
         folder = shell.absolute(_ASKED.records)
+        empty = [name for name in _JOBS if name != "from" and _ASKED[name].value == ""]
+        if empty:
+            raise ValueError(f"--{empty[0]}= is empty: give what it is to name, or leave it out")
         jobs = [name for name in _JOBS if _ASKED[name].value]
         if jobs[-2:] == ["annotations", "to"]:
             jobs.pop()
@@ -112,6 +115,10 @@ def main(argv: Sequence[str]) -> int:
         if "from" not in jobs:
             unused = set(_OF_IMPORTS) - ({"evaluation"} if jobs == ["to"] else set())
             shell.require_unused(_ASKED, sorted(unused), "are about --from=FILE")
+        if "annotate" not in jobs:
+            shell.require_unused(_ASKED, ["analyses"], "are about --annotate=DIR")
+        if "annotations" not in jobs:
+            shell.require_unused(_ASKED, ["adjudicate"], "is about --annotations=FILE")
         if jobs:
             shell.require_unused(
                 _ASKED, ("statistics", "figure", "tokenizer"), "are about what is there"

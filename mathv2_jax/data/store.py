@@ -97,11 +97,17 @@ class Store:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """The right to write, for the block; ValueError names another process that has it."""
+        new = not self.folder.exists()
         self.folder.mkdir(parents=True, exist_ok=True)
         lease = leases.Lease(self.folder / _LEASE, "mathv2-records", _LEASE_SECONDS)
-        with lease:
-            self._open()
-            yield
+        try:
+            with lease:
+                self._open()
+                yield
+        except BaseException:
+            if new and not any(self.folder.iterdir()):
+                storage.remove_folder(self.folder)
+            raise
 
     def append(self, items: Iterable[Any]) -> int:
         """Adds records, which count all at once; how many. Within `writing`."""

@@ -280,6 +280,9 @@ def test_an_answer_of_another_hand_that_conflicts_names_its_file(capsys, run):
         (("--records=R", "--from=a.jsonl", "--score_map=7"), "--score_map=7"),
         (("--records=R", "--annotate=P", "--kind=analysis"), "--kind=analysis: auto, or proof"),
         (("--records=R", "--score_map=marks"), "--score_map are about --from=FILE"),
+        (("--records=R", "--analyses=3"), "--analyses are about --annotate=DIR"),
+        (("--records=R", "--adjudicate=ann"), "--adjudicate is about --annotations=FILE"),
+        (("--records=R", "--lineage="), "--lineage= is empty"),
         (("--records=R", "--from=a.jsonl", "--evaluation", "--withdraw"), "exclude each other"),
     ],
 )

@@ -124,7 +124,7 @@ def test_too_many_bad_rows_fail_the_command_and_leave_nothing_behind(tmp_path):
         importing.TooManyBadError, match=r"2 of 20 rows are bad.*0\.05(?s:.*)line 19"
     ):
         take(tmp_path, lines(rows))
-    assert [p.name for p in (tmp_path / "records").iterdir()] == []
+    assert not (tmp_path / "records").exists()
     report, store = take(tmp_path, lines(rows), dataclasses.replace(FULL, max_bad_share=0.1))
     assert report.kept == {"Proof": 18} and len(store.of(records.Proof)) == 18
 
