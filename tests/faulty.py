@@ -63,7 +63,12 @@ class Server:
         return sum(other.sample == asked.sample for other in self.asked)
 
     def handle(self, handler: http.server.BaseHTTPRequestHandler) -> None:
-        body = json.loads(handler.rfile.read(int(handler.headers["Content-Length"])))
+        size = int(handler.headers["Content-Length"])
+        data = handler.rfile.read(size)
+        if len(data) < size:  # who asked is gone
+            handler.close_connection = True
+            return
+        body = json.loads(data)
         headers = {name.lower(): value for name, value in handler.headers.items()}
         asked = Asked(time.monotonic(), headers, body)
         with self.lock:

@@ -66,7 +66,7 @@ def kill_while_running(
         with subprocess.Popen(
             arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         ) as process:
-            aim, before = chance.randrange(1, 24), on_disk(workdir)
+            aim, before = chance.randrange(1, 12), on_disk(workdir)
             while process.poll() is None and len(on_disk(workdir) - before) < aim:
                 time.sleep(0.002)
             process.send_signal(signal.SIGKILL)
