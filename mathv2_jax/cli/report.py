@@ -32,8 +32,8 @@ def main(argv: Sequence[str]) -> int:
         out = shell.absolute(_OUT.value) if _OUT.value else workdir / "report"
         made = site.write(workdir, out)
         print(
-            f"{made.problems:,} problems, {made.proofs:,} proofs, {made.remarks:,} analyses and "
-            f"meta-analyses, curves of {made.stages:,} stages: {made.page}"
+            f"problems {made.problems:,}  proofs {made.proofs:,}  analyses and meta-analyses "
+            f"{made.remarks:,}  stages with curves {made.stages:,}: {made.page}"
         )
         return shell.FINISHED
     except (ValueError, FileNotFoundError, flags.Error) as error:

@@ -22,7 +22,7 @@ def workdir(tmp_path):
 def test_a_report_lies_in_its_run_unless_told_otherwise(capsys, workdir, tmp_path):
     code, out, err = call(capsys, f"--workdir={workdir}")
     assert (code, err) == (shell.FINISHED, "")
-    assert out.endswith(f"curves of 2 stages: {workdir / 'report' / 'index.html'}\n")
+    assert out.endswith(f"stages with curves 2: {workdir / 'report' / 'index.html'}\n")
     assert (workdir / "report" / "index.html").is_file()
     code, out, _ = call(capsys, f"--workdir={workdir}", f"--out={tmp_path / 'there'}")
     assert code == shell.FINISHED and (tmp_path / "there" / "data" / "index.js").is_file()
