@@ -194,6 +194,24 @@ def test_tasks_that_no_row_holds_are_left_out_and_none_left_is_an_error(make_run
         task_stream.make(run, stage(mixture={"verifier": 1.0}, rl=config(row_length=5)))
 
 
+def test_long_prompts_are_counted_once_in_a_run(make_run):
+    run = make_run()
+    texts = {f"l{n}": "A implies B " * (60 + n) for n in range(3)}
+    write_inputs(
+        run,
+        proofs=[proof("s", score=1.0), *(proof(n, text=t, score=1.0) for n, t in texts.items())],
+    )
+    short = stage(mixture={"verifier": 1.0}, rl=config(row_length=100))
+    first = task_stream.make(run, short)
+    (kept,) = run.input_path("").parent.glob("lengths/*.npy")
+    counted = np.load(kept)
+    assert len(counted) == 4 and sorted(counted)[1] > 100
+    again = task_stream.make(run, short)
+    assert [again[n].target for n in range(6)] == [first[n].target for n in range(6)]
+    np.save(kept, np.minimum(counted, 100))  # what stands there is what counts
+    assert {task_stream.make(run, short)[n].target for n in range(60)} == {"s", *texts}
+
+
 # Settings.
 
 
