@@ -24,10 +24,10 @@ Exit codes: 0 finished, 75 stopped (the same command goes on), 2 bad usage or in
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,10 +50,10 @@ from mathv2_jax.evaluation import (
     intervals,
     verifying,
 )
-from mathv2_jax.rollout import durable, remote
+from mathv2_jax.rollout import durable
 from mathv2_jax.search import candidates as candidates_lib
 from mathv2_jax.search import pool as pool_lib
-from mathv2_jax.search import refine, rounds
+from mathv2_jax.search import rounds
 from mathv2_jax.world import judge as world_judge
 
 _ASKED = flags.FlagValues()
@@ -83,36 +83,28 @@ _OF_GRADED = ("rating", "engine", "scale", "score_map")
 
 def main(argv: Sequence[str]) -> int:
     """Usage and input errors are one line and exit code 2; what is a bug keeps its traceback."""
-    try:
-        _ASKED.unparse_flags()  # one process may call it often
-        rest, overrides = overrides_lib.split(argv)
-        if not shell.read_flags(_ASKED, rest, __doc__, ["out"]):
-            return shell.FINISHED
-        if bool(_ASKED.graded) == bool(_ASKED.search):
-            raise ValueError("--graded=FILE or --search=WORKDIR must be given, one of the two")
-        if _ASKED.rounds < 1:
-            raise ValueError(f"--rounds={_ASKED.rounds}: must be at least 1")
-        if _ASKED.graded:
-            shell.require_unused(_ASKED, _OF_SEARCHES, "are about --search")
-        else:
-            shell.require_unused(_ASKED, _OF_GRADED, "are about --graded")
-        if not _ASKED.engine:
-            shell.require_unused(_ASKED, _OF_ENGINES, "are about --engine")
-            if overrides:
-                raise ValueError(f"--{overrides[0][0]} is about --engine, which is not asked for")
-        _run(shell.absolute(_ASKED.out), overrides)
+    return session.ended("mathv2-evaluate", functools.partial(_main, argv))
+
+
+def _main(argv: Sequence[str]) -> int:
+    _ASKED.unparse_flags()  # one process may call it often
+    rest, overrides = overrides_lib.split(argv)
+    if not shell.read_flags(_ASKED, rest, __doc__, ["out"]):
         return shell.FINISHED
-    except session.Stopped:
-        print("mathv2-evaluate: stopped; the same command goes on from here", file=sys.stderr)
-        return shell.PREEMPTED
-    except remote.RemoteError as error:
-        print(f"mathv2-evaluate: {error}", file=sys.stderr)
-        return shell.FAILED
-    except (ValueError, FileNotFoundError, ImportError, flags.Error) as error:
-        if not shell.is_of_input(error):
-            raise
-        print(f"mathv2-evaluate: {error}", file=sys.stderr)
-        return shell.BAD_INPUT
+    if bool(_ASKED.graded) == bool(_ASKED.search):
+        raise ValueError("--graded=FILE or --search=WORKDIR must be given, one of the two")
+    if _ASKED.rounds < 1:
+        raise ValueError(f"--rounds={_ASKED.rounds}: must be at least 1")
+    if _ASKED.graded:
+        shell.require_unused(_ASKED, _OF_SEARCHES, "are about --search")
+    else:
+        shell.require_unused(_ASKED, _OF_GRADED, "are about --graded")
+    if not _ASKED.engine:
+        shell.require_unused(_ASKED, _OF_ENGINES, "are about --engine")
+        if overrides:
+            raise ValueError(f"--{overrides[0][0]} is about --engine, which is not asked for")
+    _run(shell.absolute(_ASKED.out), overrides)
+    return shell.FINISHED
 
 
 def _run(out: epath.Path, overrides: Sequence[tuple[str, str]]) -> None:
@@ -264,9 +256,8 @@ def _refinement(found: _Searched, score: curves.Score) -> dict[str, Any]:
     pools = []
     for problem, samples in found.written:
         pool = candidates_lib.Pool(problem)
-        method = refine.Refinement(config, found.config.seed)
         for attempt in range(config.attempts):
-            method.absorb(pool, [s for s in samples if s.step == attempt])
+            pool.end_round(s for s in samples if s.step == attempt)
         pools.append(pool)
     made = curves.of_refinement(pools, config, score, **_draws())
     first, last = made.pass_at_1[0], made.pass_at_1[-1]

@@ -17,9 +17,9 @@ Exit codes: 0 finished or out of budget, 75 preempted after a save, 2 bad usage 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +34,6 @@ from mathv2_jax.cli import engines, search_config, session, shell
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.cli import players as players_lib
 from mathv2_jax.cli import workdir as workdir_lib
-from mathv2_jax.rollout import remote
 from mathv2_jax.search import asking, outcome, pool, problems, refine, rounds
 from mathv2_jax.search import run as run_lib
 
@@ -57,25 +56,18 @@ _CACHE = flags.DEFINE_string(
 
 def main(argv: Sequence[str]) -> int:
     """Usage and input errors are one line and exit code 2; what is a bug keeps its traceback."""
-    try:
-        rest, overrides = overrides_lib.split(argv)
-        required = (_PROBLEMS.name, _ENGINE.name, _WORKDIR.name)
-        if not shell.read_flags(_ASKED, rest, __doc__, required):
-            return shell.FINISHED
-        asked = Asked.of_flags(overrides)
-        with session.signals_stop():
-            return search(asked, shell.absolute(_WORKDIR.value or ""))
-    except session.Stopped:
-        print("mathv2-search: stopped; the same command goes on from here", file=sys.stderr)
-        return shell.PREEMPTED
-    except remote.RemoteError as error:
-        print(f"mathv2-search: {error}", file=sys.stderr)
-        return shell.FAILED
-    except (ValueError, FileNotFoundError, ImportError, flags.Error) as error:
-        if not shell.is_of_input(error):
-            raise
-        print(f"mathv2-search: {error}", file=sys.stderr)
-        return shell.BAD_INPUT
+    return session.ended("mathv2-search", functools.partial(_main, argv))
+
+
+def _main(argv: Sequence[str]) -> int:
+    rest, overrides = overrides_lib.split(argv)
+    required = (_PROBLEMS.name, _ENGINE.name, _WORKDIR.name)
+    _ASKED.unparse_flags()  # one process may call it often
+    if not shell.read_flags(_ASKED, rest, __doc__, required):
+        return shell.FINISHED
+    asked = Asked.of_flags(overrides)
+    with session.signals_stop():
+        return search(asked, shell.absolute(_WORKDIR.value or ""))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,11 +4,14 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from absl import flags
 from etils import epath
 
 from mathv2_jax import leases
+from mathv2_jax.cli import shell
+from mathv2_jax.rollout import remote
 
 LEASE_SECONDS = 600.0
 _RENEW_SECONDS = 60.0
@@ -16,6 +19,26 @@ _RENEW_SECONDS = 60.0
 
 class Stopped(BaseException):
     """A signal asks the command to stop."""
+
+
+def ended(program: str, work: Callable[[], int]) -> int:
+    """The exit code of a command that engines answer; what went wrong is one line.
+
+    What is a bug keeps its traceback.
+    """
+    try:
+        return work()
+    except Stopped:
+        print(f"{program}: stopped; the same command goes on from here", file=sys.stderr)
+        return shell.PREEMPTED
+    except remote.RemoteError as error:
+        print(f"{program}: {error}", file=sys.stderr)
+        return shell.FAILED
+    except (ValueError, FileNotFoundError, ImportError, flags.Error) as error:
+        if not shell.is_of_input(error):
+            raise
+        print(f"{program}: {error}", file=sys.stderr)
+        return shell.BAD_INPUT
 
 
 @contextlib.contextmanager

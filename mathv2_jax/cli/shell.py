@@ -1,6 +1,8 @@
 """What the commands share towards the shell: exit codes, and whose fault an error is."""
 
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -31,7 +33,22 @@ def run(main: Callable[[Sequence[str]], int]) -> None:
     """A console script: warnings and worse are shown, and `main` gives the exit code."""
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
-    sys.exit(main(sys.argv))
+    try:
+        code = main(sys.argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads(sys.stdout.fileno()):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)
+
+
+def _nobody_reads(pipe: int) -> bool:
+    """Whether the reader of what is printed has gone, as `head` goes."""
+    ends = select.poll()
+    ends.register(pipe, 0)
+    return any(event & select.POLLERR for _, event in ends.poll(0))
 
 
 def asks_for_help(argv: Sequence[str]) -> bool:

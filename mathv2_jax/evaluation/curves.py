@@ -124,7 +124,7 @@ def of_rounds(
         for place, (pool, samples) in enumerate(pools):
             new = [s for s in samples if s.step == limit]
             if new:
-                search.absorb(pool, new)
+                pool.end_round(new)
                 spent[place] += sum(s.num_tokens for s in new)
         best = [[_score(pool, search.best(pool), score)] for pool, _ in pools]
         made = _Limited(limit=limit, problems=names, groups=best, tokens=tuple(spent))

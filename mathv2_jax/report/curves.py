@@ -156,7 +156,7 @@ def _history(
     made, found, tokens = candidates.Pool(problem), list[_State](), 0
     for _, group in itertools.groupby(samples, key=lambda sample: sample.step):
         own = list(group)
-        method.absorb(made, own)
+        made.end_round(own)
         tokens += sum(sample.num_tokens for sample in own)
         best = method.best(made)
         found.append(

@@ -56,6 +56,21 @@ class Candidate:
         return reward.majority(self.votes) if self.votes else None
 
 
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """A sample of a generator that can be read, the `index`-th of its round.
+
+    Others may have written the same proof (`candidate`), and have thought otherwise of it.
+    """
+
+    id: str
+    round: int
+    index: int
+    candidate: Candidate
+    self_analysis: str
+    self_score: float
+
+
 class Pool:
     """The candidates of one problem."""
 
@@ -64,7 +79,9 @@ class Pool:
         self.candidates: list[Candidate] = []
         self.rounds = 0  # that are complete
         self.tokens = 0  # that were generated, proofs and analyses
-        self.written: list[records.Sample] = []  # by the generator: unreadable ones and duplicates
+        # By the generator, unreadable ones and duplicates too; what it thought is left to records.
+        self.written: list[records.Sample] = []
+        self.attempts: list[Attempt] = []  # those of them that can be read
         self._by_text: dict[str, Candidate] = {}
         self._by_sample: dict[str, Candidate] = {}
 
@@ -80,8 +97,13 @@ class Pool:
             else:
                 self._vote(sample)
 
+    def end_round(self, samples: Iterable[records.Sample] = ()) -> None:
+        """Take in what is left of a round, or all of it, which then is complete."""
+        self.absorb(samples)
+        self.rounds += 1
+
     def _write(self, sample: records.Sample) -> None:
-        self.written.append(sample)
+        self.written.append(dataclasses.replace(sample, thinking=None))
         found = readable(sample)
         if found is None:
             return
@@ -101,6 +123,16 @@ class Pool:
             self.candidates.append(known)
             self._by_text[found.proof] = known
         self._by_sample[sample.id] = known
+        self.attempts.append(
+            Attempt(
+                id=sample.id,
+                round=sample.step,
+                index=sample.index,
+                candidate=known,
+                self_analysis=found.self_analysis,
+                self_score=found.self_score,
+            )
+        )
 
     def _vote(self, sample: records.Sample) -> None:
         candidate = self._by_sample.get(sample.target)
@@ -110,10 +142,6 @@ class Pool:
                 f"{self.problem.id}: records of the search are missing"
             )
         candidate.cast.append(Cast(sample.id, sample.score, sample.text))
-
-    def of(self, sample_id: str) -> Candidate | None:
-        """The candidate that a sample wrote or repeated; None where it could not be read."""
-        return self._by_sample.get(sample_id)
 
 
 FIRST_OPINION, FILTERED, AUDITED = "first_opinion", "filtered", "audited"

@@ -7,7 +7,8 @@ One-shot generation is the same without a round.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -117,26 +118,17 @@ class PoolSearch:
 
     def step(self, players: rounds.Players, pools: Sequence[Pool]) -> list[records.Sample]:
         """One round of each pool, which has taken it in: the samples, in a fixed order."""
-        written = rounds.write(players, self._seed, [(p, self._prompts(p)) for p in pools])
-        samples: list[records.Sample] = []
-        for pool, own in written:
-            own = self._filtered(players, pool, own)
-            pool.absorb(own)
-            samples += own
-        players.moved()
+        prompts = [(pool, self._prompts(pool)) for pool in pools]
+        mark = functools.partial(self._filtered, players)
+        samples = rounds.take(players, self._seed, prompts, mark)
         if self.config.adaptive:
             samples += self._verify_adaptively(players, pools)
         else:
             voting, wave = self.config.voting, self.config.wave
             samples += rounds.verify_all(players, self._seed, pools, voting, wave)
         for pool in pools:
-            pool.rounds += 1
+            pool.end_round()
         return samples
-
-    def absorb(self, pool: Pool, samples: Iterable[records.Sample]) -> None:
-        """A round that was taken before, from its records."""
-        pool.absorb(samples)
-        pool.rounds += 1
 
     def _prompts(self, pool: Pool) -> list[rounds.Prompt]:
         config = self.config

@@ -6,13 +6,14 @@ answer under a limit is the last of its attempts up to there that can be read (o
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from mathv2_jax import records
 from mathv2_jax.search import candidates as candidates_lib
 from mathv2_jax.search import rounds, selection
 
 Pool = candidates_lib.Pool
+Attempt = candidates_lib.Attempt
 Candidate = candidates_lib.Candidate
 
 
@@ -35,17 +36,6 @@ class RefineConfig:
     def most_answers(self) -> int:
         """The most that one problem can take."""
         return self.threads * self.attempts * (1 + self.verifications)
-
-
-@dataclasses.dataclass(frozen=True)
-class Attempt:
-    """A readable sample of a thread. Others may have written the same proof (`candidate`), and have
-    thought otherwise of it."""
-
-    id: str
-    candidate: Candidate
-    self_analysis: str
-    self_score: float
 
 
 class Refinement:
@@ -74,24 +64,15 @@ class Refinement:
 
     def step(self, players: rounds.Players, pools: Sequence[Pool]) -> list[records.Sample]:
         """One attempt of each thread that goes on: the samples, in a fixed order."""
-        written = rounds.write(players, self._seed, [(p, self._prompts(p)) for p in pools])
-        samples: list[records.Sample] = []
-        for pool, own in written:
-            pool.absorb(own)
-            samples += own
-        players.moved()
+        prompts = [(pool, self._prompts(pool)) for pool in pools]
+        samples = rounds.take(players, self._seed, prompts)
         if self.config.verifications:
             voting = selection.Voting(verifications=self.config.verifications)
             wave = self.config.verifications
             samples += rounds.verify_all(players, self._seed, pools, voting, wave)
         for pool in pools:
-            pool.rounds += 1
+            pool.end_round()
         return samples
-
-    def absorb(self, pool: Pool, samples: Iterable[records.Sample]) -> None:
-        """An attempt that was made before, from its records."""
-        pool.absorb(samples)
-        pool.rounds += 1
 
     def _going(self, pool: Pool) -> list[tuple[int, Attempt | None]]:
         """Threads that are not satisfied, each with its last attempt that can be read."""
@@ -118,8 +99,7 @@ class Refinement:
 def answers(pool: Pool, threads: int, limit: int) -> list[Attempt | None]:
     """Each thread's answer under a limit of attempts; None where it wrote nothing readable."""
     found: list[Attempt | None] = [None] * threads
-    for sample in pool.written:
-        candidate, read = pool.of(sample.id), candidates_lib.readable(sample)
-        if sample.step < limit and candidate is not None and read is not None:
-            found[sample.index] = Attempt(sample.id, candidate, read.self_analysis, read.self_score)
+    for attempt in pool.attempts:
+        if attempt.round < limit:
+            found[attempt.index] = attempt
     return found

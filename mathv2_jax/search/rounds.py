@@ -84,6 +84,22 @@ def write(
     return [(pool, samples[id(pool)]) for pool, _ in prompts]
 
 
+def take(
+    players: Players,
+    seed: int,
+    prompts: Sequence[tuple[Pool, Sequence[Prompt]]],
+    mark: Callable[[Pool, list[records.Sample]], list[records.Sample]] = lambda _, own: own,
+) -> list[records.Sample]:
+    """As `write`, and each pool takes its samples in, as `mark` leaves them."""
+    samples: list[records.Sample] = []
+    for pool, written in write(players, seed, prompts):
+        own = mark(pool, written)
+        pool.absorb(own)
+        samples += own
+    players.moved()
+    return samples
+
+
 def _fields(pool: Pool, prompt: Prompt) -> Mapping[str, str]:
     shown = {"proof": prompt.proof, "analysis": prompt.analysis} if prompt.parents else {}
     return {"statement": pool.problem.statement, **shown}

@@ -7,7 +7,7 @@ that a search with an engine that is seeded has the same pools however often it 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from etils import epath
@@ -28,7 +28,6 @@ class Method(Protocol):
     def best(self, pool: Pool, /) -> Candidate | None: ...
     def most_left(self, pool: Pool, /) -> int: ...
     def step(self, players: rounds.Players, pools: Sequence[Pool], /) -> list[records.Sample]: ...
-    def absorb(self, pool: Pool, samples: Iterable[records.Sample], /) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,8 +75,7 @@ class Search:
             lines = self._parts.read_part(name).decode("ascii").split("\n")[:-1]
             samples = [records.from_json(records.Sample, line) for line in lines]
             for pool in self.at_work():
-                own = [s for s in samples if s.problem_id == pool.problem.id]
-                self.method.absorb(pool, own)
+                pool.end_round(s for s in samples if s.problem_id == pool.problem.id)
             unknown = {s.problem_id for s in samples} - set(by_id)
             if unknown:
                 raise ValueError(

@@ -1,13 +1,16 @@
 """mathv2-evaluate with a verifier that is asked: what it says, is asked once, and is attacked."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from mathv2_jax.cli import evaluate
 from mathv2_jax.evaluation import injection
 from mathv2_jax.text import parse
-from tests import faulty
+from tests import faulty, smoke
 
 ROWS = [
     dict(id=f"r{place}", source="s", problem=f"Show {place}.", proof=f"By {word}.", score=score)
@@ -90,3 +93,18 @@ def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path, capsys, arguments,
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reader_who_leaves_early_sees_no_traceback(graded):
+    rows = [json.dumps({**row, "auto": 0.5}) for row in ROWS]
+    graded.write_text("\n".join(rows))
+    command = [sys.executable, "-u", "-m", "mathv2_jax.cli.evaluate", "--rating=auto"]
+    command += [f"--graded={graded}", f"--out={graded.parent / 'out'}", "--scale=full-marks"]
+    process = subprocess.Popen(
+        [*command, "--rounds=20"], cwd=smoke.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read().decode()
+    process.stderr.close()
+    assert (process.wait(), errors) == (128 + signal.SIGPIPE, "")
