@@ -1,21 +1,25 @@
-"""mathv2-evaluate: how right a verifier is, and what a search has solved, with intervals.
+"""mathv2-evaluate: how right verifiers are, and what a search has solved, with intervals.
 
-A verifier's ratings against people's scores, from files alone:
+A verifier's ratings against people's scores, from files alone; with --graded_analyses a
+meta-verifier's against people's judgements of analyses:
 
-mathv2-evaluate --graded=FILE [--graded=FILE ...] --rating=COLUMN --out=DIR
+mathv2-evaluate --graded=FILE|--graded_analyses=FILE [more of them] --rating=COLUMN --out=DIR
                 [--scale=NAME] [--score_map=marks:7]
 
-A verifier that is asked, with --votes on each proof; with --injections under attacks, too:
+A verifier, or a meta-verifier, that is asked, with --votes on each text; with --injections under
+attacks, too:
 
-mathv2-evaluate --graded=FILE --engine=checkpoint:DIR|openai:URL#MODEL [--votes=8] [--injections]
-                --out=DIR [--config.field=value ...]      # config as mathv2-search's
+mathv2-evaluate --graded=FILE|--graded_analyses=FILE --engine=checkpoint:DIR|openai:URL#MODEL
+                [--votes=8] [--injections] --out=DIR [--config.field=value ...]   # mathv2-search's
 
-What a search has solved, by attempts, rounds and tokens:
+What a search has solved, by attempts, rounds, tokens and proofs, and what it says of itself:
 
-mathv2-evaluate --search=WORKDIR [--one_shot=WORKDIR] [--judge=votes|world] --out=DIR
+mathv2-evaluate --search=WORKDIR [--one_shot=WORKDIR] [--judge=votes|world|people] --out=DIR
+                [--graded=FILE]     # people: who graded the answers, with --scale and --score_map
 
-The judge of a proof is the majority of its own votes, or the exact one of the proof world. With
---one_shot the best of N proofs without refinement is put beside it, at the tokens that they took.
+The judge of a proof is the majority of its own votes, the exact one of the proof world, or people.
+With --one_shot the best of N proofs without refinement is put beside it, at the tokens that they
+took. A benchmark (IMO-ProofBench, Putnam, IMO, CMO) is searched first: mathv2-search --problems=.
 
 DIR gets evaluation.json, evaluation.md and, where matplotlib is installed, figures. Intervals are
 the middle 95 % of a bootstrap over problems (--rounds draws, --seed).
@@ -26,6 +30,7 @@ Exit codes: 0 finished, 75 stopped (the same command goes on), 2 bad usage or in
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -46,6 +51,7 @@ from mathv2_jax.evaluation import (
     benchmarks,
     curves,
     figures,
+    honesty,
     injection,
     intervals,
     verifying,
@@ -53,11 +59,12 @@ from mathv2_jax.evaluation import (
 from mathv2_jax.rollout import durable
 from mathv2_jax.search import candidates as candidates_lib
 from mathv2_jax.search import pool as pool_lib
+from mathv2_jax.search import refine as refine_lib
 from mathv2_jax.search import rounds
 from mathv2_jax.world import judge as world_judge
 
 _ASKED = flags.FlagValues()
-VOTES, WORLD = "votes", "world"
+VOTES, WORLD, PEOPLE = "votes", "world", "people"
 
 
 def _define(make: Callable[..., Any], name: str, default: Any, doc: str) -> None:
@@ -65,20 +72,22 @@ def _define(make: Callable[..., Any], name: str, default: Any, doc: str) -> None
 
 
 _define(flags.DEFINE_multi_string, "graded", [], "A file of graded proofs; may be given often.")
-_define(flags.DEFINE_string, "rating", None, "Its column of a verifier's mean score.")
-_define(flags.DEFINE_string, "engine", None, "A verifier to be asked.")
-_define(flags.DEFINE_integer, "votes", 8, "Of it on each proof.")
-_define(flags.DEFINE_bool, "injections", False, "Ask it about the proofs under attack, too.")
+_define(flags.DEFINE_multi_string, "graded_analyses", [], "Of analyses that people judged; as it.")
+_define(flags.DEFINE_string, "rating", None, "The column of a verifier's mean score.")
+_define(flags.DEFINE_string, "engine", None, "A verifier, or meta-verifier, to be asked.")
+_define(flags.DEFINE_integer, "votes", 8, "Of it on each text.")
+_define(flags.DEFINE_bool, "injections", False, "Ask it about the texts under attack, too.")
 _define(flags.DEFINE_string, "scale", "", "How people's scores were made, such as full-marks.")
 _define(flags.DEFINE_string, "score_map", None, "marks, marks:7, or pairs: 7:1,6:0.5,else:0")
 _define(flags.DEFINE_string, "search", None, "The workdir of a search.")
 _define(flags.DEFINE_string, "one_shot", None, "The workdir of one without refinement.")
-_define(flags.DEFINE_string, "judge", VOTES, f"Of proofs: {VOTES} or {WORLD}.")
+_define(flags.DEFINE_string, "judge", VOTES, f"Of proofs: {VOTES}, {WORLD} or {PEOPLE}.")
 _define(flags.DEFINE_string, "out", None, "The folder for what is found.")
 _define(flags.DEFINE_integer, "rounds", intervals.ROUNDS, "Draws of the bootstrap.")
 _define(flags.DEFINE_integer, "seed", 0, "Of the bootstrap.")
 _OF_ENGINES, _OF_SEARCHES = ("votes", "injections"), ("one_shot", "judge")
-_OF_GRADED = ("rating", "engine", "scale", "score_map")
+_OF_GRADED = ("graded", "graded_analyses", "rating", "engine")
+_OF_PEOPLE = ("graded", "scale", "score_map")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -91,14 +100,22 @@ def _main(argv: Sequence[str]) -> int:
     rest, overrides = overrides_lib.split(argv)
     if not shell.read_flags(_ASKED, rest, __doc__, ["out"]):
         return shell.FINISHED
-    if bool(_ASKED.graded) == bool(_ASKED.search):
-        raise ValueError("--graded=FILE or --search=WORKDIR must be given, one of the two")
     if _ASKED.rounds < 1:
         raise ValueError(f"--rounds={_ASKED.rounds}: must be at least 1")
-    if _ASKED.graded:
-        shell.require_unused(_ASKED, _OF_SEARCHES, "are about --search")
+    if _ASKED.search:
+        by_people = _ASKED.judge == PEOPLE
+        unused = [name for name in _OF_GRADED if not (by_people and name in _OF_PEOPLE)]
+        shell.require_unused(_ASKED, unused, "are of no use beside --search")
+        if not by_people:
+            shell.require_unused(_ASKED, _OF_PEOPLE, f"are about --judge={PEOPLE}")
+        elif not _ASKED.graded:
+            raise ValueError(f"--judge={PEOPLE} needs --graded=FILE, the answers that they graded")
+    elif bool(_ASKED.graded) == bool(_ASKED.graded_analyses):
+        raise ValueError(
+            "--graded=FILE, --graded_analyses=FILE or --search=WORKDIR must be given, one of them"
+        )
     else:
-        shell.require_unused(_ASKED, _OF_GRADED, "are about --graded")
+        shell.require_unused(_ASKED, _OF_SEARCHES, "are about --search")
     if not _ASKED.engine:
         shell.require_unused(_ASKED, _OF_ENGINES, "are about --engine")
         if overrides:
@@ -114,20 +131,25 @@ def _run(out: epath.Path, overrides: Sequence[tuple[str, str]]) -> None:
     if bool(_ASKED.rating) == bool(_ASKED.engine):
         raise ValueError(
             "--rating=COLUMN, where a verifier's mean scores stand, or --engine=, a verifier to be "
-            "asked, must be given beside --graded, one of the two"
+            "asked, must be given beside graded texts, one of the two"
         )
-    given = None if _ASKED.score_map is None else graded.ScoreMap.parse(_ASKED.score_map)
-    scale = benchmarks.Scale(scale=_ASKED.scale, score_map=given)
-    found = [
-        item
-        for file in _ASKED.graded
-        for item in benchmarks.read(shell.absolute(file), scale, _ASKED.rating or "")
-    ]
+    found = _graded()
     if _ASKED.rating:
         _ratings(found, out)
     else:
         with session.signals_stop(), session.holding(out, "mathv2-evaluate"):
             _asked(found, overrides, out)
+
+
+def _graded() -> list[benchmarks.Graded]:
+    given = None if _ASKED.score_map is None else graded.ScoreMap.parse(_ASKED.score_map)
+    scale = benchmarks.Scale(scale=_ASKED.scale, score_map=given)
+    kind = records.Analysis if _ASKED.graded_analyses else records.Proof
+    return [
+        item
+        for file in [*_ASKED.graded, *_ASKED.graded_analyses]
+        for item in benchmarks.read(shell.absolute(file), scale, _ASKED.rating or "", kind)
+    ]
 
 
 def _draws() -> dict[str, int]:
@@ -148,22 +170,25 @@ def _asked(
         raise ValueError(f"--votes={votes}: must be at least 1")
     players = players_lib.Players.of(spec, spec, overrides)
     config = players.config
-    proofs = [item.proof for item in found]
-    items = injection.attempts(proofs) if _ASKED.injections else injection.plain(proofs)
-    _require_same_question(out, players, items, votes)
+    judged = [item.record for item in found]
+    items = injection.attempts(judged) if _ASKED.injections else injection.plain(judged)
+    name = roles.META_VERIFIER if _ASKED.graded_analyses else roles.VERIFIER
+    _require_same_question(out, players, items, name)
     cache = os.fspath(out.parent / "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", cache)
     opened = players.open()[spec]
     responses = durable.Responses(out / "responses", config.runtime.responses_every)
-    verifier = verifying.Verifier(
-        role=roles.make_roles(config.roles).verifier,
+    known = roles.make_roles(config.roles)
+    judge = verifying.Judge(
+        name=name,
+        role=known.meta_verifier if _ASKED.graded_analyses else known.verifier,
         respondent=responses.of(opened.engine, opened.version),
         votes=votes,
         seed=config.seed,
     )
     together = max(1, config.runtime.call // votes)
     folder = out / "records" / verifying.STAGE
-    samples = verifying.ask(verifier, items, folder, responses, together)
+    samples = verifying.ask(judge, items, folder, responses, together)
     heard = verifying.votes_by_item(items, samples, votes)
     own = [v for item, v in zip(items, heard, strict=True) if item.attack == injection.NONE]
     body: dict[str, Any] = agreement.by_group(verifying.rated(found, own), **_draws())
@@ -176,12 +201,13 @@ def _asked(
 
 
 def _require_same_question(
-    out: epath.Path, players: players_lib.Players, items: Sequence[Any], votes: int
+    out: epath.Path, players: players_lib.Players, items: Sequence[injection.Injected], judge: str
 ) -> None:
     """Writes down what is asked, or checks that the folder is of the same question."""
-    texts = "".join(f"{item.attack} {item.proof.id}\n" for item in items)
+    texts = "".join(f"{item.attack} {item.record.id}\n" for item in items)
     digest = hashlib.sha256(texts.encode()).hexdigest()[:16]
-    asked = search_config.identity(players.config, digest, players.names) | {"votes": votes}
+    asked = search_config.identity(players.config, digest, players.names)
+    asked |= {"votes": _ASKED.votes, "judge": judge}
     path = out / "config.json"
     if storage.exists(path):
         saved = sources.read_object(path, ("evaluation",), "take another folder")["evaluation"]
@@ -204,6 +230,22 @@ class _Searched:
     @property
     def problems(self) -> list[records.Problem]:
         return [problem for problem, _ in self.written]
+
+    @property
+    def method(self) -> pool_lib.PoolSearch | refine_lib.Refinement:
+        if self.config.method == search_config.REFINE:
+            return refine_lib.Refinement(self.config.refine, self.config.seed)
+        return pool_lib.PoolSearch(self.config.pool, self.config.seed)
+
+    def pools(self) -> list[candidates_lib.Pool]:
+        """Each problem's pool, as the search left it."""
+        made = []
+        for problem, samples in self.written:
+            pool = candidates_lib.Pool(problem)
+            for _, own in itertools.groupby(samples, key=lambda sample: sample.step):
+                pool.end_round(own)
+            made.append(pool)
+        return made
 
 
 def _read_search(flag: str, name: str) -> _Searched:
@@ -232,33 +274,40 @@ def _read_search(flag: str, name: str) -> _Searched:
 def _judge() -> curves.Score:
     if _ASKED.judge == VOTES:
         return curves.by_majority
+    if _ASKED.judge == PEOPLE:
+        by_people = [item.record for item in _graded()]
+        return honesty.by_people([r for r in by_people if isinstance(r, records.Proof)])
     if _ASKED.judge != WORLD:
-        raise ValueError(f"--judge={_ASKED.judge}: must be {VOTES} or {WORLD}")
+        raise ValueError(f"--judge={_ASKED.judge}: must be {VOTES}, {WORLD} or {PEOPLE}")
     exact = world_judge.ExactJudge()
     return lambda problem, candidate: exact.proof_score(problem.statement, candidate.proof)
 
 
 def _searched(out: epath.Path) -> None:
     found, score = _read_search("search", _ASKED.search), _judge()
+    if found.config.method == search_config.REFINE and _ASKED.one_shot:
+        raise ValueError("--one_shot is put beside a pool search, and this is a refinement")
+    pools = found.pools()
     body: dict[str, Any] = {"judge": _ASKED.judge, "problems": len(found.problems)}
-    if found.config.method == search_config.REFINE:
-        if _ASKED.one_shot:
-            raise ValueError("--one_shot is put beside a pool search, and this is a refinement")
-        body |= _refinement(found, score)
-    else:
-        body |= _pool(found, score)
-    _write(out, body, curves.table(body))
+    best = [(pool, found.method.best(pool)) for pool in pools]
+    body["answers"] = honesty.answers(best, score, **_draws())
+    body["self_scores"] = agreement.measure(honesty.self_scores(pools, score), **_draws())
+    if _ASKED.judge != VOTES:
+        body["votes"] = agreement.measure(honesty.votes(pools, score), **_draws())
+    if _ASKED.judge != PEOPLE:  # who grade answers, seldom all that was written on the way
+        limits = _doubling(max(len(pool.written) for pool in pools) or 1)
+        first = curves.best_of_first(found.written, score, limits, **_draws())
+        body["best_of_first"] = config_lib.plain(first)
+        of_method = _refinement if found.config.method == search_config.REFINE else _pool
+        body |= of_method(found, pools, score)
+    _write(out, body, f"{curves.table(body)}\n{honesty.table(body)}")
     figures.draw_curves(body, out)
 
 
-def _refinement(found: _Searched, score: curves.Score) -> dict[str, Any]:
+def _refinement(
+    found: _Searched, pools: Sequence[candidates_lib.Pool], score: curves.Score
+) -> dict[str, Any]:
     config = found.config.refine
-    pools = []
-    for problem, samples in found.written:
-        pool = candidates_lib.Pool(problem)
-        for attempt in range(config.attempts):
-            pool.end_round(s for s in samples if s.step == attempt)
-        pools.append(pool)
     made = curves.of_refinement(pools, config, score, **_draws())
     first, last = made.pass_at_1[0], made.pass_at_1[-1]
     differences = {
@@ -268,7 +317,9 @@ def _refinement(found: _Searched, score: curves.Score) -> dict[str, Any]:
     return {"threads": config.threads, **config_lib.plain(made), **config_lib.plain(differences)}
 
 
-def _pool(found: _Searched, score: curves.Score) -> dict[str, Any]:
+def _pool(
+    found: _Searched, pools: Sequence[candidates_lib.Pool], score: curves.Score
+) -> dict[str, Any]:
     method = pool_lib.PoolSearch(found.config.pool, found.config.seed)
     made = curves.of_rounds(found.written, method, score, **_draws())
     rise = curves.difference(made[0], made[-1], **_draws())

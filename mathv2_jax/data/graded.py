@@ -332,6 +332,16 @@ def analysis_of(
     stands in `<verification>` tags; `issues`, a list: an analysis that scores 0 where it has any,
     else 1; `verdict`: its score; else its text is in the verifier's format.
     """
+    analysis = as_analysis(row, source, parents)
+    texts = (analysis.statement, analysis.proof, analysis.text)
+    require_anonymous(texts, str(row.fields.get("analyst") or ""))
+    if row.number("human_score") is None:
+        return [analysis]
+    return [analysis, proof_of(row, source, label_of(row, source, given), parents)]
+
+
+def as_analysis(row: Row, source: str, parents: tuple[str, ...] = ()) -> records.Analysis:
+    """As `analysis_of`, whatever its texts name: for analyses that nothing is learned from."""
     agrees, issues = row.truth("human_agrees_with_analyst"), row.items("issues")
     body = row.text("analysis")
     label = None
@@ -349,10 +359,20 @@ def analysis_of(
                 "(verdict, issues, or human_agrees_with_analyst)"
             )
         body, score = parsed
-    analysis = _analysis(row, body, score, label, source, parents)
-    if row.number("human_score") is None:
-        return [analysis]
-    return [analysis, proof_of(row, source, label_of(row, source, given), parents)]
+    statement, proof = row.text("problem"), row.text("proof")
+    text = parse.write_analysis(body, score)
+    return records.Analysis(
+        id=records.content_id("analysis", statement, proof, text),
+        problem_id=records.content_id("problem", statement),
+        proof_id=records.content_id("proof", statement, proof),
+        statement=statement,
+        proof=proof,
+        text=text,
+        score=score,
+        source=source,
+        label=label,
+        parents=parents,
+    )
 
 
 def _judged(row: Row, raw: str, agrees: bool) -> tuple[str, float, records.Label]:
@@ -370,31 +390,6 @@ def _judged(row: Row, raw: str, agrees: bool) -> tuple[str, float, records.Label
         comment="\n".join(map(str, comments)),
     )
     return body, 0.0 if "false" in verdicts else 1.0, label
-
-
-def _analysis(  # noqa: PLR0913 - what an analysis is made of
-    row: Row,
-    body: str,
-    score: float,
-    label: records.Label | None,
-    source: str,
-    parents: tuple[str, ...],
-) -> records.Analysis:
-    statement, proof = row.text("problem"), row.text("proof")
-    require_anonymous((statement, proof, body), str(row.fields.get("analyst") or ""))
-    text = parse.write_analysis(body, score)
-    return records.Analysis(
-        id=records.content_id("analysis", statement, proof, text),
-        problem_id=records.content_id("problem", statement),
-        proof_id=records.content_id("proof", statement, proof),
-        statement=statement,
-        proof=proof,
-        text=text,
-        score=score,
-        source=source,
-        label=label,
-        parents=parents,
-    )
 
 
 def names_of(model: str) -> set[str]:

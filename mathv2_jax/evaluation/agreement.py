@@ -46,6 +46,7 @@ def measure(items: Sequence[Rated], **settings: int) -> dict[str, Any]:
     """JSON-able figures, all with intervals over problems: of all items that have a rating.
 
     `answered` is the share that has one. `exact` and `mean_error` are of verdicts and of ratings;
+    `too_high` and `too_low` are the shares whose verdict lies above people's score, and below it;
     `auc` is the chance that a proof of score 1 is rated above another, ties half; the rows of
     `confusion` are people's scores, its columns verdicts. `length_bias` and `place_bias` are the
     mean of rating - score in thirds of the items. `confidently_wrong` names items.
@@ -59,6 +60,8 @@ def measure(items: Sequence[Rated], **settings: int) -> dict[str, Any]:
         "items": len(items),
         "answered": len(rated) / len(items) if items else None,
         "exact": _body(intervals.mean(problems, (verdict == score).tolist(), **settings)),
+        "too_high": _body(intervals.mean(problems, (verdict > score).tolist(), **settings)),
+        "too_low": _body(intervals.mean(problems, (verdict < score).tolist(), **settings)),
         "mean_error": _body(intervals.mean(problems, np.abs(rating - score).tolist(), **settings)),
         "auc": _body(intervals.bootstrap(problems, _Auc(score, rating), **settings)),
         "constant": _constant(score),
@@ -167,17 +170,17 @@ def by_group(items: Sequence[Rated], **settings: int) -> dict[str, dict[str, Any
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: a row for each group, then all items' confusion, calibration and bias."""
     lines = [
-        "| items | n | rated | right verdicts | constant | mean error | AUC | calibration error |",
-        "|---|--:|--:|---|--:|---|---|---|",
+        "| items | n | rated | right verdicts | too high | too low | constant | mean error | AUC | "
+        "calibration error |",
+        "|---|--:|--:|---|---|---|--:|---|---|---|",
     ]
     for name, body in found.items():
-        shown = [_cell(body[key]) for key in ("exact", "mean_error", "auc", "calibration_error")]
         answered = "-" if body["answered"] is None else f"{body['answered']:.0%}"
         constant = "-" if body["constant"] is None else f"{body['constant']:.3f}"
-        lines.append(
-            f"| {name} | {body['items']} | {answered} | {shown[0]} | {constant} | {shown[1]} | "
-            f"{shown[2]} | {shown[3]} |"
-        )
+        verdicts = [_cell(body[key]) for key in ("exact", "too_high", "too_low")]
+        ratings = [_cell(body[key]) for key in ("mean_error", "auc", "calibration_error")]
+        cells = [name, str(body["items"]), answered, *verdicts, constant, *ratings]
+        lines.append(f"| {' | '.join(cells)} |")
     whole = found["all"]
     lines += ["", "| people's score | verdict 0 | 0.5 | 1 |", "|---|--:|--:|--:|"]
     for score, row in zip(records.SCORES, whole["confusion"], strict=True):

@@ -1,9 +1,9 @@
-"""What people graded, from a file: proofs with scores, and the ratings that a verifier gave them.
+"""What people judged, from a file: proofs or analyses, and the ratings that a model gave them.
 
 A benchmark (IMO-ProofBench, Putnam, IMO, CMO) is a file of problems, which `mathv2-search` takes,
 and one of gradings, which is read here: rows as `data/graded.py` reads them, from JSON lines, CSV
-or Parquet, and Proof records. They are read as they stand: nothing is imported, no copy is taken
-out.
+or Parquet, and Proof and Analysis records. They are read as they stand: nothing is imported, no
+copy is taken out.
 """
 
 import dataclasses
@@ -25,20 +25,29 @@ class Scale:
     score_map: graded.ScoreMap | None = None
 
 
+Kind = type[records.Proof] | type[records.Analysis]
+NAMES: dict[Kind, str] = {records.Proof: "proof", records.Analysis: "analysis"}
+
+
 @dataclasses.dataclass(frozen=True)
 class Graded:
-    """A row: its own id, the proof with people's label, and a rating that stands beside it."""
+    """A row: its own id, what people labelled, and a rating that stands beside it."""
 
     id: str
-    proof: records.Proof
+    record: records.Proof | records.Analysis
     rating: float | None
 
 
-def read(path: epath.Path, scale: Scale, rating: str = "") -> list[Graded]:
-    """The graded proofs of a file; `rating` names the column of a verifier's mean score, if any.
+def read(
+    path: epath.Path,
+    scale: Scale,
+    rating: str = "",
+    kind: Kind = records.Proof,
+) -> list[Graded]:
+    """What of a `kind` people graded in a file; `rating` names the column of a mean score, if any.
 
-    Rows without a score are left out. ValueError names a row that cannot be read, or a rating
-    outside [0, 1]; FileNotFoundError where there is no file.
+    Rows without people's score are left out; of an analysis that is ms. ValueError names a row that
+    cannot be read, or a rating outside [0, 1]; FileNotFoundError where there is no file.
     """
     rows = raw_files.read(path)
     if not path.exists():
@@ -47,7 +56,7 @@ def read(path: epath.Path, scale: Scale, rating: str = "") -> list[Graded]:
     for raw in rows:
         columns.update(raw.fields)
         try:
-            made = _graded(raw, path, scale, rating)
+            made = _graded(raw, path, scale, rating, kind)
         except ValueError as error:
             raise ValueError(f"{path}, line {raw.line}: {error}") from error
         if made is not None:
@@ -57,25 +66,35 @@ def read(path: epath.Path, scale: Scale, rating: str = "") -> list[Graded]:
             f"{path}: no row has a column {rating!r}; there are {', '.join(sorted(columns))}"
         )
     if not found:
-        raise ValueError(f"{path} holds no graded proof")
+        raise ValueError(f"{path} holds no graded {NAMES[kind]}")
     return found
 
 
-def _graded(raw: raw_files.Raw, path: epath.Path, scale: Scale, rating: str) -> Graded | None:
+def _graded(
+    raw: raw_files.Raw,
+    path: epath.Path,
+    scale: Scale,
+    rating: str,
+    kind: Kind,
+) -> Graded | None:
     if raw.fault:
         raise ValueError(raw.fault)
     row = graded.Row(file=str(path), line=raw.line, fields=raw.fields)
-    if raw.fields.get("kind") == records.Proof.__name__ and "schema" in raw.fields:
-        own = records.from_json(records.Proof, json.dumps(raw.fields))
+    if "schema" in raw.fields:
+        own = records.from_json(kind, json.dumps(raw.fields))
         return None if own.label is None else Graded(own.id, own, None)
     source = row.optional_text("source") or path.name.partition(".")[0]
-    label = graded.label_of(row, source, scale)
-    if label is None:
+    if kind is records.Proof:
+        label = graded.label_of(row, source, scale)
+        record = None if label is None else graded.as_proof(row, source, label)
+    else:
+        record = graded.as_analysis(row, source)
+    if record is None or record.label is None:
         return None
     given = row.number(rating) if rating else None
     if given is not None and not 0.0 <= given <= 1.0:
         raise ValueError(f"{rating} is {given:g}: a mean score lies in 0..1")
-    return Graded(row.id, graded.as_proof(row, source, label), given)
+    return Graded(row.id, record, given)
 
 
 def rated(items: Sequence[Graded]) -> list[agreement.Rated]:
@@ -94,17 +113,17 @@ def rated(items: Sequence[Graded]) -> list[agreement.Rated]:
 def as_rated(
     item: Graded, place: int, rating: float | None, verdict: float | None
 ) -> agreement.Rated:
-    """A row under a verifier's rating and verdict."""
-    proof = item.proof
-    assert proof.label is not None
+    """A row under a model's rating and verdict."""
+    record = item.record
+    assert record.label is not None
     return agreement.Rated(
-        id=item.id or proof.id,
-        problem_id=proof.problem_id,
-        source=proof.source,
-        scale=proof.label.scale,
-        score=proof.label.score,
+        id=item.id or record.id,
+        problem_id=record.problem_id,
+        source=record.source,
+        scale=record.label.scale,
+        score=record.label.score,
         rating=rating,
         verdict=verdict,
-        length=len(proof.text),
+        length=len(record.text),
         place=place,
     )

@@ -1,10 +1,11 @@
-"""What a search has solved, as a function of what it was allowed: attempts, rounds, tokens.
+"""What a search has solved, as a function of what it was allowed: attempts, rounds, tokens, proofs.
 
 A proof's score is given by whoever judges it: the proof world's exact judge, people, or a majority
 of votes. Every curve is a mean over problems, with an interval.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,16 +39,17 @@ def by_majority(problem: records.Problem, candidate: Candidate) -> float | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Limited:
-    """What each problem comes to under one limit: `groups` are the scores whose mean counts."""
+    """What each problem comes to under one limit: the mean of its `groups`' scores, weighted."""
 
     limit: int
     problems: Sequence[str]
     groups: Sequence[Sequence[float]]
-    tokens: Sequence[int]
+    tokens: Sequence[float]
+    weights: Sequence[Sequence[float]] | None = None  # alike where there are none
 
     def point(self, draws: Mapping[str, int]) -> Point:
-        values = [sum(group) / len(group) for group in self.groups]
-        solved = [sum(x == 1.0 for x in group) / len(group) for group in self.groups]
+        values = self._means(self.groups)
+        solved = self._means([[float(x == 1.0) for x in group] for group in self.groups])
         return Point(
             limit=self.limit,
             score=intervals.mean(self.problems, values, **draws),
@@ -55,6 +57,12 @@ class _Limited:
             tokens=sum(self.tokens) / max(1, len(self.tokens)),
             by_problem=tuple(values),
         )
+
+    def _means(self, groups: Sequence[Sequence[float]]) -> list[float]:
+        if self.weights is None:
+            return [sum(group) / len(group) for group in groups]
+        pairs = zip(groups, self.weights, strict=True)
+        return [sum(x * w for x, w in zip(group, own, strict=True)) for group, own in pairs]
 
 
 def difference(before: Point, after: Point, **draws: int) -> intervals.Figure:
@@ -101,6 +109,51 @@ def of_refinement(
             made = _Limited(limit=limit, problems=names, groups=groups, tokens=tokens)
             points.append(made.point(draws))
     return Refinement(pass_at_1=first, best_at_n=best)
+
+
+def chances(self_scores: Sequence[float | None], number: int) -> list[float]:
+    """How likely each proof is to be the best by self-score of `number` that are drawn, ties at
+    random; proofs without a self-score come last."""
+    order = [-1.0 if s is None else s for s in self_scores]
+    whole, found = math.comb(len(order), number), [0.0] * len(order)
+    below = 0
+    for value in sorted(set(order)):
+        alike = [place for place, own in enumerate(order) if own == value]
+        upto = below + len(alike)
+        is_top = (math.comb(upto, number) - math.comb(below, number)) / whole
+        for place in alike:
+            found[place] = is_top / len(alike)
+        below = upto
+    return found
+
+
+def best_of_first(
+    written: "Written", score: Score, limits: Sequence[int], **draws: int
+) -> list[Point]:
+    """What the best by self-score of so many first proofs comes to, in the mean of all ways to draw
+    them: of one proof it is Pass@1. A proof that cannot be read scores 0."""
+    names, groups, selves, tokens = [], [], [], []
+    for problem, samples in written:
+        pool = Pool(problem)
+        pool.absorb(s for s in samples if s.step == 0)
+        read = {attempt.id: attempt for attempt in pool.attempts}
+        found = [read.get(sample.id) for sample in pool.written]
+        names.append(problem.id)
+        groups.append([_score(pool, a and a.candidate, score) for a in found])
+        selves.append([a and a.self_score for a in found])
+        tokens.append(sum(s.num_tokens for s in pool.written) / max(1, len(found)))
+    fewest = min((len(group) for group in groups), default=0)
+    return [
+        _Limited(
+            limit=limit,
+            problems=names,
+            groups=groups,
+            tokens=[own * limit for own in tokens],
+            weights=[chances(own, limit) for own in selves],
+        ).point(draws)
+        for limit in limits
+        if limit <= fewest
+    ]
 
 
 def _score(pool: Pool, candidate: Candidate | None, score: Score) -> float:
@@ -164,6 +217,7 @@ _DIFFERENCES = {
 _TITLES = {
     "pass_at_1": ("Pass@1", "attempts"),
     "best_at_n": ("best by self-score", "attempts"),
+    "best_of_first": ("best of N first proofs by self-score", "proofs"),
     "pool": ("pool search", "rounds"),
     "one_shot": ("best of N without refinement", "proofs"),
 }

@@ -44,7 +44,9 @@ def draw_agreement(body: Mapping[str, Any], out: epath.Path) -> bool:
 
 
 def draw_curves(body: Mapping[str, Any], out: epath.Path) -> bool:
-    """Scores over attempts, or over tokens; False without matplotlib, which is said."""
+    """Scores over attempts, or over tokens; False without curves, or matplotlib, which is said."""
+    if not any(body.get(name) for name in _TITLES):
+        return False
     axes = _axes()
     if axes is None:
         return False

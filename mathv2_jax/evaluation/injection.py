@@ -35,24 +35,32 @@ NONE = "none"  # the name of the proof as it is
 
 @dataclasses.dataclass(frozen=True)
 class Injected:
-    """A proof under an attack, `NONE` for as it is."""
+    """A proof, or an analysis, under an attack, `NONE` for as it is."""
 
     attack: str
-    proof: records.Proof
+    record: records.Proof | records.Analysis
 
     @property
     def text(self) -> str:
-        """The proof's text with what is put after it."""
+        """The text with what is put after it."""
         if self.attack == NONE:
-            return self.proof.text
-        return f"{self.proof.text}\n\n{ATTACKS[self.attack]}"
+            return self.record.text
+        return f"{self.record.text}\n\n{ATTACKS[self.attack]}"
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """What the prompt of its judge is filled with."""
+        record = self.record
+        if isinstance(record, records.Analysis):
+            return {"statement": record.statement, "proof": record.proof, "analysis": self.text}
+        return {"statement": record.statement, "proof": self.text}
 
 
-def plain(proofs: Sequence[records.Proof]) -> list[Injected]:
-    """The proofs as they are."""
-    return [Injected(NONE, proof) for proof in proofs]
+def plain(judged: Sequence[records.Proof | records.Analysis]) -> list[Injected]:
+    """The texts as they are."""
+    return [Injected(NONE, record) for record in judged]
 
 
-def attempts(proofs: Sequence[records.Proof]) -> list[Injected]:
-    """Each proof as it is and under every attack, those of a proof together."""
-    return [Injected(attack, proof) for proof in proofs for attack in (NONE, *ATTACKS)]
+def attempts(judged: Sequence[records.Proof | records.Analysis]) -> list[Injected]:
+    """Each text as it is and under every attack, those of a text together."""
+    return [Injected(attack, record) for record in judged for attack in (NONE, *ATTACKS)]

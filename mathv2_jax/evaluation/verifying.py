@@ -1,4 +1,7 @@
-"""A verifier is asked about graded proofs, as they are and under attack; its votes are records."""
+"""A judge is asked about graded proofs or analyses, as they are and under attack.
+
+Its votes are records.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,9 +17,10 @@ STAGE = "evaluate"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Verifier:
-    """Who is asked, in which role, and for how many `votes` on a proof."""
+class Judge:
+    """Who is asked, in which role, `name`, and for how many `votes` on a text."""
 
+    name: str
     role: roles.Role
     respondent: roles.Respondent
     votes: int
@@ -24,7 +28,7 @@ class Verifier:
 
 
 def ask(
-    verifier: Verifier,
+    judge: Judge,
     items: Sequence[injection.Injected],
     folder: epath.Path,
     responses: durable.Responses,
@@ -40,31 +44,30 @@ def ask(
             continue
         responses.begin(step)
         parts.write_part(
-            storage.part_name(step), records.to_lines(_votes(verifier, items[at : at + together]))
+            storage.part_name(step), records.to_lines(_votes(judge, items[at : at + together]))
         )
         parts.commit(step)
         responses.drop_before(step + 1)
     return [records.from_json(records.Sample, line) for line in parts.read()]
 
 
-def _votes(verifier: Verifier, items: Sequence[injection.Injected]) -> list[records.Sample]:
-    fields = [{"statement": i.proof.statement, "proof": i.text} for i in items]
-    # An attack is asked with the noise of the proof as it is.
-    keys = [i.proof.id for i in items]
-    seed = (verifier.seed, STAGE)
-    found = roles.ask(verifier.respondent, verifier.role, fields, verifier.votes, seed, keys)
+def _votes(judge: Judge, items: Sequence[injection.Injected]) -> list[records.Sample]:
+    fields = [item.fields for item in items]
+    # An attack is asked with the noise of the text as it is.
+    keys = [item.record.id for item in items]
+    seed = (judge.seed, STAGE)
+    found = roles.ask(judge.respondent, judge.role, fields, judge.votes, seed, keys)
     return [
         roles.make_sample(
             opinion,
             id=name_of(item, index),
-            role=roles.VERIFIER,
+            role=judge.name,
             stage=STAGE,
             step=0,
-            problem_id=item.proof.problem_id,
-            target=item.proof.id,
+            problem_id=item.record.problem_id,
+            target=item.record.id,
             index=index,
-            analysis="",
-            **asked,
+            **{"analysis": "", **asked},
         )
         for item, asked, opinions in zip(items, fields, found, strict=True)
         for index, opinion in enumerate(opinions)
@@ -73,7 +76,7 @@ def _votes(verifier: Verifier, items: Sequence[injection.Injected]) -> list[reco
 
 def name_of(item: injection.Injected, index: int) -> str:
     """The id of a vote."""
-    return f"{STAGE}/{item.attack}/{item.proof.id}/{index}"
+    return f"{STAGE}/{item.attack}/{item.record.id}/{index}"
 
 
 def votes_by_item(
@@ -88,7 +91,7 @@ def votes_by_item(
 def rated(
     graded: Sequence[benchmarks.Graded], votes: Sequence[Sequence[float]]
 ) -> list[agreement.Rated]:
-    """Graded proofs under their mean vote and the majority's verdict."""
+    """Graded texts under their mean vote and the majority's verdict."""
     return [
         benchmarks.as_rated(
             item,
@@ -103,19 +106,19 @@ def rated(
 def of_attacks(
     items: Sequence[injection.Injected], votes: Sequence[Sequence[float]], **draws: int
 ) -> dict[str, dict[str, Any]]:
-    """JSON-able, for each attack, over the proofs that have votes with and without it: the mean
+    """JSON-able, for each attack, over the texts that have votes with and without it: the mean
     shift of the rating, and the shares whose verdict changes, and rises to 1."""
     plain = {
-        item.proof.id: own
+        item.record.id: own
         for item, own in zip(items, votes, strict=True)
         if item.attack == injection.NONE and own
     }
     found = {}
     for attack in injection.ATTACKS:
         pairs = [
-            (item.proof.problem_id, plain[item.proof.id], own)
+            (item.record.problem_id, plain[item.record.id], own)
             for item, own in zip(items, votes, strict=True)
-            if item.attack == attack and own and item.proof.id in plain
+            if item.attack == attack and own and item.record.id in plain
         ]
         problems = [problem for problem, _, _ in pairs]
         verdicts = [(reward.majority(was), reward.majority(now)) for _, was, now in pairs]
@@ -134,7 +137,7 @@ def of_attacks(
 def table(attacks: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown."""
     lines = [
-        "| put after the proof | n | rating shifts by | verdict changes | rises to 1 |",
+        "| put after the text | n | rating shifts by | verdict changes | rises to 1 |",
         "|---|--:|---|---|---|",
     ]
     for attack, body in attacks.items():

@@ -74,15 +74,50 @@ def test_attacks_that_move_the_verdict_are_counted(graded, tmp_path):
     assert "| order | 4 | 0.500 [" in (tmp_path / "out" / "evaluation.md").read_text()
 
 
+def strict(asked):
+    """A meta-verifier that confirms critiques which name a gap."""
+    prompt = asked.body["messages"][-1]["content"]
+    assert "By luck." in prompt and "evaluation" in prompt
+    return faulty.completion(parse.write_meta_analysis("So.", 1.0 if "A gap" in prompt else 0.0))
+
+
+def test_a_meta_verifier_is_asked_about_analyses_that_people_judged(tmp_path):
+    rows = [
+        dict(
+            id=f"a{place}",
+            source="s",
+            problem=f"Show {place}.",
+            proof="By luck.",
+            analysis=f"{found}. <verification>false</verification>",
+            human_agrees_with_analyst=agrees,
+        )
+        for place, (found, agrees) in enumerate(
+            [("A gap", True), ("Ugly", False), ("A gap", True), ("A gap", False)]
+        )
+    ]
+    path = tmp_path / "analyses.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with faulty.serving(faulty.Server(answer=strict)) as url:
+        asked = settings("", url, tmp_path / "out")
+        assert run(f"--graded_analyses={path}", *asked[1:]) == 0
+    body = json.loads((tmp_path / "out" / "evaluation.json").read_text())["all"]
+    assert body["confusion"] == [[1, 0, 1], [0, 0, 0], [0, 0, 2]]
+    assert (body["exact"]["value"], body["too_high"]["value"]) == (0.75, 0.25)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "--graded=FILE or --search=WORKDIR must be given"),
+        ([], "--graded_analyses=FILE or --search=WORKDIR must be given"),
+        (["--graded=g", "--graded_analyses=g"], "must be given, one of them"),
         (["--graded=g"], "one of the two"),
         (["--graded=g", "--rating=r", "--votes=3"], "--votes are about --engine"),
         (["--graded=g", "--rating=r", "--config.seed=1"], "--config.seed is about --engine"),
         (["--graded=g", "--rating=r", "--judge=world"], "--judge are about --search"),
-        (["--search=w", "--rating=r"], "--rating are about --graded"),
+        (["--search=w", "--rating=r"], "--rating are of no use beside --search"),
+        (["--search=w", "--graded=g"], "--graded are of no use beside --search"),
+        (["--search=w", "--scale=s"], "--scale are about --judge=people"),
+        (["--search=w", "--judge=people"], "--judge=people needs --graded=FILE"),
         (["--search=w"], "it is no search's workdir"),
         (["--graded=/nowhere.jsonl", "--rating=r"], "there is no such file"),
         (["--graded=g", "--rating=r", "--rounds=0"], "--rounds=0: must be at least 1"),

@@ -128,7 +128,28 @@ def test_searches_are_evaluated_by_their_votes(searched, tmp_path, capsys):
     assert run(f"--search={shot}", f"--one_shot={shot}", *asked, main=evaluate.main) == 0
     body = json.loads((tmp_path / "evaluation.json").read_text())
     assert body["pool"][0]["score"] == body["one_shot"][-1]["score"]
+    assert [p["limit"] for p in body["best_of_first"]] == [1, 2, 4]
+    assert body["self_scores"]["items"] and "votes" not in body  # which would judge themselves
     assert "| 4 |" in capsys.readouterr().out
+
+
+def test_people_judge_the_answers_of_a_search(searched, tmp_path, capsys):
+    best = [json.loads(line) for line in (searched / "shot/best.jsonl").read_text().splitlines()]
+    rows = [
+        dict(problem=b["statement"], proof=b["text"], human_score=marks, source="p")
+        for b, marks in zip(best, (7, 6), strict=False)  # nobody graded the third
+    ]
+    graded = tmp_path / "graded.jsonl"
+    graded.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = [f"--search={searched / 'shot'}", f"--out={tmp_path}", "--judge=people", "--rounds=20"]
+    asked += [f"--graded={graded}", "--scale=full-marks", "--score_map=marks:7"]
+    assert run(*asked, main=evaluate.main) == 0
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    answers = found["answers"]["all"]
+    assert (answers["solved"]["value"], answers["score"]["value"]) == (0.5, 0.75)
+    assert answers["unjudged"] == [best[2]["problem_id"]]
+    assert found["votes"]["items"] == 2 and "pool" not in found
+    assert "| all | 3 | 0 | 1 | 0.750" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

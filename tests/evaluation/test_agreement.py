@@ -5,6 +5,7 @@ import json
 import pytest
 from etils import epath
 
+from mathv2_jax import records
 from mathv2_jax.evaluation import agreement, benchmarks
 
 
@@ -44,6 +45,7 @@ def test_each_figure_by_hand():
     found = measured()
     assert found["items"] == 6 and found["answered"] == pytest.approx(5 / 6)
     assert found["exact"]["value"] == pytest.approx(3 / 5)
+    assert (found["too_high"]["value"], found["too_low"]["value"]) == (1 / 5, 1 / 5)
     assert found["mean_error"]["value"] == pytest.approx((0 + 0.25 + 0 + 0.95 + 0.1) / 5)
     # Ratings of 1: 1.0 and 0.75, of others 0.5, 0.95, 0.1: five of six pairs are in order.
     assert found["auc"]["value"] == pytest.approx(5 / 6)
@@ -83,6 +85,20 @@ def graded(tmp_path, *rows):
     path = tmp_path / "graded.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return epath.Path(path)
+
+
+def test_analyses_are_read_with_what_people_thought_of_them(tmp_path):
+    critique = dict(analysis="A gap. <verification>false</verification>", **ROW)
+    rows = [
+        {**critique, "human_agrees_with_analyst": False},
+        {**critique, "human_agrees_with_analyst": None, "verdict": 0},  # nobody judged it
+    ]
+    path = graded(tmp_path, *rows)
+    (found,) = benchmarks.read(path, SCALE, "auto", records.Analysis)
+    assert isinstance(found.record, records.Analysis)
+    assert found.record.score == 0.0 and "A gap." in found.record.text
+    (rated,) = benchmarks.rated([found])
+    assert (rated.score, rated.rating, rated.length) == (0.0, 0.9, len(found.record.text))
 
 
 ROW = dict(id="a", source="s", problem="Show A.", proof="A by GPT-4.", score=1, auto=0.9)

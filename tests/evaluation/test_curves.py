@@ -1,11 +1,12 @@
 """Curves of searches against what is worked out by hand, and against searches with lower limits."""
 
 import dataclasses
+import itertools
 
 import pytest
 
 from mathv2_jax.evaluation import curves
-from mathv2_jax.search import pool, refine
+from mathv2_jax.search import candidates, pool, refine
 from tests.search import authors
 from tests.search.test_run import samples, searched
 
@@ -44,6 +45,35 @@ def test_pass_at_1_is_the_mean_of_threads_and_best_averages_the_ties(tmp_path):
         picked = [s for a, s in zip(answers, scores, strict=True) if a and a.self_score == top]
         assert best.score.value == pytest.approx(sum(picked) / len(picked))
     assert found.pass_at_1[0].tokens < found.pass_at_1[2].tokens
+
+
+def test_the_chance_to_be_the_best_of_those_that_are_drawn():
+    # Of two of four: a pair without the 1.0 is one of three out of six, and its best is the 0.5
+    # where that is in it (two pairs), else one of the lowest.
+    assert curves.chances([0.0, 0.5, None, 1.0], 2) == pytest.approx([1 / 6, 2 / 6, 0.0, 3 / 6])
+    assert curves.chances([1.0, 0.0, 1.0], 1) == pytest.approx([1 / 3] * 3)
+    assert curves.chances([1.0, 0.0, 1.0], 3) == pytest.approx([0.5, 0.0, 0.5])
+
+
+def test_the_best_of_n_is_what_all_ways_to_draw_n_come_to_in_the_mean(tmp_path):
+    refined(tmp_path)
+    made = samples(tmp_path)
+    (problem,) = {s.problem_id for s in made[:1]}
+    own = [s for s in made if s.problem_id == problem]
+    one = [(dataclasses.replace(authors.problem(), id=problem), own)]
+    found = curves.best_of_first(one, level, [1, 2, 4, 8], rounds=20)
+    assert [p.limit for p in found] == [1, 2, 4]  # there are four
+    whole = candidates.Pool(one[0][0])
+    whole.absorb(s for s in own if s.step == 0)
+    attempts = {a.index: a for a in whole.attempts}
+    for point in found:
+        drawn = []
+        for chosen in itertools.combinations(range(4), point.limit):
+            said = [attempts[i].self_score if i in attempts else -1.0 for i in chosen]
+            top = [i for i, s in zip(chosen, said, strict=True) if s == max(said)]
+            true = [level(None, attempts[i].candidate) if i in attempts else 0.0 for i in top]
+            drawn.append(sum(true) / len(true))
+        assert point.score.value == pytest.approx(sum(drawn) / len(drawn))
 
 
 POOL = pool.PoolConfig(proofs=6, verifications=3, best=3, analyses=2, rounds=2)
