@@ -98,6 +98,11 @@ REFINER = "refiner"  # a generator that is shown an earlier attempt
 NAMES = (GENERATOR, VERIFIER, META_VERIFIER)
 
 
+def known_as(name: str) -> str:
+    """A role's name in settings and records, where a refiner is a generator."""
+    return GENERATOR if name == REFINER else name
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Roles:
     """The three roles of a run, and the generator's with an earlier attempt in its prompt."""

@@ -142,7 +142,7 @@ def to_samples(stage: str, step: int, groups: Mapping[int, Group]) -> list[recor
             sample = roles.make_sample(
                 answered.opinion,
                 id=name,
-                role=task.role.name,
+                role=roles.known_as(task.role.name),
                 stage=stage,
                 step=step,
                 problem_id=task.problem_id,
@@ -156,6 +156,7 @@ def to_samples(stage: str, step: int, groups: Mapping[int, Group]) -> list[recor
                 rewards=dict(scored.components or {}),
                 votes=tuple(roles.votes(scored.verifier)),
                 meta_votes=tuple(roles.votes(scored.meta)),
+                parents=task.parents,
             )
             found += [sample, *_judgements(sample, answered, scored)]
     return found

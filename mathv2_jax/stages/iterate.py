@@ -35,6 +35,7 @@ _RUNNERS = {kind: runner for kind, runner in KINDS.values()}
 VARIABLES = "variables"
 REWARDED = "responses with rewards"
 GENERATED = "a generator's proofs"
+ATTEMPTS = "proofs with analyses"
 LABELLED = "labelled proofs"
 UNDECIDED = "undecided proofs"
 PROBED = "a probe's scores"
@@ -47,6 +48,7 @@ _NEEDED = {
     "generator": VARIABLES,
     "samples_from": REWARDED,
     "proofs_from": GENERATED,
+    "attempts_from": ATTEMPTS,
     "undecided_from": UNDECIDED,
     "proofs": LABELLED,
     "predecessor": PROBED,
@@ -59,12 +61,13 @@ def leaves(stage: Stage) -> set[str]:
     """What later stages may take from a stage."""
     match stage:
         case rl.RlStage():
-            generates = roles.GENERATOR in stage.mixture
-            return {VARIABLES, REWARDED, *([GENERATED] if generates else [])}
+            shows = stage.generates or roles.VERIFIER in stage.mixture
+            written = [*([GENERATED] if stage.generates else []), *([ATTEMPTS] if shows else [])]
+            return {VARIABLES, REWARDED, *written}
         case sft.SftStage() | rejection.RejectionStage():
             return {VARIABLES}
         case autolabel.AutolabelStage():
-            return {LABELLED, UNDECIDED}
+            return {LABELLED, UNDECIDED, ATTEMPTS}
         case experts.ExpertsStage():
             return {LABELLED}
         case probe.ProbeStage():

@@ -51,8 +51,12 @@ def best_responses(run: run_lib.Run, stage: RejectionStage) -> list[records.Demo
                 groups.setdefault((sample.step, sample.id.rsplit("/", 1)[0]), []).append(sample)
         for group in groups.values():
             best = sorted(group, key=lambda sample: -sample.rewards["total"])[: stage.per_group]
-            chosen += [_demonstration(run.roles.named(sample.role), sample) for sample in best]
+            chosen += [_demonstration(_role(run, sample), sample) for sample in best]
     return chosen
+
+
+def _role(run: run_lib.Run, sample: records.Sample) -> roles.Role:
+    return run.roles.refiner if sample.parents else run.roles.named(sample.role)
 
 
 def _demonstration(role: roles.Role, sample: records.Sample) -> records.Demonstration:

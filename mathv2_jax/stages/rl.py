@@ -204,7 +204,7 @@ def require_trainable(stage: RlStage, sampling: Mapping[str, roles.Sampling]) ->
     ValueError where its roles differ in it, sample greedily, or truncate: the trainer's
     log-probabilities would not be the sampler's.
     """
-    settings = {name: sampling[name] for name in stage.mixture}
+    settings = {name: sampling[name] for name in map(roles.known_as, stage.mixture)}
     temperatures = sorted({s.temperature for s in settings.values()})
     if len(temperatures) != 1 or temperatures[0] <= 0.0:
         raise ValueError(
@@ -228,7 +228,7 @@ def make_scores(
     if stage.judge is None:
         return dict.fromkeys(run.policy.engines, scoring.label_scorer(mask_length=mask_length))
     config, weights = stage.rl.judge, stage.rl.weights
-    if roles.GENERATOR in stage.mixture:
+    if stage.generates:
         make = functools.partial(scoring.generator_scorer, weights=weights)
     else:
         make = scoring.meta_scorer

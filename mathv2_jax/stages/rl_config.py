@@ -142,9 +142,11 @@ class RlStage:
     decides which tasks are drawn.
 
     `judge` names the stage whose variables judge: with verifier tasks it turns R_meta on, with
-    generator tasks it is the frozen verifier. `proofs` names what D_v is made of: the input file
-    and any auto-labelling stages; `fresh_share` is the weight of the latter in it. Those that hold
-    no labelled proof leave their weight to the others.
+    generator tasks it is the frozen verifier. A generator that is shown an earlier attempt is the
+    role `refiner` (ours); `attempts_from` names the stages whose attempts and analyses that report
+    issues it is shown; where they hold none, the others have its weight. `proofs` names what D_v is
+    made of: the input file and any auto-labelling stages; `fresh_share` is the weight of the latter
+    in it. Those that hold no labelled proof leave their weight to the others.
     """
 
     name: str
@@ -153,6 +155,7 @@ class RlStage:
     judge: str | None = None
     proofs: tuple[str, ...] = (INPUT_PROOFS,)
     fresh_share: float = 0.5
+    attempts_from: tuple[str, ...] = ()
     data: DataConfig = DataConfig()
     rl: RlConfig
 
@@ -168,16 +171,28 @@ class RlStage:
                     f"stage {self.name}: data.schedule weighs {dict(change.mixture)}: a role that "
                     "comes later stands in the mixture from the start, with weight 0"
                 )
-        if roles.GENERATOR in self.mixture and self.judge is None:
+        if self.generates and self.judge is None:
             raise ValueError(f"stage {self.name}: a generator needs a judge, name its stage")
-        if roles.GENERATOR in self.mixture and len(self.mixture) > 1:
+        if self.generates and set(self.mixture) - {roles.GENERATOR, roles.REFINER}:
             raise ValueError(f"stage {self.name}: a generator trains alone, against a frozen judge")
+        if (roles.REFINER in self.mixture) != bool(self.attempts_from):
+            raise ValueError(
+                f"stage {self.name}: mixture {dict(self.mixture)}, attempts_from = "
+                f"{self.attempts_from}: a refiner is shown attempts of the stages that "
+                "attempts_from names; give both or neither"
+            )
+
+    @property
+    def generates(self) -> bool:
+        """Whether the policy writes proofs."""
+        return bool({roles.GENERATOR, roles.REFINER} & set(self.mixture))
 
     def _check_weights(self, mixture: Mapping[str, float], fresh_share: float) -> None:
-        unknown = sorted(set(mixture) - set(roles.NAMES))
+        known = (*roles.NAMES, roles.REFINER)
+        unknown = sorted(set(mixture) - set(known))
         if unknown or not mixture:
             raise ValueError(
-                f"stage {self.name}: mixture {dict(mixture)} must weigh some of {roles.NAMES}"
+                f"stage {self.name}: mixture {dict(mixture)} must weigh some of {known}"
             )
         weights = mixture.values()
         if not all(0.0 <= w < math.inf for w in weights) or not any(weights):

@@ -12,7 +12,7 @@ from absl import logging
 
 from mathv2_jax import processes, records, roles, storage
 from mathv2_jax.data import mixture, table
-from mathv2_jax.stages import rl_config, steps
+from mathv2_jax.stages import attempts, rl_config, steps
 from mathv2_jax.stages import run as run_lib
 from mathv2_jax.stages import tasks as tasks_lib
 from mathv2_jax.stages.rl_config import RlStage
@@ -61,6 +61,14 @@ def _sources(
         if name == roles.VERIFIER:
             for source, (proofs, places) in _labelled_proofs(run, stage).items():
                 found[f"{name}:{source}"] = role, proofs, places
+            continue
+        if name == roles.REFINER:
+            shown = attempts.with_issues(run, stage.attempts_from)
+            if shown:
+                found[name] = role, shown, np.arange(len(shown))
+            else:
+                names = ", ".join(stage.attempts_from)
+                logging.warning("%s: no analysis of %s reports an issue", stage.name, names)
             continue
         kind = records.Problem if name == roles.GENERATOR else records.Analysis
         items = run.input("problems" if name == roles.GENERATOR else "analyses", kind)
@@ -163,11 +171,12 @@ def _counted(
 def _weights(
     sources: Collection[str], by_role: Mapping[str, float], fresh_share: float
 ) -> dict[str, float]:
-    """Of the sources that there are; D_v's share its role's weight."""
+    """Of the sources that there are; those of D_v share their role's weight."""
     found = {}
     for name, weight in by_role.items():
         if name != roles.VERIFIER:
-            found[name] = weight
+            if name in sources:
+                found[name] = weight
             continue
         left = [key.partition(":")[2] for key in sources if key.startswith(f"{name}:")]
         for source, share in proof_shares(left, fresh_share).items():

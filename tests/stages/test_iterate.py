@@ -87,6 +87,10 @@ def changed(which, **fields):
         (changed("labels", proofs_from="judge"), "this field takes a generator's proofs"),
         (changed("again", samples_from=("gen", "cold")), "takes responses with rewards"),
         (
+            changed("gen", mixture={"refiner": 1.0}, attempts_from=("cold",)),
+            "stage.gen.attempts_from = 'cold': it leaves variables; this field takes proofs with",
+        ),
+        (
             changed("next", proofs=("proofs", "gen")),
             "before it ['proofs', 'labels', 'graded'] leave labelled",
         ),
@@ -101,6 +105,7 @@ def changed(which, **fields):
 def test_a_stage_takes_what_stages_before_it_leave_and_a_reward_is_probed_first(stages, complaint):
     iterate.check_stages(RECIPE)
     iterate.check_stages(changed("drift", predecessor="none"))
+    iterate.check_stages(changed("gen", mixture={"refiner": 1.0}, attempts_from=("judge",)))
     with pytest.raises(ValueError, match=re.escape(complaint)):
         iterate.check_stages(stages)
 
