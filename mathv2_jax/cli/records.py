@@ -1,6 +1,6 @@
 """mathv2-records: records in and out, and where they come from.
 
-Import files (.jsonl, .csv, .parquet, .array_record) into a folder of records:
+Import files (.json, .jsonl, .csv, .parquet, .array_record) into a folder of records:
 
 mathv2-records --from=FILE [--from=FILE ...] --records=DIR [--field=OURS=THEIRS ...] [--kind=auto]
                [--source=NAME] [--scale=NAME] [--score_map=marks:7] [--evaluation | --withdraw]

@@ -1,4 +1,4 @@
-"""Files of others, row by row: JSON lines, CSV, Parquet and ArrayRecord.
+"""Files of others, row by row: JSON, JSON lines, CSV, Parquet and ArrayRecord.
 
 A row is a mapping from names to values, or the reason why it is none. Rows are counted from 1: the
 lines of JSON lines, the records of the other formats (a CSV file's header is no record).
@@ -29,7 +29,7 @@ class Raw(NamedTuple):
 
 
 def read(path: epath.Path) -> Iterator[Raw]:
-    """The rows of a file, by its name's ending: .jsonl, .csv, .parquet or .array_record.
+    """The rows of a file, by its name's ending: .json, .jsonl, .csv, .parquet or .array_record.
 
     Empty lines are no rows. ValueError where the file as a whole cannot be read, or its ending is
     another.
@@ -48,9 +48,25 @@ def _json_row(number: int, data: bytes) -> Raw:
         body = storage.parse_json(data.decode("utf-8"))
     except ValueError as error:
         return Raw(number, {}, f"no JSON: {error}")
+    return _as_row(number, body)
+
+
+def _as_row(number: int, body: Any) -> Raw:
     if not isinstance(body, dict):
         return Raw(number, {}, f"a row is a JSON object, this is a {type(body).__name__}")
     return Raw(number, body)
+
+
+def _json(path: epath.Path) -> Iterator[Raw]:
+    """The objects of a list."""
+    data = storage.read_bytes(path).removeprefix(codecs.BOM_UTF8)
+    try:
+        body = storage.parse_json(data.decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}; JSON lines end in .jsonl") from error
+    if not isinstance(body, list):
+        raise ValueError(f"{path} holds a JSON {type(body).__name__}, rows stand in a list")
+    yield from (_as_row(number, item) for number, item in enumerate(body, start=1))
 
 
 def _json_lines(path: epath.Path) -> Iterator[Raw]:
@@ -128,6 +144,7 @@ def _array_record(path: epath.Path) -> Iterator[Raw]:
 
 
 _READERS: Mapping[str, Callable[[epath.Path], Iterator[Raw]]] = {
+    ".json": _json,
     ".jsonl": _json_lines,
     ".csv": _csv,
     ".parquet": _parquet,

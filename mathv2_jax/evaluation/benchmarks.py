@@ -1,9 +1,9 @@
 """What people judged, from a file: proofs or analyses, and the ratings that a model gave them.
 
 A benchmark (IMO-ProofBench, Putnam, IMO, CMO) is a file of problems, which `mathv2-search` takes,
-and one of gradings, which is read here: rows as `data/graded.py` reads them, from JSON lines, CSV
-or Parquet, and Proof and Analysis records. They are read as they stand: nothing is imported, no
-copy is taken out.
+and one of gradings, which is read here: rows as `data/graded.py` reads them, under our names or
+benchmarks' own (`data/benchmark_columns.py`), and Proof and Analysis records. They are read as they
+stand: nothing is imported, no copy is taken out.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from mathv2_jax import records
-from mathv2_jax.data import graded, raw_files
+from mathv2_jax.data import benchmark_columns, graded, raw_files
 from mathv2_jax.evaluation import agreement
 
 
@@ -79,7 +79,8 @@ def _graded(
 ) -> Graded | None:
     if raw.fault:
         raise ValueError(raw.fault)
-    row = graded.Row(file=str(path), line=raw.line, fields=raw.fields)
+    fields = benchmark_columns.by_our_names(raw.fields)
+    row = graded.Row(file=str(path), line=raw.line, fields=fields)
     if "schema" in raw.fields:
         own = records.from_json(kind, json.dumps(raw.fields))
         return None if own.label is None else Graded(own.id, own, None)

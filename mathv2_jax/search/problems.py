@@ -5,14 +5,15 @@ import json
 from etils import epath
 
 from mathv2_jax import records
-from mathv2_jax.data import graded, raw_files
+from mathv2_jax.data import benchmark_columns, graded, raw_files
 
 
 def read(path: epath.Path) -> list[records.Problem]:
-    """The problems of a file of JSON lines, CSV, Parquet or ArrayRecord, in order, each once.
+    """The problems of a file of JSON, JSON lines, CSV, Parquet or ArrayRecord, in order, each once.
 
-    A row is a Problem record, or has the field `problem` (`statement` and `question` will do) and
-    what else `data/graded.py` reads. FileNotFoundError or ValueError names what cannot be read.
+    A row is a Problem record, or has the field `problem`, or what benchmarks call it
+    (`data/benchmark_columns.py`), and what else `data/graded.py` reads. FileNotFoundError or
+    ValueError names what cannot be read.
     """
     found: dict[str, records.Problem] = {}
     rows = raw_files.read(path)
@@ -32,12 +33,9 @@ def read(path: epath.Path) -> list[records.Problem]:
 def _problem(raw: raw_files.Raw, path: epath.Path) -> records.Problem:
     if raw.fault:
         raise ValueError(raw.fault)
-    fields = dict(raw.fields)
+    fields = benchmark_columns.by_our_names(raw.fields)
     if fields.get("kind") == records.Problem.__name__ and "schema" in fields:
-        return records.from_json(records.Problem, json.dumps(fields))
-    for name in ("statement", "question"):
-        if fields.get("problem") is None and fields.get(name) is not None:
-            fields["problem"] = fields[name]
+        return records.from_json(records.Problem, json.dumps(raw.fields))
     row = graded.Row(file=str(path), line=raw.line, fields=fields)
     source = row.optional_text("source") or path.name.partition(".")[0]
     return graded.problems_of(row, source, "", ())[0]

@@ -135,7 +135,7 @@ def test_a_file_that_cannot_be_read_leaves_nothing_behind_of_the_files_before_it
     files = [epath.Path(tmp_path / name) for name in ("a.jsonl", "b.jsonl")]
     with pytest.raises(FileNotFoundError, match=r"b\.jsonl does not exist"):
         importing.import_files(store, files, FULL)
-    with pytest.raises(ValueError, match="ends in one of .jsonl, .csv"):
+    with pytest.raises(ValueError, match="ends in one of .json, .jsonl, .csv"):
         importing.import_files(store, [files[0], epath.Path(tmp_path)], FULL)
     assert not list(store)
 
