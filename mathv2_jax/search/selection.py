@@ -12,7 +12,7 @@ from mathv2_jax.search import candidates as candidates_lib
 Candidate = candidates_lib.Candidate
 Cast = candidates_lib.Cast
 _NEVER = -1.0  # below every mean: what has too few votes to be ranked
-Key = tuple[float, float, int]
+Key = tuple[float, float, int, int]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,13 +54,14 @@ class Voting:
 
 
 def _key(value: float, candidate: Candidate) -> Key:
-    """The order of candidates: by mean vote, then self-score, then who came first."""
-    return value, candidate.self_score, -candidate.place
+    """The order of candidates: by mean vote, then self-score, then the later round, which has been
+    refined further, then who came first."""
+    return value, candidate.self_score, candidate.round, -candidate.place
 
 
 def ranked(pool: Sequence[Candidate], voting: Voting) -> list[Candidate]:
     """The candidates with votes enough, best first: by the mean of the votes cast so far, ties by
-    self-score (the released code's rule), then the one that came first (ours)."""
+    self-score (the released code's rule), then the newest round's, then the first (ours)."""
     counted = [c for c in pool if len(c.votes) >= max(1, voting.min_votes)]
     return sorted(counted, key=lambda c: _key(c.mean or 0.0, c), reverse=True)
 

@@ -29,7 +29,9 @@ class WorldConfig:
     in source_drills). `graded_wrong_end` is `writers.wrong_end` for the proofs of D_v and of the
     probe alone, where set: experts grade careful work, the demonstrations come from everyone. How
     often a writer's verdict is the judge's in the end is what
-    `python tools/writer_agreement.py` prints. Of a generator's demonstrations whose analysis finds
+    `python tools/writer_agreement.py` prints. Of the proofs that are there to be read, by
+    verifiers, experts and tests, the share `careful_share` is by writers who do not slip. Of a
+    generator's demonstrations whose analysis finds
     fault the share `refine_share` are refinements: new proofs, or, in `repair_share` of them, what
     stands before the first fault, mended from there.
     """
@@ -49,6 +51,7 @@ class WorldConfig:
     num_graded_analyses: int = 2_000
     label_error: float = 0.05
     graded_wrong_end: float | None = None
+    careful_share: float = 0.0
     num_probe: int = 300
     num_validation: int = 200
     num_test: int = 1_000
@@ -61,8 +64,9 @@ class WorldConfig:
         for name in ("refine_share", "label_error", "drill_misquoted"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"world.{name} = {getattr(self, name)}: must lie in [0, 1)")
-        if not 0.0 <= self.repair_share <= 1.0:
-            raise ValueError(f"world.repair_share = {self.repair_share}: must lie in [0, 1]")
+        for name in ("repair_share", "careful_share"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"world.{name} = {getattr(self, name)}: must lie in [0, 1]")
         if self.graded_wrong_end is not None:
             try:
                 self.graded_writers()
@@ -138,8 +142,14 @@ class _Author:
                 ),
             )
 
-    def proof(self, problem: problems.WorldProblem, record: records.Problem) -> records.Proof:
-        text = demonstrations.write_proof(self.rng, problem, self.config.writers)
+    def proof(
+        self, problem: problems.WorldProblem, record: records.Problem, *, read: bool = True
+    ) -> records.Proof:
+        """A proof to be read, or else to be imitated."""
+        writers, careful_share = self.config.writers, self.config.careful_share
+        if read and careful_share and self.rng.random() < careful_share:
+            writers = dataclasses.replace(writers, slips=0.0)
+        text = demonstrations.write_proof(self.rng, problem, writers)
         return records.Proof(
             id=records.content_id("proof", record.statement, text),
             problem_id=record.id,
@@ -344,9 +354,10 @@ def make_demonstrations(
     for problem, record in author.stream():
         if len(made) == config.num_demonstrations:
             return made
-        proof = author.proof(problem, record)
+        generates = len(made) % 3 == 0
+        proof = author.proof(problem, record, read=not generates)
         analysis = author.analysis(proof)
-        if len(made) % 3 == 0:
+        if generates:
             made.append(_generation(author, templates, problem, record, proof, analysis))
         elif len(made) % 3 == 1:
             user = prompts.fill(templates.verifier, statement=proof.statement, proof=proof.text)
@@ -404,7 +415,7 @@ def _generation(
     user = prompts.fill(
         templates.refine, statement=record.statement, proof=proof.text, analysis=analysis.text
     )
-    better = author.proof(problem, record)
+    better = author.proof(problem, record, read=False)
     if author.config.repair_share and author.rng.random() < author.config.repair_share:
         better = author.repair(problem, proof, analysis)
     text = parse.write_generation(better.text, author.analysis(better).text)

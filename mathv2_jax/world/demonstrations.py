@@ -5,6 +5,7 @@ reinforcement learning adds can be seen.
 """
 
 import dataclasses
+import itertools
 import random
 
 from mathv2_jax.records import SCORES
@@ -17,12 +18,15 @@ class WriterRates:
 
     Where a problem has no room for a fault, another of them takes its place (a chain of one step
     may have room for none). `detours` is the share of proofs with a valid step that was not needed,
-    where a rule allows one. An analyst invents an issue in `invent_flawed` of flawed and
-    `invent_sound` of sound proofs, of those with a faultless step; overlooks a real issue with
-    probability `overlook`; of the proofs that stop short of the goal, lets the share `condone` of
-    those it sees pass, writing down what was shown and that the goal is reached all the same; and
-    draws another score with probability `redraw`. A meta-analyst misjudges an issue, or whether the
-    score follows, with probability `misjudge`.
+    where a rule allows one. Beside these faults the writers slip in the share `slips` of all steps:
+    the conclusion is right, from a premise that no rule has it from (where there is one).
+
+    An analyst invents an issue in `invent_flawed` of flawed and `invent_sound` of sound proofs, of
+    those with a faultless step; overlooks a real issue with probability `overlook`; of the proofs
+    that stop short of the goal, lets the share `condone` of those it sees pass, writing down what
+    was shown and that the goal is reached all the same; and draws another score with probability
+    `redraw`. A meta-analyst misjudges an issue, or whether the score follows, with probability
+    `misjudge`.
     """
 
     skipped: float = 0.2
@@ -30,6 +34,7 @@ class WriterRates:
     unsupported: float = 0.15
     wrong_end: float = 0.15
     detours: float = 0.3
+    slips: float = 0.0
     invent_flawed: float = 0.2
     invent_sound: float = 0.06
     overlook: float = 0.08
@@ -50,7 +55,11 @@ Steps = list[problems.Rule]
 
 
 def write_proof(rng: random.Random, problem: problems.WorldProblem, rates: WriterRates) -> str:
-    """A proof with at most one planted fault (a fault can cause another)."""
+    """A proof with at most one planted fault (a fault can cause another), and slips."""
+    return judge.write_proof(_slipping(rng, problem, _first_proof(rng, problem, rates), rates, 0))
+
+
+def _first_proof(rng: random.Random, problem: problems.WorldProblem, rates: WriterRates) -> Steps:
     steps = list(problem.chain)
     if rng.random() < rates.detours:
         steps = _with_detour(rng, problem, steps)
@@ -62,9 +71,28 @@ def write_proof(rng: random.Random, problem: problems.WorldProblem, rates: Write
         (rates.wrong_end, _wrong_end),
     ):
         if draw < share:
-            return judge.write_proof(plant(rng, problem, steps))
+            return plant(rng, problem, steps)
         draw -= share
-    return judge.write_proof(steps)
+    return steps
+
+
+def _slipping(
+    rng: random.Random,
+    problem: problems.WorldProblem,
+    steps: Steps,
+    rates: WriterRates,
+    first: int,
+) -> Steps:
+    """The steps from place `first` on by a writer who slips."""
+    if not rates.slips:
+        return steps
+    found = steps[:first]
+    for step in steps[first:]:
+        slipped = [problems.Rule((letter,), step.conclusion) for letter in _letters(problem)]
+        slipped = [rule for rule in slipped if _is_false(rule, problem)]
+        slips = rng.random() < rates.slips and slipped
+        found.append(rng.choice(slipped) if slips else step)
+    return found
 
 
 def write_repair(
@@ -76,8 +104,9 @@ def write_repair(
 ) -> str:
     """The steps before the first that an analysis names, then the shortest way on to the goal.
 
-    Where the analysis is wrong, so may the repair be; and half as often as a first proof it has a
-    planted fault of its own. Without a way on the proof is written from the beginning.
+    Where the analysis is wrong, so may the repair be; half as often as a first proof it has a
+    planted fault of its own, and new steps slip as often as any. Without a way on the proof is
+    written from the beginning.
     """
     first = min((i.step for i in named if i.step != judge.NO_STEPS), default=len(flawed) + 1)
     kept = flawed[: first - 1]
@@ -86,9 +115,11 @@ def write_repair(
     if not steps or len(steps) > judge.MAX_STEPS:
         steps = list(problem.chain)
     whole = rates.skipped + rates.false_rule + rates.unsupported + rates.wrong_end
-    if rng.random() >= whole / 2:
-        return judge.write_proof(steps)
-    return judge.write_proof(rng.choice((_skip, _false_rule, _wrong_end))(rng, problem, steps))
+    if rng.random() < whole / 2:
+        steps = rng.choice((_skip, _false_rule, _wrong_end))(rng, problem, steps)
+    pairs = zip(steps, kept, strict=False)
+    num_kept = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return judge.write_proof(_slipping(rng, problem, steps, rates, num_kept))
 
 
 def _way_on(problem: problems.WorldProblem, known: set[str]) -> Steps | None:

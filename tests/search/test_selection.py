@@ -16,11 +16,10 @@ def candidate(votes, self_score=0.5, place=0, **fields):
     made = candidates.Candidate(
         id=f"c{place}",
         place=place,
-        round=0,
         proof=f"proof {place}",
         self_analysis="",
         self_score=self_score,
-        **fields,
+        **{"round": 0, **fields},
     )
     made.cast = [
         candidates.Cast(f"c{place}/{at}", score, f"analysis {place}/{at}: {score}")
@@ -35,6 +34,14 @@ def pool(*rows):
 
 def places(found):
     return [c.place for c in found]
+
+
+def test_of_equal_proofs_that_of_the_newest_round_is_first_then_the_first_of_its_round():
+    votes = [1.0, 0.5]
+    made = [candidate(votes, place=n, round=r) for n, r in enumerate((0, 0, 1, 2, 2))]
+    made.append(candidate(votes, 0.0, place=5, round=3))  # thinks less of itself
+    made.append(candidate([1.0], place=6, round=0))
+    assert places(selection.ranked(made, VOTING)) == [6, 3, 4, 2, 0, 1, 5]
 
 
 def test_proofs_are_ranked_by_mean_then_self_score_then_age():
@@ -118,6 +125,7 @@ def brute_force(made, best, voting):
                 [x.score for x in c.cast] + [next(rest) for _ in range(voting.left(c))],
                 c.self_score,
                 place=c.place,
+                round=c.round,
             )
             for c in made
         ]
@@ -135,7 +143,8 @@ def test_every_proof_whose_fate_is_open_is_asked_about(seed):
     for place in range(5):
         cast = rng.integers(1, 3) if place < 3 else 2
         votes = [[0.0, 0.5, 1.0, None][rng.integers(4)] for _ in range(cast)]
-        made.append(candidate(votes, float(rng.choice([0.0, 0.5, 1.0])), place=place))
+        self_score = float(rng.choice([0.0, 0.5, 1.0]))
+        made.append(candidate(votes, self_score, place=place, round=place // 2))
     for best in (1, 2, 4):
         open_ones = set(brute_force(made, best, voting)) & {c.place for c in made if voting.left(c)}
         assert open_ones <= set(places(selection.undecided(made, best, voting)))

@@ -275,6 +275,30 @@ def test_a_refinement_starts_from_a_proof_whose_analysis_finds_fault():
     assert refined > 30
 
 
+def test_careful_writers_have_their_share_of_what_is_read_and_none_of_what_is_imitated():
+    planted = dict.fromkeys(("skipped", "false_rule", "unsupported", "wrong_end"), 0.0)
+    writers = dataclasses.replace(CONFIG.writers, slips=1.0, **planted)
+    config = dataclasses.replace(
+        CONFIG, writers=writers, careful_share=0.5, num_demonstrations=900, refine_share=0.5
+    )
+    slips = {True: [], False: []}
+    for demonstration in corpus.make_demonstrations(config, 0, TEMPLATES):
+        statement = STATEMENT.search(demonstration.user)[0]
+        generates = demonstration.role in ("generator", "refiner")
+        text = demonstration.assistant if generates else demonstration.user
+        steps = [
+            problems.parse_rule(s) for s in re.findall(r"^Step \d+: ([A-Za-z ]+)$", text, re.M)
+        ]
+        given = problems.parse_statement(statement).rules
+        if steps:
+            slips[generates].append(any(step not in given for step in steps))
+    assert all(slips[True]) and len(slips[True]) == 300
+    assert share_is(slips[False].count(True), len(slips[False]), 0.5)
+    graded = corpus.graded_proofs(config, 0, "train", 200, labelled=True)
+    right = [judge.judge_proof(p.statement, p.text).score == 1.0 for p in graded]
+    assert share_is(sum(right), 200, 0.5)
+
+
 def test_a_repair_keeps_what_stands_before_the_first_fault_named_and_is_mostly_right():
     config = dataclasses.replace(CONFIG, num_demonstrations=900, refine_share=0.9, repair_share=1.0)
     right, kept, number = 0, 0, 0
@@ -308,6 +332,7 @@ def test_a_repair_keeps_what_stands_before_the_first_fault_named_and_is_mostly_r
         (dict(num_drills=0), "world.num_drills = 0"),
         (dict(refine_share=1.0), "world.refine_share = 1.0"),
         (dict(repair_share=1.1), "world.repair_share = 1.1"),
+        (dict(careful_share=-0.1), "world.careful_share = -0.1"),
         (dict(label_error=-0.1), "world.label_error = -0.1"),
         (dict(graded_wrong_end=0.9), "world.graded_wrong_end = 0.9"),
     ],
