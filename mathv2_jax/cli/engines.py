@@ -42,14 +42,8 @@ class Spec:
     where: str
     part: str
 
-    @property
-    def name(self) -> str:
-        """What tells it from others, wherever it stands."""
-        return (
-            f"{self.kind}:{self.part}"
-            if self.kind == SERVER
-            else f"{self.kind}:{self.where}#{self.part}"
-        )
+    def __str__(self) -> str:
+        return f"{self.kind}:{self.where}" + (f"#{self.part}" if self.part else "")
 
 
 def parse(flag: str, text: str) -> Spec:
@@ -68,9 +62,10 @@ def parse(flag: str, text: str) -> Spec:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
     """A checkpoint as its folder describes it. `roles` and `engine` are its run's own settings,
-    empty for an imported model."""
+    empty for an imported model; `print` tells its variables from all others, wherever they lie."""
 
     trained: folder.Trained
+    print: str
     tokenizer: tokenizer_lib.Tokenizer
     roles: Mapping[str, Any]
     engine: Mapping[str, Any]
@@ -81,9 +76,9 @@ def locate(spec: Spec) -> Found:
     path = shell.absolute(spec.where)
     stage, _, step = spec.part.partition("@")
     if step and not step.isdigit():
-        raise ValueError(f"{spec.name}: step {step!r} is no number")
+        raise ValueError(f"{spec}: step {step!r} is no number")
     if not path.is_dir():
-        raise FileNotFoundError(f"{spec.name}: there is no folder {path}")
+        raise FileNotFoundError(f"{spec}: there is no folder {path}")
     trained = folder.locate(path, stage or None, int(step) if step else None)
     if trained.tokenizer is None or not _is_tokenizer(trained.tokenizer):
         raise ValueError(f"{path} holds no tokenizer: an engine needs one to read and write text")
@@ -91,10 +86,31 @@ def locate(spec: Spec) -> Found:
     identity = body.get("identity", {})
     return Found(
         trained=trained,
+        print=_newest_print(trained),
         tokenizer=_tokenizer(trained.tokenizer),
         roles=identity.get("roles", {}),
         engine=identity.get("engine", {}),
     )
+
+
+def _newest_print(trained: folder.Trained) -> str:
+    """Of the newest checkpoint whose seal can be read, by that."""
+    complaints = []
+    for step in trained.steps:
+        try:
+            leaves = checkpoint.read_seal(trained.checkpoints / str(step))["leaves"]
+        except (OSError, ValueError, KeyError) as error:
+            complaints.append(f"{step}: {error}")
+            continue
+        prefix = trained.prefix
+        own = {n.removeprefix(prefix): leaves[n][2] for n in leaves if n.startswith(prefix)}
+        return _print(step, own)
+    raise ValueError(f"no sound checkpoint in {trained.checkpoints}: {'; '.join(complaints)}")
+
+
+def _print(step: int, prints: Mapping[str, int]) -> str:
+    digest = hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
+    return f"step {step} #{digest[:16]}"
 
 
 def _is_tokenizer(path: epath.Path) -> bool:
@@ -121,8 +137,8 @@ def open_checkpoint(
 ) -> Opened:
     """An engine with a checkpoint's variables, on all devices of this process.
 
-    Of several steps the newest sound one. ValueError where none is, or the model does not fit the
-    engine.
+    Of several steps the newest one. ValueError where that is damaged, since its place would be
+    taken by another without a word in what is found, or where the model does not fit the engine.
     """
     trained = found.trained
     if config.context > trained.config.max_position:
@@ -133,6 +149,11 @@ def open_checkpoint(
     kernels = machine.make_kernels(runtime, jax.default_backend(), trained.config)
     mesh = sharding.make_mesh(runtime.mesh)
     variables, version = _variables(trained, kernels, mesh)
+    if version != found.print:
+        raise ValueError(
+            f"{trained.checkpoints}: {found.print} is damaged; {version} is the newest sound one: "
+            "name it, checkpoint:DIR#STAGE@STEP"
+        )
     dtype = config.param_dtype or trained.config.param_dtype
     programs = decode.Programs(dataclasses.replace(trained.config, param_dtype=dtype), kernels)
 
@@ -164,8 +185,7 @@ def _variables(
             complaints.append(str(error))
             logging.warning("%s: damaged checkpoint (%s)", at, error)
             continue
-        digest = hashlib.sha256(json.dumps(prints, sort_keys=True).encode()).hexdigest()
-        return variables, f"step {step} #{digest[:16]}"
+        return variables, _print(step, prints)
     raise ValueError(f"no sound checkpoint in {trained.checkpoints}: {'; '.join(complaints)}")
 
 
@@ -176,7 +196,7 @@ def server_config(spec: Spec, settings: Mapping[str, Any], where: str) -> remote
     """
     given = {"base_url": spec.where, "model": spec.part}
     for name in given.keys() & settings.keys():
-        raise ValueError(f"config.{where}.{name}: the engine {spec.name} says it; leave it out")
+        raise ValueError(f"config.{where}.{name}: the engine {spec} says it; leave it out")
     return config_lib.build_as(remote.RemoteConfig, {**settings, **given}, f"config.{where}")
 
 
@@ -192,7 +212,11 @@ def default_engine(trained: folder.Trained) -> dict[str, Any]:
     return dict(context=context, rows=16, page=64, chunk=min(512, context), chunks=4, steps=32)
 
 
-def default_roles(context: int) -> dict[str, Any]:
-    """Roles of a model that comes without those of a run: the paper's sampling, where it fits."""
-    limit = dict(max_tokens=min(2**16, context // 2), temperature=1.0, top_p=0.95)
-    return dict(templates="olympiad", think=True, **{name: dict(limit) for name in roles.NAMES})
+def default_roles(context: int | None) -> dict[str, Any]:
+    """Roles of a model that comes without those of a run: the paper's sampling, 128K tokens a proof
+    and 64K an analysis, of which half of the context is left for, where that is known."""
+    limits = {name: 2**17 if name == roles.GENERATOR else 2**16 for name in roles.NAMES}
+    if context is not None:
+        limits = {name: min(limit, context // 2) for name, limit in limits.items()}
+    sampling = {n: dict(max_tokens=m, temperature=1.0, top_p=0.95) for n, m in limits.items()}
+    return dict(templates="olympiad", think=True, **sampling)

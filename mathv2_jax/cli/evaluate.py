@@ -19,7 +19,8 @@ mathv2-evaluate --search=WORKDIR [--one_shot=WORKDIR] [--judge=votes|world|peopl
 
 The judge of a proof is the majority of its own votes, the exact one of the proof world, or people.
 With --one_shot the best of N proofs without refinement is put beside it, at the tokens that they
-took. A benchmark (IMO-ProofBench, Putnam, IMO, CMO) is searched first: mathv2-search --problems=.
+took. Of a search that goes on, or that a budget broke off, what there is counts. A benchmark
+(IMO-ProofBench, Putnam, IMO, CMO) is searched first: mathv2-search --problems=.
 
 DIR gets evaluation.json, evaluation.md and, where matplotlib is installed, figures. Intervals are
 the middle 95 % of a bootstrap over problems (--rounds draws, --seed).
@@ -61,7 +62,9 @@ from mathv2_jax.search import candidates as candidates_lib
 from mathv2_jax.search import pool as pool_lib
 from mathv2_jax.search import refine as refine_lib
 from mathv2_jax.search import rounds
+from mathv2_jax.search import run as run_lib
 from mathv2_jax.world import judge as world_judge
+from mathv2_jax.world import problems as world_problems
 
 _ASKED = flags.FlagValues()
 VOTES, WORLD, PEOPLE = "votes", "world", "people"
@@ -97,11 +100,13 @@ def main(argv: Sequence[str]) -> int:
 
 def _main(argv: Sequence[str]) -> int:
     _ASKED.unparse_flags()  # one process may call it often
-    rest, overrides = overrides_lib.split(argv)
+    rest, overrides = overrides_lib.split(argv, often=("graded", "graded_analyses"))
     if not shell.read_flags(_ASKED, rest, __doc__, ["out"]):
         return shell.FINISHED
     if _ASKED.rounds < 1:
         raise ValueError(f"--rounds={_ASKED.rounds}: must be at least 1")
+    if _ASKED.seed < 0:
+        raise ValueError(f"--seed={_ASKED.seed}: must not be negative")
     if _ASKED.search:
         by_people = _ASKED.judge == PEOPLE
         unused = [name for name in _OF_GRADED if not (by_people and name in _OF_PEOPLE)]
@@ -173,7 +178,7 @@ def _asked(
     judged = [item.record for item in found]
     items = injection.attempts(judged) if _ASKED.injections else injection.plain(judged)
     name = roles.META_VERIFIER if _ASKED.graded_analyses else roles.VERIFIER
-    _require_same_question(out, players, items, name)
+    together = _require_same_question(out, players, items, name)
     cache = os.fspath(out.parent / "compilation_cache")
     jax.config.update("jax_compilation_cache_dir", cache)
     opened = players.open()[spec]
@@ -186,7 +191,6 @@ def _asked(
         votes=votes,
         seed=config.seed,
     )
-    together = max(1, config.runtime.call // votes)
     folder = out / "records" / verifying.STAGE
     samples = verifying.ask(judge, items, folder, responses, together)
     heard = verifying.votes_by_item(items, samples, votes)
@@ -202,34 +206,37 @@ def _asked(
 
 def _require_same_question(
     out: epath.Path, players: players_lib.Players, items: Sequence[injection.Injected], judge: str
-) -> None:
-    """Writes down what is asked, or checks that the folder is of the same question."""
+) -> int:
+    """Writes down what is asked, or checks that the folder is of the same question: how many texts
+    stand in each of its parts."""
     texts = "".join(f"{item.attack} {item.record.id}\n" for item in items)
     digest = hashlib.sha256(texts.encode()).hexdigest()[:16]
     asked = search_config.identity(players.config, digest, players.names)
     asked |= {"votes": _ASKED.votes, "judge": judge}
-    path = out / "config.json"
+    path, together = out / "config.json", max(1, players.config.runtime.call // _ASKED.votes)
     if storage.exists(path):
-        saved = sources.read_object(path, ("evaluation",), "take another folder")["evaluation"]
+        known = sources.read_object(path, ("evaluation", "together"), "take another folder")
+        saved, together = known["evaluation"], int(known["together"])
         for where, old, new in config_lib.differences(saved, asked, "config"):
             raise ValueError(
                 f"--out={_ASKED.out} holds another evaluation: {where} was {old}, now {new}. Take "
                 "another folder, or the old value"
             )
-    body = json.dumps({"evaluation": asked}, indent=1, sort_keys=True) + "\n"
-    storage.write_whole(path, body.encode())
+    body = {"evaluation": asked, "together": together}
+    storage.write_whole(path, (json.dumps(body, indent=1, sort_keys=True) + "\n").encode())
+    return together
 
 
 @dataclasses.dataclass(frozen=True)
 class _Searched:
-    """A search as its workdir holds it."""
+    """A search as its workdir holds it: the problems that it has begun, `problems` all of them, and
+    what names its models and prompts."""
 
     config: search_config.SearchConfig
+    identity: Mapping[str, Any]
+    problems: list[records.Problem]
     written: list[tuple[records.Problem, list[records.Sample]]]
-
-    @property
-    def problems(self) -> list[records.Problem]:
-        return [problem for problem, _ in self.written]
+    broken_off: int  # samples of a round that a budget broke off, which are among `written`
 
     @property
     def method(self) -> pool_lib.PoolSearch | refine_lib.Refinement:
@@ -246,6 +253,20 @@ class _Searched:
                 pool.end_round(own)
             made.append(pool)
         return made
+
+    def notes(self, pools: Sequence[candidates_lib.Pool]) -> list[str]:
+        """What a reader must know of a search that is not finished."""
+        found = []
+        if len(self.written) < len(self.problems):
+            left_out = len(self.problems) - len(self.written)
+            found.append(f"{left_out} problems are not begun, and are left out of all figures")
+        going = sum(not self.method.is_done(pool) for pool in pools)
+        if going or self.broken_off:
+            found.append(
+                f"the search is not finished: {going} problems are not done, and "
+                f"{self.broken_off} answers are of a round that its budget broke off"
+            )
+        return found
 
 
 def _read_search(flag: str, name: str) -> _Searched:
@@ -266,12 +287,22 @@ def _read_search(flag: str, name: str) -> _Searched:
     problems = sources.read(workdir / "records" / "input" / "problems.jsonl", records.Problem)
     by_problem: dict[str, list[records.Sample]] = {p.id: [] for p in problems}
     parts = storage.Parts(workdir / "records" / rounds.STAGE)
-    for sample in sources.parse_lines(list(parts.read()), records.Sample, f"--{flag}={name}"):
+    unfinished = workdir / "records" / run_lib.UNFINISHED
+    broken_off = sources.read(unfinished, records.Sample) if storage.exists(unfinished) else []
+    found = sources.parse_lines(list(parts.read()), records.Sample, f"--{flag}={name}")
+    for sample in [*found, *broken_off]:
+        if sample.problem_id not in by_problem:
+            raise ValueError(
+                f"--{flag}={name}: sample {sample.id} is of a problem it does not have"
+            )
         by_problem[sample.problem_id].append(sample)
-    return _Searched(config, [(p, by_problem[p.id]) for p in problems])
+    written = [(p, by_problem[p.id]) for p in problems if by_problem[p.id]]
+    if not written:
+        raise ValueError(f"--{flag}={name}: this search has written nothing yet")
+    return _Searched(config, saved, problems, written, len(broken_off))
 
 
-def _judge() -> curves.Score:
+def _judge(problems: Sequence[records.Problem]) -> curves.Score:
     if _ASKED.judge == VOTES:
         return curves.by_majority
     if _ASKED.judge == PEOPLE:
@@ -279,27 +310,43 @@ def _judge() -> curves.Score:
         return honesty.by_people([r for r in by_people if isinstance(r, records.Proof)])
     if _ASKED.judge != WORLD:
         raise ValueError(f"--judge={_ASKED.judge}: must be {VOTES}, {WORLD} or {PEOPLE}")
+    for problem in problems:
+        try:
+            world_problems.parse_statement(problem.statement)
+        except ValueError as error:
+            raise ValueError(f"--judge={WORLD}, problem {problem.id}: {error}") from error
     exact = world_judge.ExactJudge()
     return lambda problem, candidate: exact.proof_score(problem.statement, candidate.proof)
 
 
 def _searched(out: epath.Path) -> None:
-    found, score = _read_search("search", _ASKED.search), _judge()
+    found = _read_search("search", _ASKED.search)
+    score = _judge(found.problems)
     if found.config.method == search_config.REFINE and _ASKED.one_shot:
         raise ValueError("--one_shot is put beside a pool search, and this is a refinement")
     pools = found.pools()
-    body: dict[str, Any] = {"judge": _ASKED.judge, "problems": len(found.problems)}
+    if _ASKED.judge == VOTES and not any(c.votes for pool in pools for c in pool.candidates):
+        raise ValueError(
+            f"--search={_ASKED.search}: none of its proofs has a vote, which --judge={VOTES} goes "
+            f"by: name another judge, {WORLD} or {PEOPLE}"
+        )
+    notes = found.notes(pools)
+    if _ASKED.judge == VOTES and found.config.method == search_config.POOL:
+        notes.append("the votes that chose the answers judge them too: their scores lie too high")
+    body: dict[str, Any] = {"judge": _ASKED.judge, "problems": len(found.written), "notes": notes}
     best = [(pool, found.method.best(pool)) for pool in pools]
     body["answers"] = honesty.answers(best, score, **_draws())
     body["self_scores"] = agreement.measure(honesty.self_scores(pools, score), **_draws())
     if _ASKED.judge != VOTES:
         body["votes"] = agreement.measure(honesty.votes(pools, score), **_draws())
     if _ASKED.judge != PEOPLE:  # who grade answers, seldom all that was written on the way
-        limits = _doubling(max(len(pool.written) for pool in pools) or 1)
+        limits = _doubling(max(1, *(len(pool.written) for pool in pools)))
         first = curves.best_of_first(found.written, score, limits, **_draws())
         body["best_of_first"] = config_lib.plain(first)
-        of_method = _refinement if found.config.method == search_config.REFINE else _pool
-        body |= of_method(found, pools, score)
+        if found.config.method == search_config.REFINE:
+            body |= _refinement(found, pools, score)
+        else:
+            body |= _pool(found, score, notes)
     _write(out, body, f"{curves.table(body)}\n{honesty.table(body)}")
     figures.draw_curves(body, out)
 
@@ -317,9 +364,7 @@ def _refinement(
     return {"threads": config.threads, **config_lib.plain(made), **config_lib.plain(differences)}
 
 
-def _pool(
-    found: _Searched, pools: Sequence[candidates_lib.Pool], score: curves.Score
-) -> dict[str, Any]:
+def _pool(found: _Searched, score: curves.Score, notes: list[str]) -> dict[str, Any]:
     method = pool_lib.PoolSearch(found.config.pool, found.config.seed)
     made = curves.of_rounds(found.written, method, score, **_draws())
     rise = curves.difference(made[0], made[-1], **_draws())
@@ -331,17 +376,45 @@ def _pool(
                 f"--one_shot={_ASKED.one_shot}: this search refines; one with "
                 "--config.pool.rounds=0 does not"
             )
-        if [p.id for p in other.problems] != [p.id for p in found.problems]:
-            raise ValueError(f"--one_shot={_ASKED.one_shot}: it is a search of other problems")
+        if [p.id for p, _ in other.written] != [p.id for p, _ in found.written]:
+            raise ValueError(
+                f"--one_shot={_ASKED.one_shot}: it has answers to other problems than --search"
+            )
+        _require_alike(found, other)
         single = pool_lib.PoolSearch(other.config.pool, other.config.seed)
         limits = _doubling(other.config.pool.proofs)
         shots = curves.of_one_shot(other.written, single, score, limits, **_draws())
         body["one_shot"] = config_lib.plain(shots)
-        beside = curves.no_cheaper(shots, made[-1].tokens)
-        if beside is not None:
-            above = curves.difference(beside, made[-1], **_draws())
+        beside, last = curves.no_cheaper(shots, made[-1].tokens), made[-1]
+        if beside is None:
+            notes.append(
+                f"one-shot generation took at most {shots[-1].tokens:,.0f} tokens of a problem, "
+                f"the search {last.tokens:,.0f}: nothing is said of equal tokens"
+            )
+        else:
+            above = curves.difference(beside, last, **_draws())
             body["pool_above_one_shot"] = config_lib.plain(above)
+            body["tokens"] = {"pool_above_one_shot": [last.tokens, beside.tokens]}
     return body
+
+
+def _require_alike(found: _Searched, other: _Searched) -> None:
+    """ValueError where two searches differ in more than how they write."""
+    for field in ("players", "roles", "templates"):
+        for where, ours, theirs in config_lib.differences(
+            found.identity.get(field), other.identity.get(field), field
+        ):
+            raise ValueError(
+                f"--one_shot={_ASKED.one_shot}: {where} is {theirs} there and {ours} in --search; "
+                "compare searches of the same models"
+            )
+    for field in ("verifications", "min_votes", "max_lost"):
+        ours, theirs = getattr(found.config.pool, field), getattr(other.config.pool, field)
+        if ours != theirs:
+            raise ValueError(
+                f"--one_shot={_ASKED.one_shot}: config.pool.{field} is {theirs} there and {ours} "
+                "in --search; compare proofs that are verified alike"
+            )
 
 
 def _doubling(most: int) -> list[int]:

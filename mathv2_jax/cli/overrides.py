@@ -9,7 +9,7 @@ import ast
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import ml_collections
@@ -17,16 +17,19 @@ import ml_collections
 PREFIX = "--config."
 
 
-def split(argv: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+def split(
+    argv: Sequence[str], often: Collection[str] = ()
+) -> tuple[list[str], list[tuple[str, str]]]:
     """(the other arguments, overrides as (path, value)).
 
-    ValueError where one has no value, where a field or another flag is given twice, and where a
-    field is one of something else than the config.
+    ValueError where one has no value, where a field or another flag is given twice that is not
+    among those which may be given `often`, and where a field is one of something else than the
+    config.
     """
     rest, overrides = [], []
     given = [a.partition("=")[0] for a in argv if a.startswith("--") and "=" in a]
     for name in given:
-        if given.count(name) > 1:
+        if given.count(name) > 1 and name.removeprefix("--") not in often:
             raise ValueError(f"{name} is given {given.count(name)} times: leave one")
     for argument in argv:
         if not argument.startswith(PREFIX):

@@ -33,7 +33,7 @@ class Players:
         }
         config = search_config.build(overrides, found.get(writer), found.get(verifier))
         servers = {
-            spec: engines.server_config(spec, settings, where)
+            spec: engines.server_config(spec, {"think": config.roles.think, **settings}, where)
             for spec, settings, where in (
                 (verifier, config.verifier_remote, "verifier_remote"),
                 (writer, config.remote, "remote"),  # this one's, where they are the same
@@ -44,8 +44,12 @@ class Players:
 
     @property
     def names(self) -> dict[str, str]:
-        """The models by what they do."""
-        return {"generator": self.writer.name, "verifier": self.verifier.name}
+        """The models by what they do, wherever they stand: a checkpoint by its variables."""
+        both = {"generator": self.writer, "verifier": self.verifier}
+        return {
+            role: f"{spec.kind}:{self.found[spec].print if spec in self.found else spec.part}"
+            for role, spec in both.items()
+        }
 
     def open(self) -> dict[engines.Spec, engines.Opened]:
         """The engines, loaded."""

@@ -150,6 +150,9 @@ def _players(
     progress: "Progress",
 ) -> rounds.Players:
     config, meter = asked.config, progress.search.meter
+    first_opinions = opened[asked.players.verifier].first_opinions
+    if config.method == search_config.POOL:
+        config.pool.require_head(first_opinions)
 
     def counted(spec: engines.Spec) -> asking.Counted:
         own = opened[spec]
@@ -160,7 +163,7 @@ def _players(
         roles=roles.make_roles(config.roles),
         generator=counted(asked.players.writer),
         verifier=counted(asked.players.verifier),
-        first_opinions=opened[asked.players.verifier].first_opinions,
+        first_opinions=first_opinions,
         call=config.runtime.call,
         moved=progress.moved,
     )
@@ -200,7 +203,7 @@ class Progress:
     def __init__(self, made: run_lib.Search, workdir: epath.Path, every: float):
         self.search, self._workdir, self._every = made, workdir, every
         self._told = self._began = time.monotonic()
-        self._answers = 0  # that came since the search went on
+        self._answers = 0  # that were written since the search went on
         self._written = 0.0
 
     def came(self, number: int) -> None:

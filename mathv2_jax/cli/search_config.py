@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mathv2_jax import roles, sharding
@@ -83,42 +83,55 @@ def build(
     """The settings; a checkpoint brings its run's roles and engine, None stands for a server.
 
     `writer` and `verifier` are the same where one engine does both, with the settings of `engine`.
-    ValueError names a field at fault, or two runs whose prompts differ.
+    ValueError names a field at fault, or two runs whose prompts differ where no override says which
+    are meant.
     """
-    body: dict[str, Any] = {"roles": _roles(writer, verifier)}
+    body: dict[str, Any] = {"roles": _roles(writer, verifier, {name for name, _ in overrides})}
     local = {"engine": writer, "verifier_engine": None if verifier is writer else verifier}
     for name, found in local.items():
         if found is not None:
             body[name] = dict(found.engine or engines.default_engine(found.trained))
     body = overrides_lib.apply(body, overrides)
     config = config_lib.build_as(SearchConfig, body, "config")
+    asked: dict[str, Sequence[str]] = {
+        "engine": roles.NAMES if verifier is writer else (roles.GENERATOR,),
+        "verifier_engine": _VERIFYING,
+    }
     for name, found in local.items():
         if found is not None:
-            _require_room(name, getattr(config, name), config.roles)
+            _require_room(name, getattr(config, name), config.roles, asked[name])
     return config
 
 
-def _roles(writer: engines.Found | None, verifier: engines.Found | None) -> dict[str, Any]:
+def _roles(
+    writer: engines.Found | None, verifier: engines.Found | None, said: Collection[str]
+) -> dict[str, Any]:
+    """A server is asked with the prompts of the checkpoint beside it; `said` are overrides."""
     sides = [_own_roles(writer), _own_roles(verifier)]
     for field in ("templates", "think"):
-        if sides[0][field] != sides[1][field]:
+        first, second = (side[field] for side in sides)
+        if None in (writer, verifier):
+            sides[1][field] = sides[0][field] = second if writer is None else first
+        elif first != second and f"config.roles.{field}" not in said:
             raise ValueError(
                 f"--engine and --verifier_engine were trained with other prompts: roles.{field} is "
-                f"{sides[0][field]!r} and {sides[1][field]!r}; search with engines of one kind"
+                f"{first!r} and {second!r}; search with engines of one kind, or say which are "
+                f"meant, --config.roles.{field}="
             )
     return sides[0] | {name: sides[1][name] for name in _VERIFYING}
 
 
 def _own_roles(found: engines.Found | None) -> dict[str, Any]:
     if found is None:
-        return engines.default_roles(2**17) | {"think": False}
+        return engines.default_roles(None) | {"think": False}
     if not found.roles:
         return engines.default_roles(engines.default_engine(found.trained)["context"])
     return dict(found.roles)
 
 
-def _require_room(name: str, engine: schedule.EngineConfig, asked: roles.RolesConfig) -> None:
-    names = _VERIFYING if name == "verifier_engine" else roles.NAMES
+def _require_room(
+    name: str, engine: schedule.EngineConfig, asked: roles.RolesConfig, names: Sequence[str]
+) -> None:
     for role in names:
         most = asked.sampling[role].max_tokens
         if most >= engine.context:

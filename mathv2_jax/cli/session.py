@@ -39,6 +39,11 @@ def ended(program: str, work: Callable[[], int]) -> int:
             raise
         print(f"{program}: {error}", file=sys.stderr)
         return shell.BAD_INPUT
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # a full disk, a file where a folder should be: no bug of ours
+        print(f"{program}: {error}", file=sys.stderr)
+        return shell.FAILED
 
 
 @contextlib.contextmanager

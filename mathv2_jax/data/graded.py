@@ -275,7 +275,7 @@ def problems_of(row: Row, source: str, cluster: str, parents: tuple[str, ...]) -
         statement=statement,
         source=source,
         cluster=cluster,
-        answer=row.optional_text("answer"),
+        answer=_answer(row),
         reference=row.optional_text("reference_solution"),
         guidelines=row.optional_text("grading_guidelines"),
         parents=parents,
@@ -292,6 +292,14 @@ def problems_of(row: Row, source: str, cluster: str, parents: tuple[str, ...]) -
         parents=parents,
     )
     return [problem, variant]
+
+
+def _answer(row: Row) -> str | None:
+    """The final answer, as text, or as a number, which tables of answers hold."""
+    value = row.fields.get("answer")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    return row.optional_text("answer")
 
 
 def proof_of(

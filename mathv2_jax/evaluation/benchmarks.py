@@ -31,9 +31,10 @@ NAMES: dict[Kind, str] = {records.Proof: "proof", records.Analysis: "analysis"}
 
 @dataclasses.dataclass(frozen=True)
 class Graded:
-    """A row: its own id, what people labelled, and a rating that stands beside it."""
+    """A row: its own id, its place in its file, what people labelled, and a rating beside it."""
 
     id: str
+    place: int
     record: records.Proof | records.Analysis
     rating: float | None
 
@@ -61,12 +62,16 @@ def read(
             raise ValueError(f"{path}, line {raw.line}: {error}") from error
         if made is not None:
             found.append(made)
+    if not columns:
+        raise ValueError(f"{path} holds no row")
     if rating and rating not in columns:
         raise ValueError(
             f"{path}: no row has a column {rating!r}; there are {', '.join(sorted(columns))}"
         )
     if not found:
         raise ValueError(f"{path} holds no graded {NAMES[kind]}")
+    if rating and all(item.rating is None for item in found):
+        raise ValueError(f"{path}: no graded row has a number in its column {rating!r}")
     return found
 
 
@@ -81,9 +86,14 @@ def _graded(
         raise ValueError(raw.fault)
     fields = benchmark_columns.by_our_names(raw.fields)
     row = graded.Row(file=str(path), line=raw.line, fields=fields)
-    if "schema" in raw.fields:
+    if "schema" in raw.fields and "kind" in raw.fields:
+        if rating:
+            raise ValueError(
+                f"it is a {kind.__name__} record of ours, which holds no rating {rating!r}: ask an "
+                "engine, or give rows with a column"
+            )
         own = records.from_json(kind, json.dumps(raw.fields))
-        return None if own.label is None else Graded(own.id, own, None)
+        return None if own.label is None else Graded(own.id, raw.line, own, None)
     source = row.optional_text("source") or path.name.partition(".")[0]
     if kind is records.Proof:
         label = graded.label_of(row, source, scale)
@@ -95,7 +105,7 @@ def _graded(
     given = row.number(rating) if rating else None
     if given is not None and not 0.0 <= given <= 1.0:
         raise ValueError(f"{rating} is {given:g}: a mean score lies in 0..1")
-    return Graded(row.id, record, given)
+    return Graded(row.id, raw.line, record, given)
 
 
 def rated(items: Sequence[Graded]) -> list[agreement.Rated]:
@@ -103,17 +113,14 @@ def rated(items: Sequence[Graded]) -> list[agreement.Rated]:
     return [
         as_rated(
             item,
-            place,
             item.rating,
             None if item.rating is None else agreement.nearest_score(item.rating),
         )
-        for place, item in enumerate(items)
+        for item in items
     ]
 
 
-def as_rated(
-    item: Graded, place: int, rating: float | None, verdict: float | None
-) -> agreement.Rated:
+def as_rated(item: Graded, rating: float | None, verdict: float | None) -> agreement.Rated:
     """A row under a model's rating and verdict."""
     record = item.record
     assert record.label is not None
@@ -126,5 +133,5 @@ def as_rated(
         rating=rating,
         verdict=verdict,
         length=len(record.text),
-        place=place,
+        place=item.place,
     )

@@ -23,13 +23,14 @@ Score = Callable[[records.Problem, Candidate], float | None]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
     """A place on a curve: the limit, the mean score there, the share of problems with score 1, and
-    the mean number of generated tokens of a problem up to there. `by_problem` are the scores."""
+    the mean number of generated tokens of a problem up to there. `by_problem` are the scores, None
+    of a problem none of whose proofs there has one: it counts for nothing, not as a 0."""
 
     limit: int
     score: intervals.Figure
     solved: intervals.Figure
     tokens: float
-    by_problem: tuple[float, ...]
+    by_problem: tuple[float | None, ...]
 
 
 def by_majority(problem: records.Problem, candidate: Candidate) -> float | None:
@@ -39,42 +40,50 @@ def by_majority(problem: records.Problem, candidate: Candidate) -> float | None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Limited:
-    """What each problem comes to under one limit: the mean of its `groups`' scores, weighted."""
+    """What each problem comes to under one limit: the mean of its `groups`' scores, weighted, of
+    those that have one."""
 
     limit: int
     problems: Sequence[str]
-    groups: Sequence[Sequence[float]]
+    groups: Sequence[Sequence[float | None]]
     tokens: Sequence[float]
     weights: Sequence[Sequence[float]] | None = None  # alike where there are none
 
     def point(self, draws: Mapping[str, int]) -> Point:
+        solved = [[None if x is None else float(x == 1.0) for x in own] for own in self.groups]
         values = self._means(self.groups)
-        solved = self._means([[float(x == 1.0) for x in group] for group in self.groups])
         return Point(
             limit=self.limit,
-            score=intervals.mean(self.problems, values, **draws),
-            solved=intervals.mean(self.problems, solved, **draws),
+            score=self._figure(values, draws),
+            solved=self._figure(self._means(solved), draws),
             tokens=sum(self.tokens) / max(1, len(self.tokens)),
             by_problem=tuple(values),
         )
 
-    def _means(self, groups: Sequence[Sequence[float]]) -> list[float]:
-        if self.weights is None:
-            return [sum(group) / len(group) for group in groups]
-        pairs = zip(groups, self.weights, strict=True)
-        return [sum(x * w for x, w in zip(group, own, strict=True)) for group, own in pairs]
+    def _figure(self, values: Sequence[float | None], draws: Mapping[str, int]) -> intervals.Figure:
+        known = [(n, x) for n, x in zip(self.problems, values, strict=True) if x is not None]
+        return intervals.mean([n for n, _ in known], [x for _, x in known], **draws)
+
+    def _means(self, groups: Sequence[Sequence[float | None]]) -> list[float | None]:
+        weights = self.weights or [[1.0] * len(group) for group in groups]
+        found: list[float | None] = []
+        for group, own in zip(groups, weights, strict=True):
+            known = [(x, w) for x, w in zip(group, own, strict=True) if x is not None]
+            whole = sum(w for _, w in known)
+            found.append(sum(x * w for x, w in known) / whole if whole else None)
+        return found
 
 
 def difference(before: Point, after: Point, **draws: int) -> intervals.Figure:
-    """The paired difference of two points' scores over the same problems."""
-    gaps = [b - a for a, b in zip(before.by_problem, after.by_problem, strict=True)]
+    """The paired difference of two points' scores over the problems that have both."""
+    pairs = zip(before.by_problem, after.by_problem, strict=True)
+    gaps = [b - a for a, b in pairs if a is not None and b is not None]
     return intervals.mean(range(len(gaps)), gaps, **draws)
 
 
 def no_cheaper(points: Sequence[Point], tokens: float) -> Point | None:
-    """The first point that took so many tokens, or the last where none did; None of no points."""
-    enough = [point for point in points if point.tokens >= tokens]
-    return next(iter(enough), points[-1] if points else None)
+    """The first point that took so many tokens; None where none did."""
+    return next((point for point in points if point.tokens >= tokens), None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +112,7 @@ def of_refinement(
             top = max((a.self_score for a in found if a is not None), default=None)
             own = [s for a, s in zip(found, scores, strict=True) if a and a.self_score == top]
             every.append(scores)
-            picked.append(own or [0.0])
+            picked.append(own if top is not None else [0.0])
             tokens.append(sum(s.num_tokens for s in pool.written if s.step < limit))
         for points, groups in ((first, every), (best, picked)):
             made = _Limited(limit=limit, problems=names, groups=groups, tokens=tokens)
@@ -156,8 +165,9 @@ def best_of_first(
     ]
 
 
-def _score(pool: Pool, candidate: Candidate | None, score: Score) -> float:
-    return 0.0 if candidate is None else score(pool.problem, candidate) or 0.0
+def _score(pool: Pool, candidate: Candidate | None, score: Score) -> float | None:
+    """0 where there is no readable proof, None of one that has no score."""
+    return 0.0 if candidate is None else score(pool.problem, candidate)
 
 
 Written = Sequence[tuple[records.Problem, Sequence[records.Sample]]]  # each problem's records
@@ -225,10 +235,13 @@ _TITLES = {
 
 def table(body: Mapping[str, Any]) -> str:
     """Markdown: each curve of an evaluation, given as data."""
-    lines = [f"{body['problems']} problems, judged by {body['judge']}"]
+    lines = [f"{body['problems']} problems, judged by {body['judge']}", *body["notes"]]
     for name, (title, against) in _DIFFERENCES.items():
         if name in body:
             lines += ["", f"{title}: {intervals.Figure(**body[name])} {against}"]
+        if name in body and name in body.get("tokens", {}):
+            ours, theirs = body["tokens"][name]
+            lines[-1] += f" ({ours:,.0f} tokens of a problem beside {theirs:,.0f})"
     for name, (title, limit) in _TITLES.items():
         if name not in body:
             continue

@@ -55,6 +55,7 @@ def draw_curves(body: Mapping[str, Any], out: epath.Path) -> bool:
         points = body.get(name)
         if not points:
             continue
+        points = [p for p in points if p["score"]["value"] is not None]
         x = [p["tokens"] if by_tokens else p["limit"] for p in points]
         y = [p["solved" if by_tokens else "score"] for p in points]
         low = [f["value"] - (f["value"] if f["low"] is None else f["low"]) for f in y]

@@ -11,6 +11,7 @@ from typing import Any
 from mathv2_jax import records
 from mathv2_jax.evaluation import agreement, curves, intervals
 from mathv2_jax.search import candidates as candidates_lib
+from mathv2_jax.search import problems
 
 Pool = candidates_lib.Pool
 Candidate = candidates_lib.Candidate
@@ -76,7 +77,7 @@ def _answers(found: Answers, score: curves.Score, draws: dict[str, int]) -> dict
     for pool, candidate in found:
         true = 0.0 if candidate is None else score(pool.problem, candidate)
         if true is None:
-            unjudged.append(pool.problem.id)
+            unjudged.append(problems.name(pool.problem))
         else:
             judged.append((pool.problem.id, true))
     names = [name for name, _ in judged]

@@ -37,6 +37,7 @@ def ask(
     """The votes on every item, in order: a part in `folder` for each `together` items.
 
     What a part holds is not asked again, nor what `responses` holds of the one that is not whole.
+    ValueError where the parts hold other items.
     """
     parts = storage.Parts(folder)
     for step, at in enumerate(range(0, len(items), together), start=1):
@@ -48,7 +49,15 @@ def ask(
         )
         parts.commit(step)
         responses.drop_before(step + 1)
-    return [records.from_json(records.Sample, line) for line in parts.read()]
+    found = [records.from_json(records.Sample, line) for line in parts.read()]
+    there = {sample.id for sample in found}
+    wanted = [name_of(item, index) for item in items for index in range(judge.votes)]
+    if missing := [name for name in wanted if name not in there]:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} votes, {missing[0]} among them: its files are of other "
+            "items, or some are gone; take another folder"
+        )
+    return found
 
 
 def _votes(judge: Judge, items: Sequence[injection.Injected]) -> list[records.Sample]:
@@ -95,11 +104,10 @@ def rated(
     return [
         benchmarks.as_rated(
             item,
-            place,
             reward.mean(own) if own else None,
             reward.majority(own) if own else None,
         )
-        for place, (item, own) in enumerate(zip(graded, votes, strict=True))
+        for item, own in zip(graded, votes, strict=True)
     ]
 
 

@@ -19,7 +19,6 @@ from absl import logging
 from etils import epath
 
 from mathv2_jax import processes, records, storage
-from mathv2_jax.rollout import engine as engine_lib
 
 
 @runtime_checkable
@@ -29,6 +28,20 @@ class Asked(Protocol):
     @property
     def tokenizer(self) -> Any: ...
     def generate(self, *requests: Any, **settings: Any) -> list[list[records.Response]]: ...
+
+
+@runtime_checkable
+class Cancellable(Protocol):
+    """Whose requests can be left while they are answered."""
+
+    def cancel(self, request_id: str) -> None: ...
+
+
+@runtime_checkable
+class OnCame(Protocol):
+    """Told the place of a request and a response to it, and whether it was written now."""
+
+    def __call__(self, place: int, response: records.Response, /, *, new: bool) -> None: ...
 
 
 _COMPLETE = "complete.json"
@@ -204,15 +217,20 @@ class DurableEngine:
         """The engine's."""
         return self.engine.tokenizer
 
+    def cancel(self, request_id: str) -> None:
+        """As `Engine.cancel`, where the engine can: what it cannot leave is written to its end."""
+        if isinstance(self.engine, Cancellable):
+            self.engine.cancel(request_id)
+
     def generate(
         self,
         requests: Sequence[records.Request],
-        on_answer: engine_lib.OnAnswer | None = None,
+        on_answer: OnCame | None = None,
         **recorded: bool,
     ) -> list[list[records.Response]]:
         """As `Engine.generate`; `recorded` are its `experts` and `kept`.
 
-        `on_answer` is told of those that are taken from where they are kept too.
+        `on_answer` is told of those that are taken from where they are kept too, with `new` False.
         """
         keys = [_key(request, self.version, recorded) for request in requests]
         there = {
@@ -228,11 +246,11 @@ class DurableEngine:
             if whole and sound and self.writes:
                 self.responses.keep(f"{keys[place]}/{response.index}", response)
             if on_answer is not None:
-                on_answer(place, response)
+                on_answer(place, response, new=True)
 
         if on_answer is not None:
             for (place, _), response in there.items():
-                on_answer(place, response)
+                on_answer(place, response, new=False)
 
         try:
             drawn = self.engine.generate(requests, done, answered=there, **recorded)

@@ -17,6 +17,7 @@ import json
 import os
 import queue
 import random
+import re
 import threading
 import time
 import urllib.parse
@@ -36,6 +37,8 @@ _FOR_ALL = (401, 402)  # the key, or what is paid for it: the same for every req
 _AT_FIRST = (403, 404)  # so are these, unless the server has answered another
 _AGAIN = (408, 409, 425, 429)  # and 5xx
 _ENDS = {"stop": records.Finish.STOP, "length": records.Finish.LENGTH}
+# <|user|>, <｜Assistant｜>, <think>, <s> and their like, at the bracket that opens them.
+_CONTROL = re.compile(r"<(?=[|\uff5c][^<>\s]{1,60}[|\uff5c]>|/?(?:think|s|bos|eos|pad|unk)>)")
 _NO_KEY = "none"  # what a server that asks for no key is sent
 
 
@@ -321,7 +324,7 @@ class RemoteEngine:
         config, beyond = self.config, dict(self.config.extra)
         body: dict[str, Any] = dict(
             model=config.model,
-            messages=[{"role": role, "content": text} for role, text in request.messages],
+            messages=[{"role": role, "content": _tame(text)} for role, text in request.messages],
             temperature=request.temperature,
             top_p=request.top_p,
         )
@@ -395,6 +398,16 @@ class RemoteEngine:
             logging.warning("%s does not count tokens: they show as 0", self.config.base_url)
         self.stats.uncounted += 1
         return None
+
+
+def _tame(text: str) -> str:
+    """Text without strings that a server's tokenizer would take for control tokens.
+
+    A word joiner, which shows nothing, stands after the opening bracket of each. Hugging Face
+    tokenizers encode such strings as control tokens wherever they stand, so that a proof could end
+    its own turn.
+    """
+    return _CONTROL.sub("<\u2060", text)
 
 
 def split_thinking(content: str, *, think: bool = False) -> tuple[str, str | None]:

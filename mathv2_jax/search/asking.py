@@ -1,6 +1,7 @@
 """Whoever answers a search, within a budget: every answer is counted, and kept till recorded.
 
-A budget is looked at between calls of an engine, so one call's answers may go beyond it.
+A budget is looked at as each answer comes: what an engine is writing then is left, and only answers
+that are complete at the same moment go beyond the limit.
 """
 
 import dataclasses
@@ -85,7 +86,7 @@ class Counted:
 
     An engine is given at least `call` answers to write at once, where there are so many. What the
     budget does not reach comes back as cancelled. `told` is called with the number of answers that
-    have come, whether read from disk or written now.
+    have been written now, not read from disk.
     """
 
     def __init__(
@@ -107,13 +108,36 @@ class Counted:
         found: list[list[records.Response]] = []
         for together in self._calls(requests):
             if self._meter.exceeded():
-                found += [self._unasked(request) for request in together]
-                self._meter.left_out += sum(r.num_samples for r in together)
-                continue
-            came = self._engine.generate(together, on_answer=lambda *_: self._told(1))
-            for response in (r for each in came for r in each):
-                self._meter.spent.count(response.finish, response.num_tokens)
+                came = [self._unasked(request) for request in together]
+            else:
+                came = self._within_budget(together)
+            self._meter.left_out += sum(_is_cancelled(r) for each in came for r in each)
             found += came
+        return found
+
+    def _within_budget(self, together: Sequence[records.Request]) -> list[list[records.Response]]:
+        """Counts each answer as it comes; cancels the others where that reaches a limit."""
+        counted: set[tuple[int, int]] = set()
+        left: list[records.Request] = list(together)
+
+        def count(place: int, response: records.Response) -> None:
+            if _is_cancelled(response) or (place, response.index) in counted:
+                return
+            counted.add((place, response.index))
+            self._meter.spent.count(response.finish, response.num_tokens)
+
+        def came(place: int, response: records.Response, *, new: bool) -> None:
+            count(place, response)
+            self._told(int(new))
+            if left and self._meter.exceeded():
+                for request in left:
+                    self._engine.cancel(request.id)
+                left.clear()
+
+        found = self._engine.generate(together, came)
+        for place, responses in enumerate(found):
+            for response in responses:
+                count(place, response)
         return found
 
     def _calls(self, requests: Sequence[records.Request]) -> Iterator[list[records.Request]]:
@@ -129,3 +153,7 @@ class Counted:
     def _unasked(self, request: records.Request) -> list[records.Response]:
         left, version = records.Finish.CANCELLED, self._engine.version
         return [answers.unanswered(request, i, left, version) for i in range(request.num_samples)]
+
+
+def _is_cancelled(response: records.Response) -> bool:
+    return response.finish is records.Finish.CANCELLED

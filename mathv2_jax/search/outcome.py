@@ -6,7 +6,7 @@ from typing import Any
 from mathv2_jax import records
 from mathv2_jax.search import candidates as candidates_lib
 from mathv2_jax.search import pool as pool_lib
-from mathv2_jax.search import rounds, selection
+from mathv2_jax.search import problems, rounds, selection
 from mathv2_jax.search import run as run_lib
 
 SCHEMA = 1
@@ -51,6 +51,7 @@ def _problem(search: run_lib.Search, pool: Pool) -> dict[str, Any]:
     best = search.method.best(pool)
     found: dict[str, Any] = {
         "id": pool.problem.id,
+        "name": problems.name(pool.problem),
         "source": pool.problem.source,
         "done": search.method.is_done(pool),
         "rounds": pool.rounds,
@@ -75,16 +76,20 @@ def _problem(search: run_lib.Search, pool: Pool) -> dict[str, Any]:
 
 
 def _votes(search: run_lib.Search, config: pool_lib.PoolConfig) -> dict[str, int]:
-    """Votes that were cast, and that all proofs that are verified would have had."""
+    """Votes that were cast, and that all proofs that are verified are to have, or would have had
+    without `adaptive`."""
     verified = [c for pool in search.pools for c in pool.candidates if not c.filtered or c.audited]
     cast = sum(len(c.cast) for c in verified)
-    return {"cast": cast, "all": len(verified) * config.verifications}
+    every = len(verified) * config.verifications
+    return {"cast": cast, "all": every, "adaptive": config.adaptive}
 
 
 def _filter(search: run_lib.Search, config: pool_lib.PoolConfig) -> dict[str, int]:
     """What the verifier head left out, how much of that was verified nevertheless, and how many of
-    those are among the best by their votes: what the filter loses."""
-    found = {"left_out": 0, "audited": 0, "audited_among_best": 0}
+    those are among the best by their votes, are the first of their problem, and pass: what the
+    filter loses."""
+    names = ("left_out", "audited", "audited_among_best", "audited_first", "audited_passing")
+    found: dict[str, int] = {name: 0 for name in names}
     for pool in search.pools:
         best = selection.ranked(pool.candidates, config.voting)[: config.best]
         filtered = [c for c in pool.candidates if c.filtered]
@@ -92,6 +97,8 @@ def _filter(search: run_lib.Search, config: pool_lib.PoolConfig) -> dict[str, in
         found["left_out"] += len(filtered)
         found["audited"] += len(audited)
         found["audited_among_best"] += sum(c in best for c in audited)
+        found["audited_first"] += sum(c in best[:1] for c in audited)
+        found["audited_passing"] += sum(config.voting.passes(c) for c in audited)
     return found
 
 
@@ -106,7 +113,7 @@ def line(search: run_lib.Search, pool: Pool) -> str:
         shown = f"best {mean} of {best['votes']} votes, self {best['self_score']:g}"
     ended = "  passed" if found.get("passed") else "  done" if found["done"] else ""
     return (
-        f"{pool.problem.id}: round {pool.rounds}, {found['proofs']} proofs, "
+        f"{problems.name(pool.problem)}: round {pool.rounds}, {found['proofs']} proofs, "
         f"{pool.tokens:,} tokens, {shown}{ended}"
     )
 
@@ -124,7 +131,7 @@ def table(summary: Mapping[str, Any]) -> str:
         )
         ended = "passed" if problem.get("passed") else "" if problem["done"] else "not done"
         lines.append(
-            f"{problem['id']:24} {problem['rounds']:>6} {problem['proofs']:>6} {figures}  {ended}"
+            f"{problem['name']:24} {problem['rounds']:>6} {problem['proofs']:>6} {figures}  {ended}"
         )
     spent = summary["spent"]
     lines.append(
@@ -132,11 +139,14 @@ def table(summary: Mapping[str, Any]) -> str:
     )
     if "votes" in summary and summary["votes"]["all"]:
         cast, every = summary["votes"]["cast"], summary["votes"]["all"]
-        lines.append(f"{cast:,} votes of {every:,} ({1 - cast / every:.1%} saved)")
+        saved = f" ({1 - cast / every:.1%} saved)" if summary["votes"]["adaptive"] else ""
+        lines.append(f"{cast:,} votes of {every:,}{saved}")
     if "filter" in summary:
         found = summary["filter"]
         lines.append(
             f"first opinions left out {found['left_out']:,} proofs; of {found['audited']:,} that "
-            f"were verified nevertheless {found['audited_among_best']:,} are among the best"
+            f"were verified nevertheless {found['audited_among_best']:,} are among the best, "
+            f"{found['audited_first']:,} are their problem's first, and "
+            f"{found['audited_passing']:,} pass"
         )
     return "\n".join(line.rstrip() for line in lines)

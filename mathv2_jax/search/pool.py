@@ -18,6 +18,7 @@ from mathv2_jax.search import rounds, selection
 
 Pool = candidates_lib.Pool
 Candidate = candidates_lib.Candidate
+FirstOpinions = rounds.FirstOpinions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,7 @@ class PoolConfig:
     `together` proofs, each with one of its analyses, are shown to one refinement. `min_votes` and
     `max_lost` are `selection.Voting`'s. Votes are asked for in waves of `wave`; `adaptive` asks
     for the next one only of proofs whose votes can still change who the best are, or whether one
-    passes.
+    passes; in the last round, which of them is the first.
 
     `unverified` is the share of a round's proofs, those that the verifier head thinks least of,
     that are left without verification; of these the share `audited` is verified nevertheless, which
@@ -71,6 +72,14 @@ class PoolConfig:
             raise ValueError(
                 f"pool.unverified = {self.unverified} must lie in [0, 1), pool.audited = "
                 f"{self.audited} in [0, 1]"
+            )
+
+    def require_head(self, first_opinions: FirstOpinions | None) -> None:
+        """ValueError where proofs are to be filtered by a verifier that has no head."""
+        if self.unverified and first_opinions is None:
+            raise ValueError(
+                f"pool.unverified = {self.unverified}: this verifier has no head to filter with; "
+                "set it to 0, or verify with a checkpoint of mathv2-train"
             )
 
     @property
@@ -117,7 +126,7 @@ class PoolSearch:
         return (later + (0 if pool.rounds else config.proofs)) * (1 + config.verifications)
 
     def step(self, players: rounds.Players, pools: Sequence[Pool]) -> list[records.Sample]:
-        """One round of each pool, which has taken it in: the samples, in a fixed order."""
+        """One round of each pool, which has taken it in and is to end it: the samples, in order."""
         prompts = [(pool, self._prompts(pool)) for pool in pools]
         mark = functools.partial(self._filtered, players)
         samples = rounds.take(players, self._seed, prompts, mark)
@@ -126,8 +135,6 @@ class PoolSearch:
         else:
             voting, wave = self.config.voting, self.config.wave
             samples += rounds.verify_all(players, self._seed, pools, voting, wave)
-        for pool in pools:
-            pool.end_round()
         return samples
 
     def _prompts(self, pool: Pool) -> list[rounds.Prompt]:
@@ -148,11 +155,8 @@ class PoolSearch:
         if not config.unverified or not places:
             return list(written)
         tokenizer = players.verifier.tokenizer
-        if players.first_opinions is None or tokenizer is None:
-            raise ValueError(
-                f"pool.unverified = {config.unverified}: this verifier has no head to filter with; "
-                "set it to 0, or verify with a checkpoint of mathv2-train"
-            )
+        config.require_head(players.first_opinions)
+        assert players.first_opinions is not None and tokenizer is not None
         role, statement = players.roles.verifier, pool.problem.statement
         asked = [
             role.prompt(tokenizer, statement=statement, proof=found.proof)
@@ -181,7 +185,7 @@ class PoolSearch:
             ballots = []
             for pool in pools:
                 listed = [c for c in pool.candidates if not c.filtered or c.audited]
-                for candidate in selection.undecided(listed, config.best, config.voting):
+                for candidate in self._undecided(pool, listed):
                     first = len(candidate.cast)
                     number = min(config.wave, config.verifications - first)
                     ballots.append(rounds.Ballot(pool, candidate, first, number))
@@ -189,6 +193,12 @@ class PoolSearch:
             samples += found
             if not found:  # all is decided, or the budget is spent
                 return samples
+
+    def _undecided(self, pool: Pool, listed: Sequence[Candidate]) -> list[Candidate]:
+        """Whose votes can still change the next round, or, where there is none, the answer."""
+        config = self.config
+        best = 1 if pool.rounds >= config.rounds else config.best
+        return selection.undecided(listed, best, config.voting)
 
 
 def _refinement(

@@ -1,11 +1,15 @@
 """The problems of a search, from a file of ours or of others."""
 
 import json
+import re
 
 from etils import epath
 
 from mathv2_jax import records
-from mathv2_jax.data import benchmark_columns, graded, raw_files
+from mathv2_jax.data import benchmark_columns, graded, raw_files, store
+
+_LONGEST_NAME = 40
+_PROOFBENCH = re.compile(r"\bPB-(Basic|Advanced)-\d+$")
 
 
 def read(path: epath.Path) -> list[records.Problem]:
@@ -38,4 +42,13 @@ def _problem(raw: raw_files.Raw, path: epath.Path) -> records.Problem:
         return records.from_json(records.Problem, json.dumps(raw.fields))
     row = graded.Row(file=str(path), line=raw.line, fields=fields)
     source = row.optional_text("source") or path.name.partition(".")[0]
-    return graded.problems_of(row, source, "", ())[0]
+    if part := _PROOFBENCH.search(row.id):  # which the benchmark reports apart
+        source = f"{source}-{part[1].lower()}"
+    parents = (f"{store.ROW}{row.id}",) if row.id else ()
+    return graded.problems_of(row, source, "", parents)[0]
+
+
+def name(problem: records.Problem) -> str:
+    """What its file calls a problem, on a line, else its id."""
+    rows = (p.removeprefix(store.ROW) for p in problem.parents if p.startswith(store.ROW))
+    return " ".join(next(rows, problem.id).split())[:_LONGEST_NAME]

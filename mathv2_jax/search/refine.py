@@ -63,15 +63,14 @@ class Refinement:
         return going * (self.config.attempts - pool.rounds) * (1 + self.config.verifications)
 
     def step(self, players: rounds.Players, pools: Sequence[Pool]) -> list[records.Sample]:
-        """One attempt of each thread that goes on: the samples, in a fixed order."""
+        """One attempt of each thread that goes on, which the pools have taken in and are to end:
+        the samples, in order."""
         prompts = [(pool, self._prompts(pool)) for pool in pools]
         samples = rounds.take(players, self._seed, prompts)
         if self.config.verifications:
             voting = selection.Voting(verifications=self.config.verifications)
             wave = self.config.verifications
             samples += rounds.verify_all(players, self._seed, pools, voting, wave)
-        for pool in pools:
-            pool.end_round()
         return samples
 
     def _going(self, pool: Pool) -> list[tuple[int, Attempt | None]]:

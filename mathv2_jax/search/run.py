@@ -22,12 +22,15 @@ Candidate = candidates_lib.Candidate
 
 
 class Method(Protocol):
-    """How pools grow: `pool.PoolSearch` or `refine.Refinement`."""
+    """How pools grow: `pool.PoolSearch` or `refine.Refinement`. A `step` ends no round."""
 
     def is_done(self, pool: Pool, /) -> bool: ...
     def best(self, pool: Pool, /) -> Candidate | None: ...
     def most_left(self, pool: Pool, /) -> int: ...
     def step(self, players: rounds.Players, pools: Sequence[Pool], /) -> list[records.Sample]: ...
+
+
+UNFINISHED = "unfinished.jsonl"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +39,11 @@ class Folders:
 
     samples: epath.Path
     responses: epath.Path
+
+    @property
+    def unfinished(self) -> epath.Path:
+        """What is known of a round that a budget broke off, for readers; none of it is a record."""
+        return self.samples.parent / UNFINISHED
 
 
 def open_responses(folders: Folders, every: float) -> durable.Responses:
@@ -64,6 +72,7 @@ class Search:
         self.pools = [Pool(problem) for problem in problems]
         self.last: list[Pool] = []  # the pools that the last step was of
         self._responses, self._at_once, self._thinking = responses, at_once, thinking
+        self._unfinished = folders.unfinished
         self._parts = storage.Parts(folders.samples)
         self.steps = 0  # that are recorded
         self._recall()
@@ -103,13 +112,17 @@ class Search:
             self.last = pools
             samples = self.method.step(players, pools)
             self._responses.flush()
-            if spent := self._broken_off():
-                return spent
             if not self._thinking:
                 samples = [dataclasses.replace(s, thinking=None) for s in samples]
+            if spent := self._broken_off():
+                storage.write_whole(self._unfinished, records.to_lines(samples))
+                return spent
+            for pool in pools:
+                pool.end_round()
             name = storage.part_name(self.steps + 1)
             self._parts.write_part(name, records.to_lines(samples))
             self._parts.commit(self.steps + 1)
+            self._unfinished.unlink(missing_ok=True)
             self.steps += 1
             self._responses.drop_before(self.steps)
             recorded()

@@ -121,6 +121,7 @@ def test_a_meta_verifier_is_asked_about_analyses_that_people_judged(tmp_path):
         (["--search=w"], "it is no search's workdir"),
         (["--graded=/nowhere.jsonl", "--rating=r"], "there is no such file"),
         (["--graded=g", "--rating=r", "--rounds=0"], "--rounds=0: must be at least 1"),
+        (["--graded=g", "--rating=r", "--seed=-1"], "--seed=-1: must not be negative"),
     ],
 )
 def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path, capsys, arguments, message):
@@ -128,6 +129,42 @@ def test_a_mistake_is_one_line_that_says_what_to_do(tmp_path, capsys, arguments,
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
     assert not (tmp_path / "out").exists()
+
+
+def test_parts_of_another_size_go_on_as_they_were_begun(graded, tmp_path):
+    with faulty.serving(faulty.Server(answer=gullible)) as url:
+        assert run(*settings(graded, url, tmp_path / "out")) == 0
+        whole = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    # As if it had been killed after its first part of two texts: the others are asked for now.
+    folder = tmp_path / "out" / "records" / "evaluate"
+    for kind in ("part", "manifest"):
+        first, second = sorted(p for p in folder.iterdir() if kind in p.name)
+        second.unlink()
+    with faulty.serving(faulty.Server(answer=gullible)) as url:
+        larger = [a for a in settings(graded, url, tmp_path / "out") if "runtime.call" not in a]
+        assert run(*larger, "--config.runtime.call=600") == 0
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text()) == whole
+
+
+def test_several_files_are_one_set_and_places_are_of_their_own_file(graded, tmp_path):
+    for name in "ab":
+        rows = [json.dumps({**row, "id": f"{name}{row['id']}", "auto": 0.5}) for row in ROWS]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    files = [f"--graded={tmp_path / name}.jsonl" for name in "ab"]
+    asked = ["--rating=auto", "--scale=full-marks", f"--out={tmp_path / 'out'}", "--rounds=20"]
+    assert run(*files, *asked) == 0
+    body = json.loads((tmp_path / "out" / "evaluation.json").read_text())["all"]
+    assert body["items"] == 2 * len(ROWS)
+    assert [row["upto"] for row in body["place_bias"]] == [2, 3, 4]  # 1 to 4, twice
+
+
+def test_a_file_where_a_folder_should_be_is_one_line(graded, capsys):
+    rows = [json.dumps({**row, "auto": 0.5}) for row in ROWS]
+    graded.write_text("\n".join(rows))
+    asked = [f"--graded={graded}", "--rating=auto", "--scale=full-marks", "--rounds=20"]
+    assert run(*asked, f"--out={graded}") == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("mathv2-evaluate: ")
 
 
 def test_a_reader_who_leaves_early_sees_no_traceback(graded):

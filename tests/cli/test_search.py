@@ -1,9 +1,11 @@
 """mathv2-search and mathv2-evaluate as commands: a checkpoint, a server, kills, mistakes."""
 
 import collections
+import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import sys
 import pytest
 from etils import epath
 
-from mathv2_jax.cli import evaluate, search
+from mathv2_jax.cli import engines, evaluate, players, search, search_config
 from mathv2_jax.search import problems as problems_lib
 from mathv2_jax.text import parse
 from tests import faulty, smoke
@@ -133,6 +135,51 @@ def test_searches_are_evaluated_by_their_votes(searched, tmp_path, capsys):
     assert "| 4 |" in capsys.readouterr().out
 
 
+def test_a_search_that_its_budget_broke_off_is_evaluated_by_what_there_is(
+    problems, tmp_path, capsys
+):
+    with faulty.serving(faulty.Server(answer=author)) as url:
+        where = [
+            f"--problems={problems}",
+            f"--engine=openai:{url}#m",
+            f"--workdir={tmp_path / 'w'}",
+        ]
+        more = ["--config.pool.proofs=4", "--config.pool.verifications=4", "--config.at_once=1"]
+        assert run(*where, *SERVER, *more, "--config.budget.answers=9") == 0
+    summary = json.loads((tmp_path / "w" / "summary.json").read_text())
+    assert not any(p["done"] for p in summary["problems"])
+    capsys.readouterr()
+    asked = [f"--search={tmp_path / 'w'}", f"--out={tmp_path / 'out'}", "--rounds=20"]
+    assert run(*asked, main=evaluate.main) == 0
+    shown = capsys.readouterr().out
+    assert "1 problems, judged by votes" in shown
+    assert "2 problems are not begun, and are left out of all figures" in shown
+    assert "1 problems are not done, and " in shown and "too high" in shown
+    body = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert body["answers"]["all"]["unanswered"] == 0
+
+
+def test_no_votes_are_no_judge_and_other_worlds_have_no_exact_one(
+    searched, problems, tmp_path, capsys
+):
+    lines = (searched / "refine/records/input/problems.jsonl").read_text().splitlines()
+    shutil.copytree(searched / "refine", tmp_path / "w")
+    elsewhere = [json.loads(line) | {"statement": "Show 0."} for line in lines]
+    text = "".join(json.dumps(row) + "\n" for row in elsewhere)
+    (tmp_path / "w/records/input/problems.jsonl").write_text(text)
+    asked = [f"--search={tmp_path / 'w'}", f"--out={tmp_path / 'out'}", "--rounds=20"]
+    assert run(*asked, "--judge=world", main=evaluate.main) == 2
+    assert "not a statement of the proof world" in capsys.readouterr().err
+    with faulty.serving(faulty.Server(answer=author)) as url:
+        where = [f"--problems={problems}", f"--engine=openai:{url}#m"]
+        more = ["--config.method=refine", "--config.refine.threads=2"]
+        more += ["--config.refine.attempts=1", "--config.refine.verifications=0"]
+        assert run(*where, f"--workdir={tmp_path / 'v'}", *SERVER, *more) == 0
+    asked[0] = f"--search={tmp_path / 'v'}"
+    assert run(*asked, main=evaluate.main) == 2
+    assert "none of its proofs has a vote" in capsys.readouterr().err
+
+
 def test_people_judge_the_answers_of_a_search(searched, tmp_path, capsys):
     best = [json.loads(line) for line in (searched / "shot/best.jsonl").read_text().splitlines()]
     rows = [
@@ -164,7 +211,7 @@ def test_people_judge_the_answers_of_a_search(searched, tmp_path, capsys):
         ({"config.pool.verifications": "0"}, "pool.verifications = 0: must be at least 1"),
         ({"config.method": "pol"}, "must be pool or refine"),
         ({"config.remote.time": "3"}, "config.remote has no field 'time'"),
-        ({"config.remote.model": "x"}, "the engine openai:m says it"),
+        ({"config.remote.model": "x"}, "/v1#m says it; leave it out"),
         ({"config.budget.tokens": "0"}, "budget.tokens = 0: must be positive"),
     ],
 )
@@ -175,6 +222,49 @@ def test_a_mistake_is_one_line_that_says_what_to_do(problems, tmp_path, capsys, 
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert message in line
     assert not (tmp_path / "w").exists()
+
+
+def test_a_checkpoint_is_known_by_its_variables_wherever_it_stands(smoke_workdir, tmp_path):
+    engine = engines.parse("engine", f"checkpoint:{smoke_workdir}#verifier-1")
+    shutil.copytree(smoke_workdir, tmp_path / "moved")
+    moved = engines.parse("engine", f"checkpoint:{tmp_path}/./moved/#verifier-1")
+    other = engines.parse("engine", f"checkpoint:{smoke_workdir}#generator-1")
+    names = [players.Players.of(e, e, []).names for e in (engine, moved, other)]
+    assert names[0] == names[1] != names[2]
+    assert names[0]["generator"].startswith("checkpoint:step 3 #")
+
+
+def test_a_checkpoint_and_a_server_search_together_with_the_checkpoints_prompts(smoke_workdir):
+    run_ = engines.parse("engine", f"checkpoint:{smoke_workdir}")
+    server = engines.parse("engine", "openai:http://127.0.0.1:9/v1#m")
+    key = [("config.remote.key_env", "''"), ("config.verifier_remote.key_env", "''")]
+    for pair in ((run_, server), (server, run_)):
+        made = players.Players.of(*pair, key)
+        assert made.config.roles.templates == "world"
+    # The verifier's answers may be longer than the writer's context.
+    longer = [*key, ("config.roles.verifier.max_tokens", "300")]
+    assert players.Players.of(run_, server, longer).config.roles.verifier.max_tokens == 300
+    with pytest.raises(ValueError, match="leaves no room for a prompt in config.engine.context"):
+        players.Players.of(run_, run_, longer)
+
+
+def test_a_server_thinks_as_the_roles_say_unless_its_own_field_says_otherwise():
+    server = engines.parse("engine", "openai:http://127.0.0.1:9/v1#m")
+    key = [("config.remote.key_env", "''")]
+    thinks = [("config.roles.think", "True")]
+    for said, think in ((key, False), (key + thinks, True)):
+        assert players.Players.of(server, server, said).servers[server].think is think
+    own = [*key, *thinks, ("config.remote.think", "False")]
+    assert players.Players.of(server, server, own).servers[server].think is False
+
+
+def test_runs_with_other_prompts_need_a_word_which_are_meant(smoke_workdir):
+    found = engines.locate(engines.parse("engine", f"checkpoint:{smoke_workdir}"))
+    other = dataclasses.replace(found, roles=dict(found.roles, templates="olympiad"))
+    with pytest.raises(ValueError, match=r"say which are meant, --config.roles.templates="):
+        search_config.build([], found, other)
+    said = [("config.roles.templates", "world")]
+    assert search_config.build(said, found, other).roles.templates == "world"
 
 
 def test_another_search_is_refused_in_the_workdir_of_one(problems, searched, capsys):

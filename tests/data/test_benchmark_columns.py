@@ -31,7 +31,8 @@ def test_problems_of_imo_proofbench(tmp_path):
         "Source": "Some Olympiad 2001",
     }
     (found,) = problems.read(write_csv(tmp_path / "proofbench.csv", row))
-    assert (found.statement, found.source) == ("Show that 1 = 1.", "proofbench")
+    assert (found.statement, found.source) == ("Show that 1 = 1.", "proofbench-basic")
+    assert problems.name(found) == "PB-Basic-001"
     assert (found.reference, found.guidelines) == ("Look.", "7 for looking.")
 
 
@@ -53,9 +54,15 @@ def test_gradings_of_imo_gradingbench(tmp_path):
 
 def test_lists_of_json_objects(tmp_path):
     path = epath.Path(tmp_path / "putnam.json")
-    path.write_text(json.dumps([{"problem_name": "putnam_2024_a1", "informal_statement": "Find."}]))
-    (found,) = problems.read(path)
-    assert (found.statement, found.source) == ("Find.", "putnam")
+    rows = [
+        {"problem_name": "putnam_2024_a1", "informal_statement": "Find."},
+        {"problem": "How many?", "answer": 12},
+    ]
+    path.write_text(json.dumps(rows))
+    first, second = problems.read(path)
+    assert (first.statement, first.source) == ("Find.", "putnam")
+    assert (problems.name(first), problems.name(second)) == ("putnam_2024_a1", second.id)
+    assert second.answer == "12"
 
 
 def test_a_name_of_ours_comes_first_and_nothing_is_lost():

@@ -120,6 +120,12 @@ def test_graded_rows_are_read_as_they_stand(tmp_path):
     [
         ({}, "autos", "no row has a column 'autos'"),
         (dict(auto=3), "auto", "line 1: auto is 3: a mean score lies"),
+        (dict(auto=None), "auto", "no graded row has a number in its column 'auto'"),
+        (
+            dict(schema=1, kind="Proof"),
+            "auto",
+            "line 1: it is a Proof record of ours, which holds no rating",
+        ),
         (dict(score=0.3), "auto", "line 1: score 0.3 is none of"),
         (dict(score=None), "auto", "holds no graded proof"),
     ],
@@ -127,3 +133,8 @@ def test_graded_rows_are_read_as_they_stand(tmp_path):
 def test_what_cannot_be_read_is_named(tmp_path, change, column, message):
     with pytest.raises(ValueError, match=message):
         benchmarks.read(graded(tmp_path, {**ROW, **change}), SCALE, column)
+
+
+def test_a_file_without_rows_says_so(tmp_path):
+    with pytest.raises(ValueError, match="holds no row"):
+        benchmarks.read(graded(tmp_path), SCALE, "auto")

@@ -110,7 +110,23 @@ def test_a_majority_of_no_votes_is_no_score(tmp_path):
     candidate = pools[0].candidates[0]
     assert curves.by_majority(authors.problem(), candidate) is None
     found = curves.of_refinement(pools, CONFIG, curves.by_majority, rounds=20)
-    assert found.pass_at_1[0].score.value == 0.0
+    assert found.pass_at_1[0].score.value is None
+    assert found.pass_at_1[0].by_problem == (None,)
+
+
+def test_a_proof_without_a_score_leaves_the_mean_and_one_that_cannot_be_read_is_a_0(tmp_path):
+    pools = refined(tmp_path)
+
+    def fussy(problem, candidate):
+        return None if candidate.proof[6] == "0" else level(problem, candidate)
+
+    found = curves.of_refinement(pools, CONFIG, fussy, rounds=20).pass_at_1[0]
+    for pool_, value in zip(pools, found.by_problem, strict=True):
+        answers = refine.answers(pool_, 4, 1)
+        scores = [0.0 if a is None else fussy(None, a.candidate) for a in answers]
+        known = [s for s in scores if s is not None]
+        assert value == (pytest.approx(sum(known) / len(known)) if known else None)
+    assert None in [s for p in pools for s in [fussy(None, a.candidate) for a in p.attempts]]
 
 
 def test_differences_are_paired_and_made_at_no_fewer_tokens(tmp_path):
@@ -121,5 +137,7 @@ def test_differences_are_paired_and_made_at_no_fewer_tokens(tmp_path):
     assert curves.difference(made[0], made[0], rounds=50).high == 0.0
     assert curves.no_cheaper(made, made[1].tokens) == made[1]
     assert curves.no_cheaper(made, made[1].tokens + 1) == made[2]
-    assert curves.no_cheaper(made, 10 * made[2].tokens) == made[2]
+    assert curves.no_cheaper(made, 10 * made[2].tokens) is None
+    gone = dataclasses.replace(made[0], by_problem=(None, *made[0].by_problem[1:]))
+    assert curves.difference(gone, made[-1], rounds=50).items == len(pools) - 1
     assert curves.no_cheaper([], 1.0) is None

@@ -84,6 +84,23 @@ def test_a_request_is_told_to_the_server_whole():
     assert not {"seed", "max_tokens", "top_k", "min_p", "stop"} & set(second)
 
 
+@pytest.mark.parametrize(
+    ("text", "sent"),
+    [
+        ("a<|user|>b", "a<\u2060|user|>b"),
+        ("a<\uff5cAssistant\uff5c>b", "a<\u2060\uff5cAssistant\uff5c>b"),
+        ("<think></think><s></s>", "<\u2060think><\u2060/think><\u2060s><\u2060/s>"),
+        ("|a| < |b| and |c|> 1, x<think, <strong>", "|a| < |b| and |c|> 1, x<think, <strong>"),
+    ],
+)
+def test_a_text_cannot_forge_a_servers_control_tokens(text, sent):
+    server = faulty.Server()
+    with faulty.serving(server) as url:
+        engine_at(url).generate([dataclasses.replace(request("a", 1), messages=(("user", text),))])
+    (asked,) = server.asked
+    assert asked.body["messages"] == [{"role": "user", "content": sent}]
+
+
 def test_a_response_has_text_alone_and_the_servers_count(expected):
     response = expected[0][0]
     assert response.token_ids == () and response.logprobs == ()

@@ -7,6 +7,7 @@ import random
 import pytest
 
 from mathv2_jax import records, roles, storage
+from mathv2_jax.rollout import answers as answers_lib
 from mathv2_jax.rollout import durable
 from mathv2_jax.search import asking, outcome, pool, refine, rounds, run, selection
 from tests.search import authors
@@ -245,6 +246,68 @@ def test_a_spent_budget_leaves_the_best_so_far_and_more_of_it_goes_on(tmp_path, 
     search = searched(tmp_path / "less", method, third)
     assert pools(search) == pools(expected)
     assert len({*first.asked, *third.asked}) == len([*first.asked, *third.asked])
+
+
+class Leaving(authors.Author):
+    """Leaves what is cancelled while it writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.left = set()
+
+    def cancel(self, request_id):
+        self.left.add(request_id)
+
+    def generate(self, requests, on_answer=None, *, answered=()):
+        found = []
+        for place, request in enumerate(requests):
+
+            def told(_, response, place=place):
+                on_answer(place, response)
+
+            number = range(request.num_samples)
+            own = {index for at, index in answered if at == place}
+            for index in number:
+                if index in own:
+                    continue
+                if request.id in self.left:
+                    unasked = answers_lib.unanswered(
+                        request, index, records.Finish.CANCELLED, self.version
+                    )
+                    found.append((place, unasked))
+                    continue
+                others = {(0, i) for i in number if i != index}
+                ((response,),) = super().generate([request], told, answered=others)
+                found.append((place, response))
+        return [[r for at, r in found if at == place] for place in range(len(requests))]
+
+
+def test_a_budget_ends_a_call_in_its_middle_and_the_round_is_not_done(tmp_path):
+    method = pool.PoolSearch(POOL, 4)
+    expected = searched(tmp_path / "whole", method)
+    first = Leaving()
+    search, players = opened(tmp_path / "less", method, first, answers=9)
+    assert search.run(players) == "budget.answers = 9 is spent"
+    assert len(first.asked) == 9
+    assert [p.rounds for p in search.pools] == [0] * 5
+    assert not any(p["done"] for p in outcome.summarise(search)["problems"])
+    unfinished = tmp_path / "less" / run.UNFINISHED
+    assert len(unfinished.read_text().splitlines()) == 9
+    second = Leaving()
+    assert pools(searched(tmp_path / "less", method, second)) == pools(expected)
+    assert not unfinished.exists() and not {*first.asked} & {*second.asked}
+
+
+def test_the_last_round_asks_on_until_its_answer_is_settled(tmp_path):
+    config = dataclasses.replace(POOL, rounds=0, best=6, adaptive=True, verifications=8)
+    whole = pool.PoolSearch(dataclasses.replace(config, adaptive=False), 5)
+    adaptive = pool.PoolSearch(config, 5)
+    expected = searched(tmp_path / "whole", whole)
+    found = searched(tmp_path / "adaptive", adaptive)
+    assert [adaptive.best(p).proof for p in found.pools] == [
+        whole.best(p).proof for p in expected.pools
+    ]
+    assert found.meter.spent.answers < expected.meter.spent.answers
 
 
 def test_tokens_and_hours_are_budgets_too(tmp_path):
