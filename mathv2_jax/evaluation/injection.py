@@ -3,8 +3,8 @@
 What is measured is whether the verifier's parsed score moves, beside what a harmless text does,
 `CONTROL`: another prompt is answered with other noise. That forged structure never is structure is
 held by construction, and by tests: prompts are filled by literal substitution, no text encodes to a
-control token of the engines here, none reaches a server whole (`rollout/remote.py` breaks them up),
-and parsers read a model's own response alone, never its prompt.
+control token of the engines here, none reaches a server whole (`rollout/remote_text.py` breaks them
+up), and parsers read a model's own response alone, never its prompt.
 """
 
 import dataclasses

@@ -17,7 +17,6 @@ import json
 import os
 import queue
 import random
-import re
 import threading
 import time
 import urllib.parse
@@ -27,9 +26,8 @@ from typing import Any
 from absl import logging
 
 from mathv2_jax import records
-from mathv2_jax.rollout import answers, remote_config
+from mathv2_jax.rollout import answers, remote_config, remote_text
 from mathv2_jax.rollout.remote_config import RemoteConfig as RemoteConfig
-from mathv2_jax.text import tokenizer as tokenizer_lib
 
 OnAnswer = Callable[[int, records.Response], None]
 
@@ -37,8 +35,6 @@ _FOR_ALL = (401, 402)  # the key, or what is paid for it: the same for every req
 _AT_FIRST = (403, 404)  # so are these, unless the server has answered another
 _AGAIN = (408, 409, 425, 429)  # and 5xx
 _ENDS = {"stop": records.Finish.STOP, "length": records.Finish.LENGTH}
-# <|user|>, <｜Assistant｜>, <think>, <s> and their like, at the bracket that opens them.
-_CONTROL = re.compile(r"<(?=[|\uff5c][^<>\s]{1,60}[|\uff5c]>|/?(?:think|s|bos|eos|pad|unk)>)")
 _NO_KEY = "none"  # what a server that asks for no key is sent
 
 
@@ -324,7 +320,9 @@ class RemoteEngine:
         config, beyond = self.config, dict(self.config.extra)
         body: dict[str, Any] = dict(
             model=config.model,
-            messages=[{"role": role, "content": _tame(text)} for role, text in request.messages],
+            messages=[
+                {"role": role, "content": remote_text.tame(text)} for role, text in request.messages
+            ],
             temperature=request.temperature,
             top_p=request.top_p,
         )
@@ -371,7 +369,7 @@ class RemoteEngine:
             raise _Fault(f"its answer ended with finish_reason {ending!r}", again=False)
         thinking, final = apart, content
         if not apart:
-            thinking, final = split_thinking(content, think=self.config.think)
+            thinking, final = remote_text.split_thinking(content, think=self.config.think)
         return records.Response(
             request_id=request.id,
             index=index,
@@ -398,32 +396,6 @@ class RemoteEngine:
             logging.warning("%s does not count tokens: they show as 0", self.config.base_url)
         self.stats.uncounted += 1
         return None
-
-
-def _tame(text: str) -> str:
-    """Text without strings that a server's tokenizer would take for control tokens.
-
-    A word joiner, which shows nothing, stands after the opening bracket of each. Hugging Face
-    tokenizers encode such strings as control tokens wherever they stand, so that a proof could end
-    its own turn.
-    """
-    return _CONTROL.sub("<\u2060", text)
-
-
-def split_thinking(content: str, *, think: bool = False) -> tuple[str, str | None]:
-    """(thinking, final) of an answer whose reasoning stands inline.
-
-    It is cut at the last `</think>`, as tokenizers cut; the tag that opens it may be a part of the
-    prompt. Where it is open (by its tag, or because the model thinks first) and never closed there
-    is no final response.
-    """
-    before, closed, after = content.rpartition(tokenizer_lib.END_THINK)
-    whole = before if closed else content
-    opened = think or whole.lstrip().startswith(tokenizer_lib.THINK)
-    if not closed and not opened:
-        return "", content
-    thinking = whole.lstrip().removeprefix(tokenizer_lib.THINK).strip()
-    return thinking, after.lstrip() if closed else None
 
 
 def _require_askable(request: records.Request) -> None:
