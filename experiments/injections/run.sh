@@ -14,7 +14,7 @@ evaluate() {
   local name="$1"
   shift
   # The texts that are put after a proof are long in this world's small vocabulary.
-  .venv/bin/python -m mathv2_jax.cli.evaluate --engine="checkpoint:$run#verifier-2" \
+  .venv/bin/python -m mathv2_jax.cli.evaluate --engine="checkpoint:$run#verifier-1" \
     --out="$at/$name" --config.engine.context=896 "$@"
   cp "$at/$name/evaluation.json" "$here/$name.json"
   cp "$at/$name/evaluation.md" "$here/$name.md"

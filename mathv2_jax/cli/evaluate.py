@@ -28,10 +28,8 @@ the middle 95 % of a bootstrap over problems (--rounds draws, --seed).
 Exit codes: 0 finished, 75 stopped (the same command goes on), 2 bad usage or input, 1 failure.
 """
 
-import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -43,7 +41,7 @@ from etils import epath
 
 from mathv2_jax import records, roles, storage
 from mathv2_jax.cli import config as config_lib
-from mathv2_jax.cli import engines, search_config, session, shell
+from mathv2_jax.cli import engines, search_config, searched, session, shell
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.cli import players as players_lib
 from mathv2_jax.data import graded, sources
@@ -60,9 +58,6 @@ from mathv2_jax.evaluation import (
 from mathv2_jax.rollout import durable
 from mathv2_jax.search import candidates as candidates_lib
 from mathv2_jax.search import pool as pool_lib
-from mathv2_jax.search import refine as refine_lib
-from mathv2_jax.search import rounds
-from mathv2_jax.search import run as run_lib
 from mathv2_jax.world import judge as world_judge
 from mathv2_jax.world import problems as world_problems
 
@@ -227,81 +222,6 @@ def _require_same_question(
     return together
 
 
-@dataclasses.dataclass(frozen=True)
-class _Searched:
-    """A search as its workdir holds it: the problems that it has begun, `problems` all of them, and
-    what names its models and prompts."""
-
-    config: search_config.SearchConfig
-    identity: Mapping[str, Any]
-    problems: list[records.Problem]
-    written: list[tuple[records.Problem, list[records.Sample]]]
-    broken_off: int  # samples of a round that a budget broke off, which are among `written`
-
-    @property
-    def method(self) -> pool_lib.PoolSearch | refine_lib.Refinement:
-        if self.config.method == search_config.REFINE:
-            return refine_lib.Refinement(self.config.refine, self.config.seed)
-        return pool_lib.PoolSearch(self.config.pool, self.config.seed)
-
-    def pools(self) -> list[candidates_lib.Pool]:
-        """Each problem's pool, as the search left it."""
-        made = []
-        for problem, samples in self.written:
-            pool = candidates_lib.Pool(problem)
-            for _, own in itertools.groupby(samples, key=lambda sample: sample.step):
-                pool.end_round(own)
-            made.append(pool)
-        return made
-
-    def notes(self, pools: Sequence[candidates_lib.Pool]) -> list[str]:
-        """What a reader must know of a search that is not finished."""
-        found = []
-        if len(self.written) < len(self.problems):
-            left_out = len(self.problems) - len(self.written)
-            found.append(f"{left_out} problems are not begun, and are left out of all figures")
-        going = sum(not self.method.is_done(pool) for pool in pools)
-        if going or self.broken_off:
-            found.append(
-                f"the search is not finished: {going} problems are not done, and "
-                f"{self.broken_off} answers are of a round that its budget broke off"
-            )
-        return found
-
-
-def _read_search(flag: str, name: str) -> _Searched:
-    workdir = shell.absolute(name)
-    path = workdir / "config.json"
-    if not storage.exists(path):
-        raise FileNotFoundError(f"--{flag}={name}: {path} is not there: it is no search's workdir")
-    try:
-        body = storage.parse_json(storage.read_bytes(path))
-        if "search" not in body:
-            raise ValueError("it is of a run of mathv2-train, or of nothing that is known here")
-        saved = body["search"]
-        fields = {f.name for f in dataclasses.fields(search_config.SearchConfig)}
-        known = {name: saved[name] for name in saved if name in fields}
-        config = config_lib.build_as(search_config.SearchConfig, known, "config")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--{flag}={name}: {path} is of no search: {error}") from error
-    problems = sources.read(workdir / "records" / "input" / "problems.jsonl", records.Problem)
-    by_problem: dict[str, list[records.Sample]] = {p.id: [] for p in problems}
-    parts = storage.Parts(workdir / "records" / rounds.STAGE)
-    unfinished = workdir / "records" / run_lib.UNFINISHED
-    broken_off = sources.read(unfinished, records.Sample) if storage.exists(unfinished) else []
-    found = sources.parse_lines(list(parts.read()), records.Sample, f"--{flag}={name}")
-    for sample in [*found, *broken_off]:
-        if sample.problem_id not in by_problem:
-            raise ValueError(
-                f"--{flag}={name}: sample {sample.id} is of a problem it does not have"
-            )
-        by_problem[sample.problem_id].append(sample)
-    written = [(p, by_problem[p.id]) for p in problems if by_problem[p.id]]
-    if not written:
-        raise ValueError(f"--{flag}={name}: this search has written nothing yet")
-    return _Searched(config, saved, problems, written, len(broken_off))
-
-
 def _judge(problems: Sequence[records.Problem]) -> curves.Score:
     if _ASKED.judge == VOTES:
         return curves.by_majority
@@ -320,7 +240,7 @@ def _judge(problems: Sequence[records.Problem]) -> curves.Score:
 
 
 def _searched(out: epath.Path) -> None:
-    found = _read_search("search", _ASKED.search)
+    found = searched.read("search", _ASKED.search)
     score = _judge(found.problems)
     if found.config.method == search_config.REFINE and _ASKED.one_shot:
         raise ValueError("--one_shot is put beside a pool search, and this is a refinement")
@@ -352,7 +272,7 @@ def _searched(out: epath.Path) -> None:
 
 
 def _refinement(
-    found: _Searched, pools: Sequence[candidates_lib.Pool], score: curves.Score
+    found: searched.Searched, pools: Sequence[candidates_lib.Pool], score: curves.Score
 ) -> dict[str, Any]:
     config = found.config.refine
     made = curves.of_refinement(pools, config, score, **_draws())
@@ -364,26 +284,22 @@ def _refinement(
     return {"threads": config.threads, **config_lib.plain(made), **config_lib.plain(differences)}
 
 
-def _pool(found: _Searched, score: curves.Score, notes: list[str]) -> dict[str, Any]:
-    method = pool_lib.PoolSearch(found.config.pool, found.config.seed)
-    made = curves.of_rounds(found.written, method, score, **_draws())
+def _pool(found: searched.Searched, score: curves.Score, notes: list[str]) -> dict[str, Any]:
+    assert isinstance(found.method, pool_lib.PoolSearch)
+    made = curves.of_rounds(found.written, found.method, score, **_draws())
     rise = curves.difference(made[0], made[-1], **_draws())
     body = {"pool": config_lib.plain(made), "rise_of_pool": config_lib.plain(rise)}
     if _ASKED.one_shot:
-        other = _read_search("one_shot", _ASKED.one_shot)
+        other = searched.read("one_shot", _ASKED.one_shot)
         if other.config.method != search_config.POOL or other.config.pool.rounds:
             raise ValueError(
                 f"--one_shot={_ASKED.one_shot}: this search refines; one with "
                 "--config.pool.rounds=0 does not"
             )
-        if [p.id for p, _ in other.written] != [p.id for p, _ in found.written]:
-            raise ValueError(
-                f"--one_shot={_ASKED.one_shot}: it has answers to other problems than --search"
-            )
-        _require_alike(found, other)
-        single = pool_lib.PoolSearch(other.config.pool, other.config.seed)
+        searched.require_alike(found, other)
         limits = _doubling(other.config.pool.proofs)
-        shots = curves.of_one_shot(other.written, single, score, limits, **_draws())
+        assert isinstance(other.method, pool_lib.PoolSearch)
+        shots = curves.of_one_shot(other.written, other.method, score, limits, **_draws())
         body["one_shot"] = config_lib.plain(shots)
         beside, last = curves.no_cheaper(shots, made[-1].tokens), made[-1]
         if beside is None:
@@ -396,25 +312,6 @@ def _pool(found: _Searched, score: curves.Score, notes: list[str]) -> dict[str, 
             body["pool_above_one_shot"] = config_lib.plain(above)
             body["tokens"] = {"pool_above_one_shot": [last.tokens, beside.tokens]}
     return body
-
-
-def _require_alike(found: _Searched, other: _Searched) -> None:
-    """ValueError where two searches differ in more than how they write."""
-    for field in ("players", "roles", "templates"):
-        for where, ours, theirs in config_lib.differences(
-            found.identity.get(field), other.identity.get(field), field
-        ):
-            raise ValueError(
-                f"--one_shot={_ASKED.one_shot}: {where} is {theirs} there and {ours} in --search; "
-                "compare searches of the same models"
-            )
-    for field in ("verifications", "min_votes", "max_lost"):
-        ours, theirs = getattr(found.config.pool, field), getattr(other.config.pool, field)
-        if ours != theirs:
-            raise ValueError(
-                f"--one_shot={_ASKED.one_shot}: config.pool.{field} is {theirs} there and {ours} "
-                "in --search; compare proofs that are verified alike"
-            )
 
 
 def _doubling(most: int) -> list[int]:

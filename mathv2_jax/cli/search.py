@@ -34,7 +34,7 @@ from mathv2_jax.cli import engines, search_config, session, shell
 from mathv2_jax.cli import overrides as overrides_lib
 from mathv2_jax.cli import players as players_lib
 from mathv2_jax.cli import workdir as workdir_lib
-from mathv2_jax.search import asking, outcome, pool, problems, refine, rounds
+from mathv2_jax.search import asking, outcome, problems, rounds
 from mathv2_jax.search import run as run_lib
 
 _ASKED = flags.FlagValues()
@@ -110,13 +110,8 @@ def search(asked: Asked, workdir: epath.Path) -> int:
             samples=workdir / "records" / rounds.STAGE, responses=workdir / "responses"
         )
         responses = run_lib.open_responses(folders, config.runtime.responses_every)
-        method = (
-            pool.PoolSearch(config.pool, config.seed)
-            if config.method == search_config.POOL
-            else refine.Refinement(config.refine, config.seed)
-        )
         made = run_lib.Search(
-            method,
+            search_config.make_method(config),
             asked.problems,
             folders,
             responses,

@@ -75,6 +75,16 @@ class SearchConfig:
             raise ValueError(f"config.at_once = {self.at_once}: must be at least 1")
 
 
+Method = pool_lib.PoolSearch | refine_lib.Refinement
+
+
+def make_method(config: SearchConfig) -> Method:
+    """How the pools of a search grow."""
+    if config.method == POOL:
+        return pool_lib.PoolSearch(config.pool, config.seed)
+    return refine_lib.Refinement(config.refine, config.seed)
+
+
 def build(
     overrides: Sequence[tuple[str, str]],
     writer: engines.Found | None,

@@ -145,6 +145,7 @@ def test_a_search_that_its_budget_broke_off_is_evaluated_by_what_there_is(
             f"--workdir={tmp_path / 'w'}",
         ]
         more = ["--config.pool.proofs=4", "--config.pool.verifications=4", "--config.at_once=1"]
+        more.append("--config.pool.rounds=0")  # so that a round that is whole ends a problem
         assert run(*where, *SERVER, *more, "--config.budget.answers=9") == 0
     summary = json.loads((tmp_path / "w" / "summary.json").read_text())
     assert not any(p["done"] for p in summary["problems"])
@@ -157,6 +158,9 @@ def test_a_search_that_its_budget_broke_off_is_evaluated_by_what_there_is(
     assert "1 problems are not done, and " in shown and "too high" in shown
     body = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert body["answers"]["all"]["unanswered"] == 0
+    part = epath.Path(tmp_path / "w" / "records" / "unfinished.jsonl")
+    lines = part.read_text().splitlines()
+    assert len(lines) >= 9 and len({json.loads(line)["id"] for line in lines}) == len(lines)
 
 
 def test_no_votes_are_no_judge_and_other_worlds_have_no_exact_one(
