@@ -53,11 +53,11 @@ class Searched:
             left_out = len(self.problems) - len(self.written)
             found.append(f"{left_out} problems are not begun, and are left out of all figures")
         going = sum(not self.method.is_done(pool) for pool in pools)
-        if going or self.broken_off:
-            found.append(
-                f"the search is not finished: {going} problems are not done, and "
-                f"{len(self.broken_off)} answers are of a round that its budget broke off"
-            )
+        if going:
+            found.append(f"the search is not finished: {going} problems are not done")
+        if self.broken_off:
+            number = len(self.broken_off)
+            found.append(f"{number} answers are of a round that the search's budget broke off")
         return found
 
 

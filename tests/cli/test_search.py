@@ -155,7 +155,8 @@ def test_a_search_that_its_budget_broke_off_is_evaluated_by_what_there_is(
     shown = capsys.readouterr().out
     assert "1 problems, judged by votes" in shown
     assert "2 problems are not begun, and are left out of all figures" in shown
-    assert "1 problems are not done, and " in shown and "too high" in shown
+    assert "1 problems are not done" in shown and "too high" in shown
+    assert "answers are of a round that the search's budget broke off" in shown
     body = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert body["answers"]["all"]["unanswered"] == 0
     part = epath.Path(tmp_path / "w" / "records" / "unfinished.jsonl")
