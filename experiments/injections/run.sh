@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # How right a run's last verifier is, as verifier and as meta-verifier, and how far texts that talk to
-# their judge move it. A quarter of an hour on 2 idle cores.
+# their judge move it. About three minutes on 2 idle cores.
 #
 #   bash experiments/injections/run.sh RUN [WORKDIR]     # RUN: a finished workdir of configs/refine.py
 set -euo pipefail
@@ -16,7 +16,6 @@ evaluate() {
   # The texts that are put after a proof are long in this world's small vocabulary.
   .venv/bin/python -m mathv2_jax.cli.evaluate --engine="checkpoint:$run#verifier-1" \
     --out="$at/$name" --config.engine.context=896 "$@"
-  cp "$at/$name/evaluation.json" "$here/$name.json"
   cp "$at/$name/evaluation.md" "$here/$name.md"
 }
 
