@@ -297,11 +297,16 @@ def _pool(found: searched.Searched, score: curves.Score, notes: list[str]) -> di
                 "--config.pool.rounds=0 does not"
             )
         searched.require_alike(found, other)
-        limits = _doubling(other.config.pool.proofs)
-        assert isinstance(other.method, pool_lib.PoolSearch)
-        shots = curves.of_one_shot(other.written, other.method, score, limits, **_draws())
+        single = other.method
+        assert isinstance(single, pool_lib.PoolSearch)
+
+        def best_of(number: int) -> curves.Point:
+            return curves.of_one_shot(other.written, single, score, [number], **_draws())[0]
+
+        most, last = other.config.pool.proofs, made[-1]
+        shots = [best_of(number) for number in _doubling(most)]
         body["one_shot"] = config_lib.plain(shots)
-        beside, last = curves.no_cheaper(shots, made[-1].tokens), made[-1]
+        beside = curves.no_cheaper(best_of, most, last.tokens)
         if beside is None:
             notes.append(
                 f"one-shot generation took at most {shots[-1].tokens:,.0f} tokens of a problem, "
@@ -310,7 +315,8 @@ def _pool(found: searched.Searched, score: curves.Score, notes: list[str]) -> di
         else:
             above = curves.difference(beside, last, **_draws())
             body["pool_above_one_shot"] = config_lib.plain(above)
-            body["tokens"] = {"pool_above_one_shot": [last.tokens, beside.tokens]}
+            tokens = [last.tokens, beside.tokens, beside.limit]
+            body["tokens"] = {"pool_above_one_shot": tokens}
     return body
 
 

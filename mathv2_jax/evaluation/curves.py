@@ -81,9 +81,18 @@ def difference(before: Point, after: Point, **draws: int) -> intervals.Figure:
     return intervals.mean(range(len(gaps)), gaps, **draws)
 
 
-def no_cheaper(points: Sequence[Point], tokens: float) -> Point | None:
-    """The first point that took so many tokens; None where none did."""
-    return next((point for point in points if point.tokens >= tokens), None)
+def no_cheaper(at: Callable[[int], Point], most: int, tokens: float) -> Point | None:
+    """The point of the lowest limit up to `most` that took so many tokens; None where none did.
+
+    A higher limit takes no fewer tokens.
+    """
+    if at(most).tokens < tokens:
+        return None
+    low, high = 1, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if at(middle).tokens >= tokens else (middle + 1, high)
+    return at(low)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,8 +249,8 @@ def table(body: Mapping[str, Any]) -> str:
         if name in body:
             lines += ["", f"{title}: {intervals.Figure(**body[name])} {against}"]
         if name in body and name in body.get("tokens", {}):
-            ours, theirs = body["tokens"][name]
-            lines[-1] += f" ({ours:,.0f} tokens of a problem beside {theirs:,.0f})"
+            ours, theirs, number = body["tokens"][name]
+            lines[-1] += f" ({ours:,.0f} tokens of a problem beside {theirs:,.0f}, N = {number})"
     for name, (title, limit) in _TITLES.items():
         if name not in body:
             continue

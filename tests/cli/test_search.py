@@ -146,6 +146,7 @@ def test_a_search_that_its_budget_broke_off_is_evaluated_by_what_there_is(
         ]
         more = ["--config.pool.proofs=4", "--config.pool.verifications=4", "--config.at_once=1"]
         more.append("--config.pool.rounds=0")  # so that a round that is whole ends a problem
+        more.append("--config.remote.concurrency=1")  # so that it never is
         assert run(*where, *SERVER, *more, "--config.budget.answers=9") == 0
     summary = json.loads((tmp_path / "w" / "summary.json").read_text())
     assert not any(p["done"] for p in summary["problems"])

@@ -135,9 +135,10 @@ def test_differences_are_paired_and_made_at_no_fewer_tokens(tmp_path):
     found = curves.difference(made[0], made[-1], rounds=50)
     assert found.value == pytest.approx(made[-1].score.value - made[0].score.value)
     assert curves.difference(made[0], made[0], rounds=50).high == 0.0
-    assert curves.no_cheaper(made, made[1].tokens) == made[1]
-    assert curves.no_cheaper(made, made[1].tokens + 1) == made[2]
-    assert curves.no_cheaper(made, 10 * made[2].tokens) is None
+    for most in (1, 2, 3):
+        for tokens in (0.0, *(p.tokens + d for p in made for d in (-1.0, 0.0, 1.0))):
+            enough = [p for p in made[:most] if p.tokens >= tokens]
+            found_ = curves.no_cheaper(lambda limit: made[limit - 1], most, tokens)
+            assert found_ == (enough[0] if enough else None)
     gone = dataclasses.replace(made[0], by_problem=(None, *made[0].by_problem[1:]))
     assert curves.difference(gone, made[-1], rounds=50).items == len(pools) - 1
-    assert curves.no_cheaper([], 1.0) is None
