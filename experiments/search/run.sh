@@ -27,7 +27,7 @@ evaluate() {
 
 pool=(--config.pool.rounds=8 --config.pool.proofs=16 --config.pool.verifications=8)
 pool+=(--config.pool.best=16 --config.pool.analyses=2)
-for stage in sft generator-2; do
+for stage in generator-2 sft; do
   search "refine-$stage" --engine="checkpoint:$run#$stage" --config.method=refine \
     --config.refine.verifications=0
   evaluate "refine-$stage" --search="$at/refine-$stage"
@@ -40,7 +40,7 @@ done
 search adaptive "${engines[@]}" "${pool[@]}" --config.pool.adaptive=True --config.pool.wave=2
 search filter "${engines[@]}" "${pool[@]}" --config.pool.unverified=0.5 --config.pool.audited=0.5
 for name in adaptive filter; do
-  evaluate "$name" --search="$at/$name" --one_shot="$at/one-shot-generator-2"
+  evaluate "$name" --search="$at/$name" --one_shot="$at/one-shot-sft"
 done
 for name in pool-sft pool-generator-2 refine-sft refine-generator-2; do
   cp "$at/evaluation/$name/curves.png" "$here/$name.png"
