@@ -273,7 +273,7 @@ def test_an_answer_of_another_hand_that_conflicts_names_its_file(capsys, run):
         (("--records=R",), "holds no imported records: make them with mathv2-records --from"),
         (("--records=R", "--lineage=a", "--to=b.jsonl"), "--lineage and --to exclude each other"),
         (("--records=R", "--from=none.jsonl"), "none.jsonl does not exist"),
-        (("--records=R", "--from=a.txt"), "ends in one of .jsonl"),
+        (("--records=R", "--from=a.txt"), "ends in one of .json, .jsonl"),
         (("--records=R", "--from=a.jsonl", "--field=proof"), "give OURS=THEIRS"),
         (("--records=R", "--from=a.jsonl", "--field=prof=x"), "ours are id, source"),
         (("--records=R", "--from=a.jsonl", "--kind=proofs"), "--kind=proofs: one of auto"),
