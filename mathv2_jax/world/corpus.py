@@ -30,10 +30,11 @@ class WorldConfig:
     probe alone, where set: experts grade careful work, the demonstrations come from everyone. How
     often a writer's verdict is the judge's in the end is what
     `python tools/writer_agreement.py` prints. Of the proofs that are there to be read, by
-    verifiers, experts and tests, the share `careful_share` is by writers who do not slip. Of a
-    generator's demonstrations whose analysis finds
-    fault the share `refine_share` are refinements: new proofs, or, in `repair_share` of them, what
-    stands before the first fault, mended from there.
+    verifiers, experts and tests, the share `careful_share` is by writers who do not stop early.
+
+    Of a generator's demonstrations whose analysis finds fault the share `refine_share` are
+    refinements: new proofs, or, in `repair_share` of them, what stands before the first fault,
+    mended from there. What they refine has been mended 0 to `num_mended` times before.
     """
 
     dials: problems.Dials = dataclasses.field(default_factory=problems.Dials)
@@ -46,6 +47,7 @@ class WorldConfig:
     num_demonstrations: int = 24_000
     refine_share: float = 0.1
     repair_share: float = 0.0
+    num_mended: int = 0
     num_problems: int = 4_000
     num_graded_proofs: int = 3_000
     num_graded_analyses: int = 2_000
@@ -58,9 +60,9 @@ class WorldConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name.startswith("num_") and value < 1:
-                raise ValueError(f"world.{field.name} = {value}: must be at least 1")
+            value, least = getattr(self, field.name), 0 if field.name == "num_mended" else 1
+            if field.name.startswith("num_") and value < least:
+                raise ValueError(f"world.{field.name} = {value}: must be at least {least}")
         for name in ("refine_share", "label_error", "drill_misquoted"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ValueError(f"world.{name} = {getattr(self, name)}: must lie in [0, 1)")
@@ -148,7 +150,7 @@ class _Author:
         """A proof to be read, or else to be imitated."""
         writers, careful_share = self.config.writers, self.config.careful_share
         if read and careful_share and self.rng.random() < careful_share:
-            writers = dataclasses.replace(writers, slips=0.0)
+            writers = dataclasses.replace(writers, stops=0.0)
         text = demonstrations.write_proof(self.rng, problem, writers)
         return records.Proof(
             id=records.content_id("proof", record.statement, text),
@@ -407,11 +409,17 @@ def _generation(
     analysis: records.Analysis,
 ) -> records.Demonstration:
     """A generator's demonstration: a first proof, or the repair of a flawed one."""
-    flawed = parse.parse_analysis(analysis.text)
-    if author.rng.random() >= author.config.refine_share or flawed is None or flawed.score == 1:
+    if author.rng.random() >= author.config.refine_share or _finds_no_fault(analysis):
         user = prompts.fill(templates.generator, statement=record.statement)
         text = parse.write_generation(proof.text, analysis.text)
         return _demonstration("generator", record, user, text, (record.id,))
+    if author.config.num_mended:
+        for _ in range(author.rng.randint(0, author.config.num_mended)):
+            mended = author.repair(problem, proof, analysis)
+            found = author.analysis(mended)
+            if _finds_no_fault(found):
+                break
+            proof, analysis = mended, found
     user = prompts.fill(
         templates.refine, statement=record.statement, proof=proof.text, analysis=analysis.text
     )
@@ -420,6 +428,11 @@ def _generation(
         better = author.repair(problem, proof, analysis)
     text = parse.write_generation(better.text, author.analysis(better).text)
     return _demonstration("refiner", record, user, text, (proof.id, analysis.id))
+
+
+def _finds_no_fault(analysis: records.Analysis) -> bool:
+    found = parse.parse_analysis(analysis.text)
+    return found is None or found.score == 1
 
 
 def make_corpus(config: WorldConfig, seed: int, templates: prompts.PromptSet) -> Corpus:

@@ -18,8 +18,9 @@ class WriterRates:
 
     Where a problem has no room for a fault, another of them takes its place (a chain of one step
     may have room for none). `detours` is the share of proofs with a valid step that was not needed,
-    where a rule allows one. Beside these faults the writers slip in the share `slips` of all steps:
-    the conclusion is right, from a premise that no rule has it from (where there is one).
+    where a rule allows one. Beside these faults the writers give up early: after each new step but
+    the last they stop with probability `stops`, so a long proof takes several attempts, each of
+    which goes on where the one before stopped.
 
     An analyst invents an issue in `invent_flawed` of flawed and `invent_sound` of sound proofs, of
     those with a faultless step; overlooks a real issue with probability `overlook`; of the proofs
@@ -34,7 +35,7 @@ class WriterRates:
     unsupported: float = 0.15
     wrong_end: float = 0.15
     detours: float = 0.3
-    slips: float = 0.0
+    stops: float = 0.0
     invent_flawed: float = 0.2
     invent_sound: float = 0.06
     overlook: float = 0.08
@@ -55,8 +56,8 @@ Steps = list[problems.Rule]
 
 
 def write_proof(rng: random.Random, problem: problems.WorldProblem, rates: WriterRates) -> str:
-    """A proof with at most one planted fault (a fault can cause another), and slips."""
-    return judge.write_proof(_slipping(rng, problem, _first_proof(rng, problem, rates), rates, 0))
+    """A proof with at most one planted fault (a fault can cause another), or the start of it."""
+    return judge.write_proof(_up_to_a_stop(rng, _first_proof(rng, problem, rates), rates, 0))
 
 
 def _first_proof(rng: random.Random, problem: problems.WorldProblem, rates: WriterRates) -> Steps:
@@ -76,23 +77,13 @@ def _first_proof(rng: random.Random, problem: problems.WorldProblem, rates: Writ
     return steps
 
 
-def _slipping(
-    rng: random.Random,
-    problem: problems.WorldProblem,
-    steps: Steps,
-    rates: WriterRates,
-    first: int,
-) -> Steps:
-    """The steps from place `first` on by a writer who slips."""
-    if not rates.slips:
-        return steps
-    found = steps[:first]
-    for step in steps[first:]:
-        slipped = [problems.Rule((letter,), step.conclusion) for letter in _letters(problem)]
-        slipped = [rule for rule in slipped if _is_false(rule, problem)]
-        slips = rng.random() < rates.slips and slipped
-        found.append(rng.choice(slipped) if slips else step)
-    return found
+def _up_to_a_stop(rng: random.Random, steps: Steps, rates: WriterRates, num_kept: int) -> Steps:
+    """The steps up to where their writer stops, after one new step or more."""
+    if rates.stops:
+        for place in range(num_kept + 1, len(steps)):
+            if rng.random() < rates.stops:
+                return steps[:place]
+    return steps
 
 
 def write_repair(
@@ -105,7 +96,7 @@ def write_repair(
     """The steps before the first that an analysis names, then the shortest way on to the goal.
 
     Where the analysis is wrong, so may the repair be; half as often as a first proof it has a
-    planted fault of its own, and new steps slip as often as any. Without a way on the proof is
+    planted fault of its own, and its writer stops as often as any. Without a way on the proof is
     written from the beginning.
     """
     first = min((i.step for i in named if i.step != judge.NO_STEPS), default=len(flawed) + 1)
@@ -119,7 +110,7 @@ def write_repair(
         steps = rng.choice((_skip, _false_rule, _wrong_end))(rng, problem, steps)
     pairs = zip(steps, kept, strict=False)
     num_kept = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return judge.write_proof(_slipping(rng, problem, steps, rates, num_kept))
+    return judge.write_proof(_up_to_a_stop(rng, steps, rates, num_kept))
 
 
 def _way_on(problem: problems.WorldProblem, known: set[str]) -> Steps | None:

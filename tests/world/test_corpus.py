@@ -277,23 +277,20 @@ def test_a_refinement_starts_from_a_proof_whose_analysis_finds_fault():
 
 def test_careful_writers_have_their_share_of_what_is_read_and_none_of_what_is_imitated():
     planted = dict.fromkeys(("skipped", "false_rule", "unsupported", "wrong_end"), 0.0)
-    writers = dataclasses.replace(CONFIG.writers, slips=1.0, **planted)
+    writers = dataclasses.replace(CONFIG.writers, stops=1.0, **planted)
     config = dataclasses.replace(
         CONFIG, writers=writers, careful_share=0.5, num_demonstrations=900, refine_share=0.5
     )
-    slips = {True: [], False: []}
+    lengths = {True: [], False: []}
     for demonstration in corpus.make_demonstrations(config, 0, TEMPLATES):
-        statement = STATEMENT.search(demonstration.user)[0]
         generates = demonstration.role in ("generator", "refiner")
         text = demonstration.assistant if generates else demonstration.user
-        steps = [
-            problems.parse_rule(s) for s in re.findall(r"^Step \d+: ([A-Za-z ]+)$", text, re.M)
-        ]
-        given = problems.parse_statement(statement).rules
-        if steps:
-            slips[generates].append(any(step not in given for step in steps))
-    assert all(slips[True]) and len(slips[True]) == 300
-    assert share_is(slips[False].count(True), len(slips[False]), 0.5)
+        steps = re.findall(r"^Step \d+: [A-Za-z ]+$", text, re.M)
+        if demonstration.role != "refiner":
+            lengths[generates].append(len(steps))
+    assert set(lengths[True]) == {1} and len(lengths[True]) > 100
+    one_step = lengths[False].count(1)  # a problem takes two steps or more
+    assert share_is(one_step, len(lengths[False]), 0.5)
     graded = corpus.graded_proofs(config, 0, "train", 200, labelled=True)
     right = [judge.judge_proof(p.statement, p.text).score == 1.0 for p in graded]
     assert share_is(sum(right), 200, 0.5)
@@ -321,6 +318,26 @@ def test_a_repair_keeps_what_stands_before_the_first_fault_named_and_is_mostly_r
     assert kept > 0.6 * number
 
 
+def test_what_is_refined_has_been_mended_up_to_as_often_as_stated():
+    rates = {field.name: 0.0 for field in dataclasses.fields(CONFIG.writers)}
+    writers = dataclasses.replace(CONFIG.writers, **rates | dict(stops=1.0))
+    dials = dataclasses.replace(CONFIG.dials, num_letters=12, depth=(8, 8))
+    config = dataclasses.replace(
+        CONFIG, writers=writers, dials=dials, num_demonstrations=900, refine_share=0.9
+    )
+    for num_mended in (0, 3):
+        config = dataclasses.replace(config, repair_share=1.0, num_mended=num_mended)
+        lengths = [
+            (d.user.count("\nStep ") // 2, d.assistant.count("\nStep ") // 2)
+            for d in corpus.make_demonstrations(config, 0, TEMPLATES)
+            if d.role == "refiner"
+        ]
+        before = [length for length, _ in lengths]
+        for length in range(1, num_mended + 2):  # a step a time
+            assert share_is(before.count(length), len(before), 1 / (num_mended + 1))
+        assert all(after == length + 1 for length, after in lengths)
+
+
 # Settings.
 
 
@@ -333,6 +350,7 @@ def test_a_repair_keeps_what_stands_before_the_first_fault_named_and_is_mostly_r
         (dict(refine_share=1.0), "world.refine_share = 1.0"),
         (dict(repair_share=1.1), "world.repair_share = 1.1"),
         (dict(careful_share=-0.1), "world.careful_share = -0.1"),
+        (dict(num_mended=-1), "world.num_mended = -1: must be at least 0"),
         (dict(label_error=-0.1), "world.label_error = -0.1"),
         (dict(graded_wrong_end=0.9), "world.graded_wrong_end = 0.9"),
     ],
