@@ -1,37 +1,40 @@
-"""A world for searches that refine: longer chains, careful analysts, and a generator that repairs.
+"""A world for searches that refine: a proof takes several attempts, each goes on from the last.
 
-    mathv2-train --config=configs/refine.py --workdir=runs/refine    # half an hour on two cores
+    mathv2-train --config=configs/refine.py --workdir=runs/refine    # 20 minutes on two cores
 
-As configs/quick.py, with a longer cold start in which half of the flawed proofs are mended, and no
-second verifier: retrained as there it was refused by its probe (mean error 0.153 after 0.105). The
-generator is trained on refinements as on proofs, first of what world writers wrote, as the verifier
-met it in training, and then of its own. experiments/search searches with what comes of it.
+As configs/quick.py, with chains of 4 to 7 steps and writers who stop after a step more often than
+not, so that a first proof is hardly ever whole (a model that imitates them is right in 1 of 100),
+and a longer cold start in which flawed proofs are mended. No second verifier: retrained as in
+configs/quick.py it was refused by its probe. Half of the generator's tasks are refinements, first
+of what the verifier met in training, then of its own. experiments/search searches with what comes
+of it.
 """
 
 import ml_collections
 
 from configs import quick
 
-DIALS = dict(num_letters=14, depth=(2, 6), distractors=(3, 6))
+DIALS = dict(num_letters=14, depth=(4, 7), distractors=(2, 4))
+PROVERS = dict(stops=0.6, skipped=0.1, false_rule=0.08, unsupported=0.07, wrong_end=0.0)
 ANALYSTS = dict(overlook=0.03, invent_flawed=0.05, invent_sound=0.02, redraw=0.03, misjudge=0.05)
-COLD_START_STEPS = 2_500
+COLD_START_STEPS = 3_000
 GENERATOR_STEPS = 40
 
 
 def get_config() -> ml_collections.ConfigDict:
     c = quick.get_config()
     stage = c.stage.to_dict()
-    c.world.update(refine_share=0.5, repair_share=1.0, writers=ANALYSTS, num_demonstrations=60_000)
-    c.world.dials = DIALS
-    for role, tokens in dict(generator=160, verifier=110, meta_verifier=110).items():
+    c.world.update(refine_share=0.6, repair_share=1.0, num_mended=4, careful_share=0.7)
+    c.world.update(dials=DIALS, writers=PROVERS | ANALYSTS, num_demonstrations=60_000)
+    for role, tokens in dict(generator=136, verifier=104, meta_verifier=104).items():
         c.roles[role] = dict(max_tokens=tokens)
-    c.engine.context = 416
+    c.engine.context = 320
     for name in ("rule-drills", "source-drills"):
         stage[name]["sft"]["row_length"] = 320
-    stage["sft"]["sft"].update(steps=COLD_START_STEPS, row_length=416)
+    stage["sft"]["sft"].update(steps=COLD_START_STEPS, row_length=320)
     for settings in stage.values():
         if settings["kind"] == "rl":
-            settings["rl"]["row_length"] = 832
+            settings["rl"]["row_length"] = 640
 
     def generator(init: str, attempts_from: str) -> dict:
         """Half of its tasks are refinements of what an earlier stage wrote."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What attempts, verification and refinement give at test time, in the proof world, by the exact
 # judge: the cold start and the last generator of a run of configs/refine.py write, its last verifier
-# verifies. About half an hour on 2 idle cores.
+# verifies. About 20 minutes on 2 idle cores.
 #
 #   bash experiments/search/run.sh RUN [WORKDIR]     # RUN: a finished workdir of configs/refine.py
 set -euo pipefail
@@ -25,14 +25,15 @@ evaluate() {
   cp "$at/evaluation/$name/evaluation.md" "$here/$name.md"
 }
 
-pool=(--config.pool.rounds=8 --config.pool.proofs=16 --config.pool.verifications=8)
+# The rounds were chosen on 48 problems of the validation split.
+pool=(--config.pool.rounds=4 --config.pool.proofs=16 --config.pool.verifications=8)
 pool+=(--config.pool.best=16 --config.pool.analyses=2)
 for stage in generator-2 sft; do
   search "refine-$stage" --engine="checkpoint:$run#$stage" --config.method=refine \
     --config.refine.verifications=0
   evaluate "refine-$stage" --search="$at/refine-$stage"
   engines=(--engine="checkpoint:$run#$stage" --verifier_engine="checkpoint:$run#verifier-1")
-  search "one-shot-$stage" "${engines[@]}" --config.pool.rounds=0 --config.pool.proofs=128 \
+  search "one-shot-$stage" "${engines[@]}" --config.pool.rounds=0 --config.pool.proofs=256 \
     --config.pool.verifications=8
   search "pool-$stage" "${engines[@]}" "${pool[@]}"
   evaluate "pool-$stage" --search="$at/pool-$stage" --one_shot="$at/one-shot-$stage"
