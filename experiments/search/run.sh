@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What attempts, verification and refinement give at test time, in the proof world, by the exact
 # judge: the cold start and the last generator of a run of configs/refine.py write, its last verifier
-# verifies. About 20 minutes on 2 idle cores.
+# verifies. About 22 minutes on 2 idle cores.
 #
 #   bash experiments/search/run.sh RUN [WORKDIR]     # RUN: a finished workdir of configs/refine.py
 set -euo pipefail
@@ -37,6 +37,8 @@ for stage in generator-2 sft; do
     --config.pool.verifications=8
   search "pool-$stage" "${engines[@]}" "${pool[@]}"
   evaluate "pool-$stage" --search="$at/pool-$stage" --one_shot="$at/one-shot-$stage"
+  .venv/bin/python -m experiments.search.repairs --search="$at/pool-$stage" \
+    >"$here/repairs-$stage.md"
 done
 search adaptive "${engines[@]}" "${pool[@]}" --config.pool.adaptive=True --config.pool.wave=2
 search filter "${engines[@]}" "${pool[@]}" --config.pool.unverified=0.5 --config.pool.audited=0.5
