@@ -5,9 +5,9 @@
 As configs/quick.py, with chains of 4 to 7 steps and writers who stop after a step more often than
 not, so that a first proof is hardly ever whole (a model that imitates them is right in 1 of 100),
 and a longer cold start in which flawed proofs are mended. No second verifier: retrained as in
-configs/quick.py it was refused by its probe in an earlier form of this world. Half of the generator's tasks are refinements, first
-of what the verifier met in training, then of its own. experiments/search searches with what comes
-of it.
+configs/quick.py it was refused by its probe in an earlier form of this world. Half of the
+generator's tasks are refinements, first of what the verifier met in training, then of its own.
+experiments/search searches with what comes of it.
 """
 
 import ml_collections
