@@ -206,9 +206,6 @@ class _Author:
         name = records.content_id("proof", proof.statement, text)
         return dataclasses.replace(proof, id=name, text=text)
 
-    def human_label(self, true_score: float, rubric: str) -> records.Label:
-        return _human_label(self.rng, true_score, rubric, self.config.label_error)
-
 
 def _human_label(
     rng: random.Random, true_score: float, rubric: str, error_rate: float
@@ -252,7 +249,7 @@ def graded_proofs(
             if config.graded_wrong_end == 0.0:
                 proof = _reaching_the_goal(author, problem, record, proof)
             verdict = judge.judge_proof(proof.statement, proof.text)
-            label = author.human_label(verdict.score, "I_v")
+            label = _human_label(author.rng, verdict.score, "I_v", config.label_error)
             proof = dataclasses.replace(proof, label=label)
         proofs.append(proof)
     return proofs
@@ -299,7 +296,7 @@ def graded_analyses(
     for place, (problem, record) in enumerate(_distinct(author, number)):
         analysis, quality = author.analysis_of_kind(problem, record, faulty=place % 2 == 1)
         if labelled:
-            label = author.human_label(quality, "I_mv")
+            label = _human_label(author.rng, quality, "I_mv", config.label_error)
             analysis = dataclasses.replace(analysis, label=label)
         analyses.append(analysis)
     return analyses
@@ -409,7 +406,7 @@ def _generation(
     analysis: records.Analysis,
 ) -> records.Demonstration:
     """A generator's demonstration: a first proof, or the repair of a flawed one."""
-    if author.rng.random() >= author.config.refine_share or _finds_no_fault(analysis):
+    if author.rng.random() >= author.config.refine_share or analysis.score == 1.0:
         user = prompts.fill(templates.generator, statement=record.statement)
         text = parse.write_generation(proof.text, analysis.text)
         return _demonstration("generator", record, user, text, (record.id,))
@@ -417,7 +414,7 @@ def _generation(
         for _ in range(author.rng.randint(0, author.config.num_mended)):
             mended = author.repair(problem, proof, analysis)
             found = author.analysis(mended)
-            if _finds_no_fault(found):
+            if found.score == 1.0:
                 break
             proof, analysis = mended, found
     user = prompts.fill(
@@ -428,11 +425,6 @@ def _generation(
         better = author.repair(problem, proof, analysis)
     text = parse.write_generation(better.text, author.analysis(better).text)
     return _demonstration("refiner", record, user, text, (proof.id, analysis.id))
-
-
-def _finds_no_fault(analysis: records.Analysis) -> bool:
-    found = parse.parse_analysis(analysis.text)
-    return found is None or found.score == 1
 
 
 def make_corpus(config: WorldConfig, seed: int, templates: prompts.PromptSet) -> Corpus:
