@@ -280,6 +280,7 @@ def _refinement(
     differences = {
         "rise_of_pass_at_1": curves.difference(first, last, **_draws()),
         "best_above_pass_at_1": curves.difference(first, made.best_at_n[0], **_draws()),
+        "best_above_last_pass_at_1": curves.difference(last, made.best_at_n[-1], **_draws()),
     }
     return {"threads": config.threads, **config_lib.plain(made), **config_lib.plain(differences)}
 

@@ -230,6 +230,7 @@ def of_one_shot(
 _DIFFERENCES = {
     "rise_of_pass_at_1": ("Pass@1 with all attempts", "above that of the first"),
     "best_above_pass_at_1": ("best by self-score, one attempt", "above Pass@1"),
+    "best_above_last_pass_at_1": ("best by self-score, all attempts", "above Pass@1 there"),
     "rise_of_pool": ("pool search", "above its first proofs, without refinement"),
     "pool_above_one_shot": ("pool search", "above best of N at no fewer tokens"),
 }

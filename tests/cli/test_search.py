@@ -126,6 +126,9 @@ def test_searches_are_evaluated_by_their_votes(searched, tmp_path, capsys):
     assert run(f"--search={searched / 'refine'}", *asked, main=evaluate.main) == 0
     body = json.loads((tmp_path / "evaluation.json").read_text())
     assert [p["limit"] for p in body["pass_at_1"]] == [1, 2]
+    for place, name in ((0, "best_above_pass_at_1"), (-1, "best_above_last_pass_at_1")):
+        best, mean = (body[curve][place]["score"]["value"] for curve in ("best_at_n", "pass_at_1"))
+        assert body[name]["value"] == pytest.approx(best - mean)
     shot = searched / "shot"
     assert run(f"--search={shot}", f"--one_shot={shot}", *asked, main=evaluate.main) == 0
     body = json.loads((tmp_path / "evaluation.json").read_text())
