@@ -129,10 +129,11 @@ class Engine:
                 on_answer(place, response)
 
         waiting = collections.deque[tuple[int, int]]()
+        complaints = list[str]()
         for place, request in enumerate(requests):
             complaint = schedule.complaint(self.limits, request, self._stop_ids(request))
             if complaint:
-                logging.warning("request %s is lost: %s", request.id, complaint)
+                complaints.append(f"request {request.id} is lost: {complaint}")
             for index in range(request.num_samples):
                 if (place, index) in answered:
                     continue
@@ -140,6 +141,9 @@ class Engine:
                     done(place, self._unanswered(request, index, records.Finish.LOST))
                 else:
                     waiting.append((place, index))
+        if complaints:
+            more = f"; so are {len(complaints) - 1:,} more of {len(requests):,}"
+            logging.warning("%s%s", complaints[0], more if len(complaints) > 1 else "")
         rows = _Rows(self, requests, waiting, done, kept)
         with self._sound_pages():
             try:

@@ -1,4 +1,5 @@
 import functools
+import logging
 
 import numpy as np
 import pytest
@@ -191,6 +192,16 @@ def test_a_request_that_does_not_fit_is_lost_and_no_other(engine, together, hope
     assert [(r.index, r.finish, r.token_ids, r.final_text) for r in lost] == [
         (i, records.Finish.LOST, (), None) for i in range(2)
     ]
+
+
+def test_requests_that_do_not_fit_are_told_in_one_line_a_call(engine, caplog):
+    with caplog.at_level(logging.WARNING):
+        engine.generate([request(name, max_tokens=0) for name in ("first", "second", "third")])
+    (line,) = [r.getMessage() for r in caplog.records if "is lost" in r.getMessage()]
+    assert line.startswith("request first is lost: ") and line.endswith("so are 2 more of 3")
+    with caplog.at_level(logging.WARNING):
+        engine.generate([request("alone", max_tokens=0)])
+    assert "more of" not in caplog.records[-1].getMessage()
 
 
 def test_an_engine_without_variables_says_what_to_call(programs, tokenizer, mesh):
