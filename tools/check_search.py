@@ -2,8 +2,9 @@
 
     python tools/check_search.py --run=WORKDIR [--kills=20] [--problems=6] [--engine=both]
 
-WORKDIR is a finished run of mathv2-train (configs/smoke.py will do). Its model searches, from its
-checkpoint, which is seeded, or exported to Hugging Face's format behind `transformers serve` on
+WORKDIR is a finished run of mathv2-train; configs/smoke.py will do, for a server with
+--config.model.embedding_taps=0, which Hugging Face's format has no place for. Its model searches,
+from its checkpoint, which is seeded, or exported to that format behind `transformers serve` on
 127.0.0.1, which is not. The search is ended by SIGKILL so many times, and each time the same
 command goes on. With seeds its records must be those of a search that was left alone, byte for
 byte. Without them no answer may be recorded twice or be missing, and none that was on disk is asked
